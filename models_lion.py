@@ -1,0 +1,474 @@
+"""LION: bidirectional linear attention (arXiv 2502.16249) and its vision transformers.
+
+One mixer, `y_i = sum_j M_ij (q_i . k_j) v_j / (sum_j M_ij (q_i . k_j) + eps)`, in three formats that
+give the same result: `attention` (quadratic, parallel), `recurrence` (one state per direction) and
+`chunk` (quadratic inside a chunk, carried states between chunks).
+
+All three share one signature:
+
+    format(q, k, v, log_decay=None, curves=None, *, chunk_size) -> (numerator, denominator)
+
+- `q`, `k`: `[B, H, N, D]`, feature maps applied and `q` scaled; `v`: `[B, H, N, E]`.
+- `log_decay`: log of the decay `a` in (0, 1] of each token, `[C, B or 1, H, N]` for C curves, in
+  token order, float32 or wider; None is `a = 1` (LION-Lit), for which curves have no meaning.
+- `curves`: int64 `[C, N]`, the token visited at each step (see `curves.py`); None is token order.
+- numerator `[B, H, N, E]` and denominator `[B, H, N, 1]`, averaged over the C curves.
+
+With positions counted along a curve, `M_ij = a_j ... a_(i-1)` for i > j, its mirror image
+`a_(i+1) ... a_j` for i < j, and 1 on the diagonal.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from curves import ORDERS, inverse, scan_curves
+
+# ------------------------------------------------------------------------------------ the formats
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    curves: Tensor | None = None,
+    *,
+    chunk_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The formula as it stands: time and memory quadratic in N; `chunk_size` is not used."""
+    weights = q @ k.mT
+    if log_decay is not None:
+        weights = weights * decay_mask(log_decay, curves).to(weights.dtype)
+    denominator = weights.sum(-1, keepdim=True, dtype=_state_dtype(v))
+    return weights @ v, denominator
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    curves: Tensor | None = None,
+    *,
+    chunk_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """One pass over the tokens, both directions of every curve side by side.
+
+    Without gradients it holds one `[D, E + 1]` state per direction and curve and one output per
+    token; `chunk_size` is not used.
+    """
+    n, dtype = q.shape[2], _state_dtype(v)
+    if curves is None:
+        curves = torch.arange(n, device=q.device)[None]
+    steps = torch.cat([curves, curves.flip(1)]).T  # [N, S]: S = 2C scans, the forward ones first
+    state = q.new_zeros(*q.shape[:2], steps.shape[1], q.shape[3], v.shape[3] + 1, dtype=dtype)
+    out = q.new_zeros(*v.shape[:3], v.shape[3] + 1, dtype=dtype)
+    # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
+    # source, so all at once when gradients are wanted.
+    for tokens in steps.split(n if torch.is_grad_enabled() else 64):  # [T, S]
+        gathered = (x.index_select(2, tokens.flatten()).to(dtype) for x in (q, k, v))
+        q_t, k_t, v_t = (x.unflatten(2, tokens.shape) for x in gathered)  # [B, H, T, S, D]
+        v_t = _with_ones(v_t)
+        decays = _decays_at(tokens, log_decay)
+        reads = []
+        for t, (query, key, value) in enumerate(
+            zip(*(x.unbind(2) for x in (q_t, k_t, v_t)), strict=True)
+        ):
+            reads.append(query.unsqueeze(3) @ state)
+            state = state + key.unsqueeze(4) * value.unsqueeze(3)
+            if decays is not None:
+                state = state * decays[t]
+        own = (q_t * k_t).sum(-1, keepdim=True) / 2 * v_t  # half of the diagonal per direction
+        seen = torch.stack(reads, dim=2).squeeze(4) + own
+        out.index_add_(2, tokens.flatten(), seen.flatten(2, 3))
+    out = out / curves.shape[0]
+    return out[..., :-1], out[..., -1:]
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    curves: Tensor | None = None,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Chunk-parallel: time and memory linear in N at a fixed `chunk_size`, backward included."""
+    v = _with_ones(v)
+    if log_decay is None:  # without decay every query meets the same state
+        out = q @ (k.mT @ v)
+    elif curves is None:
+        out = _chunk_scan(q, k, v, log_decay[0], chunk_size)
+    else:
+        out = 0
+        for curve, decay in zip(curves.unbind(0), log_decay.unbind(0), strict=True):
+            along = [x.index_select(2, curve) for x in (q, k, v)]
+            scanned = _chunk_scan(*along, decay.index_select(2, curve), chunk_size)
+            out = out + scanned.index_select(2, inverse(curve)) / len(curves)
+    return out[..., :-1], out[..., -1:]
+
+
+FORMATS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "Attention": attention,
+    "RNN": recurrence,
+    "Chunk": chunk,
+}
+
+
+def decay_mask(log_decay: Tensor, curves: Tensor | None = None) -> Tensor:
+    """Dense mask M, the mean over curves: `[C, B or 1, H, N]` -> `[B or 1, H, N, N]`.
+
+    With sums `x[t] = sum_(s<t) l[s]` and `y[t] = sum_(s<=t) l[s]` of the log decays along a curve,
+    `log M_ij = min(x_i - x_j, y_j - y_i)` for every pair.
+    """
+    masks = []
+    for c, decay in enumerate(log_decay.unbind(0)):
+        if curves is None:
+            x, y = _running_sums(decay)
+        else:
+            steps = inverse(curves[c])
+            x, y = (s.index_select(2, steps) for s in _running_sums(decay.index_select(2, curves[c])))
+        masks.append(_local_mask(x, y))
+    return sum(masks) / len(masks)
+
+
+def _chunk_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: int) -> Tensor:
+    """`sum_j M_ij (q_i . k_j) v_j` along one curve; `log_decay` is `[B or 1, H, N]`."""
+    n = q.shape[2]
+    size = min(chunk_size, n)
+    padding = -n % size  # padded keys are zero and their decay is 1: they change nothing
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in (q, k, v))
+    x, y = _running_sums(F.pad(log_decay, (0, padding)).unflatten(2, (-1, size)))
+    total = y[..., -1:]
+
+    def scaled(features: Tensor, exponent: Tensor) -> Tensor:
+        return features * exponent.exp().unsqueeze(-1).to(features.dtype)
+
+    across = total.exp().unsqueeze(-1)
+    from_earlier = _carry(scaled(k, total - x).mT @ v, across)
+    from_later = _carry((scaled(k, y).mT @ v).flip(2), across.flip(2)).flip(2)
+    out = ((q @ k.mT) * _local_mask(x, y).to(q.dtype)) @ v
+    out = out + scaled(q, x) @ from_earlier.to(q.dtype)
+    out = out + scaled(q, total - y) @ from_later.to(q.dtype)
+    return out.flatten(2, 3)[:, :, :n]
+
+
+def _decays_at(tokens: Tensor, log_decay: Tensor | None) -> tuple[Tensor, ...] | None:
+    """Decays `[B or 1, H, S, 1, 1]` of the tokens `[T, S]` that S = 2C scans visit, one per step."""
+    if log_decay is None:
+        return None
+    scans = torch.cat([log_decay, log_decay]).movedim(0, 2)  # [B or 1, H, S, N]
+    visited = scans.gather(3, tokens.T.expand(*scans.shape[:3], -1))
+    return visited.exp()[..., None, None].unbind(3)
+
+
+def _carry(added: Tensor, decay: Tensor) -> Tensor:
+    """State at the start of each chunk: `S_(m+1) = decay_m S_m + added_m`, `[B, H, M, D, E]`."""
+    state = torch.zeros_like(added[:, :, 0], dtype=decay.dtype)
+    states = []
+    for factor, addition in zip(decay.unbind(2), added.unbind(2), strict=True):
+        states.append(state)
+        state = factor * state + addition
+    return torch.stack(states, dim=2)
+
+
+def _running_sums(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Exclusive and inclusive sums over the last dimension."""
+    y = log_decay.cumsum(-1)
+    return F.pad(y[..., :-1], (1, 0)), y
+
+
+def _local_mask(x: Tensor, y: Tensor) -> Tensor:
+    forward = x.unsqueeze(-1) - x.unsqueeze(-2)
+    backward = y.unsqueeze(-2) - y.unsqueeze(-1)
+    return torch.minimum(forward, backward).exp()
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    """Appends a column of ones, so that numerator and denominator come from one product."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# --------------------------------------------------------------------------------------- the mixer
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """`elu(x) + 1` without the cancellation that rounds it to 0 for large negative `x`."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def normalized_silu(x: Tensor) -> Tensor:
+    """`f / |f|_2` over the last dimension, `f = silu(x) + 0.5` (always positive)."""
+    return F.normalize(F.silu(x) + 0.5, dim=-1)
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Lit": elu_plus_one,
+    "Decay": normalized_silu,
+    "Selective": normalized_silu,
+}
+
+
+class LionAttention(nn.Module):
+    """Token mixer with the interface and parameter names of timm's attention.
+
+    Decay parameters: `a_i` (and `a2_i` for the second curve of order `S`) is `[H]` for `Decay`, a
+    Linear(dim, H) for `Selective`, absent for `Lit`. The first `num_prefix_tokens` tokens keep a
+    decay of 1 in `Selective`.
+    """
+
+    eps = 1e-6
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mask_type: str = "Decay",
+        order: str = "Normal",
+        format: str = "Attention",
+        chunk_size: int = 32,
+        num_prefix_tokens: int = 1,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_choice("mask_type", mask_type, FEATURE_MAPS)
+        _check_choice("order", order, ORDERS)
+        if dim % num_heads:
+            raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
+        placed = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.mask_type = mask_type
+        self.num_prefix_tokens = num_prefix_tokens
+        self.set_format(format, chunk_size)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **placed)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **placed)
+        self.proj_drop = nn.Dropout(proj_drop)
+        for name in {"Normal": ("a_i",), "S": ("a_i", "a2_i")}[order]:
+            if mask_type == "Decay":
+                setattr(self, name, nn.Parameter(torch.randn(num_heads, **placed)))
+            elif mask_type == "Selective":
+                setattr(self, name, nn.Linear(dim, num_heads, **placed))
+
+    def set_format(self, format: str, chunk_size: int | None = None) -> None:
+        """Chooses how the same function is computed; None keeps the chunk size."""
+        _check_choice("format", format, FORMATS)
+        if chunk_size is not None:
+            if chunk_size < 1:
+                raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
+            self.chunk_size = chunk_size
+        self.format = format
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """Log decays `[C, B or 1, H, N]` of tokens `[B, N, dim]`, float32 or wider; None for Lit."""
+        if self.mask_type == "Lit":
+            return None
+        gates = [getattr(self, name) for name in ("a_i", "a2_i") if hasattr(self, name)]
+        if self.mask_type == "Decay":
+            decay = F.logsigmoid(torch.stack([gate.to(_state_dtype(gate)) for gate in gates]))
+            return decay[:, None, :, None].expand(-1, 1, -1, x.shape[1])
+        patches = x[:, self.num_prefix_tokens :].to(_state_dtype(x))
+        weight = torch.stack([gate.weight for gate in gates]).to(patches.dtype)
+        bias = torch.stack([gate.bias for gate in gates]).to(patches.dtype)
+        logits = torch.einsum("bnd,chd->cbhn", patches, weight) + bias[:, None, :, None]
+        return F.pad(F.logsigmoid(-logits), (self.num_prefix_tokens, 0))
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Mixes tokens `[B, N, dim]`; `attn_mask` is where timm hands on the curves `[C, N]`."""
+        qkv = self.qkv(x)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        feature_map = FEATURE_MAPS[self.mask_type]
+        curves = None if self.mask_type == "Lit" else attn_mask
+        with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
+            scale = q.shape[-1] ** -0.5
+            q, k = (feature_map(t.to(_state_dtype(t))) for t in (q, k))
+            numerator, denominator = FORMATS[self.format](
+                (q * scale).to(v.dtype),
+                k.to(v.dtype),
+                v,
+                self.log_decay(x),
+                curves,
+                chunk_size=self.chunk_size,
+            )
+            y = numerator / (denominator + self.eps)
+        y = rearrange(y, "b h n d -> b n (h d)").to(qkv.dtype)
+        return self.proj_drop(self.proj(y))
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(choices)}.")
+
+
+# -------------------------------------------------------------------------- the vision transformer
+
+
+class LionBlock(Block):
+    """timm's pre-norm block around a LION mixer; checkpoints itself, curves included."""
+
+    grad_checkpointing = False
+
+    def __init__(self, dim: int, num_heads: int, *, mixer: dict[str, Any], **kwargs: Any):
+        refused = [name for name in ("qk_norm", "attn_drop", "scale_attn_norm") if kwargs.get(name)]
+        if refused:
+            raise ValueError(f"LION has no {', '.join(refused)}: leave it at its default.")
+        shared = ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")
+        options = {name: kwargs[name] for name in shared if name in kwargs}
+        attn = LionAttention(dim, num_heads, **options, **mixer)
+        super().__init__(dim, num_heads, **kwargs)
+        self.attn = attn
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, attn_mask)
+        return super().forward(x, attn_mask)
+
+
+class LionVisionTransformer(VisionTransformer):
+    """DeiT-shaped vision transformer with LION mixers.
+
+    `cls_tok=False` averages all tokens after the final norm, class token included; `cls_tok=True`
+    reads the class token. `pos_emb` adds a learned position embedding. `global_pool` (timm's own
+    argument) overrides `cls_tok`. Every other argument is `timm`'s VisionTransformer's.
+
+    Raises ValueError for an unknown mask_type, order or format, or a chunk_size below 1.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        mask_type: str = "Decay",
+        order: str = "Normal",
+        format: str = "Attention",
+        chunk_size: int = 32,
+        pos_emb: bool = False,
+        cls_tok: bool = False,
+        global_pool: str | None = None,
+        **kwargs: Any,
+    ):
+        if order == "S" and kwargs.get("patch_drop_rate"):
+            raise ValueError("Order S needs every patch of the grid: leave patch_drop_rate at 0.")
+        mixer = {
+            "mask_type": mask_type,
+            "order": order,
+            "format": format,
+            "chunk_size": chunk_size,
+            "num_prefix_tokens": 1 + kwargs.get("reg_tokens", 0),
+        }
+        kwargs = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs}
+        super().__init__(
+            *args,
+            global_pool=global_pool or ("token" if cls_tok else "avg"),
+            pool_include_prefix=True,
+            fc_norm=False,
+            pos_embed="learn" if pos_emb else "none",
+            block_fn=partial(LionBlock, mixer=mixer),
+            **kwargs,
+        )
+        self.order = order
+        self.register_buffer("curves", None, persistent=False)
+        self._build_curves()
+
+    def set_format(self, format: str, chunk_size: int | None = None) -> None:
+        """Switches every block to `Attention`, `RNN` or `Chunk`; the weights serve all three."""
+        for block in self.blocks:
+            block.attn.set_format(format, chunk_size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for block in self.blocks:
+            block.grad_checkpointing = enable
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        super().set_input_size(*args, **kwargs)
+        self._build_curves()
+
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        return super().forward_features(x, attn_mask=self._curves_for(x))
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward_intermediates(
+            x, *args, **{**kwargs, "attn_mask": self._curves_for(x)}
+        )
+
+    def _build_curves(self) -> None:
+        grid = self.patch_embed.grid_size
+        self.curves = scan_curves(
+            self.order, grid, self.num_prefix_tokens, self.patch_embed.proj.weight.device
+        )
+
+    def _curves_for(self, x: Tensor) -> Tensor | None:
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        if grid == tuple(self.patch_embed.grid_size):
+            return self.curves
+        return scan_curves(self.order, grid, self.num_prefix_tokens, x.device)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
+
+default_cfgs = generate_default_cfgs({f"lion_{size}_patch16_224": _cfg() for size in SIZES})
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionVisionTransformer:
+    embed_dim, num_heads = SIZES[variant.split("_")[1]]
+    defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
+    return build_model_with_cfg(
+        LionVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**defaults, **kwargs},
+    )
+
+
+@register_model
+def lion_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> LionVisionTransformer:
+    return _create("lion_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LionVisionTransformer:
+    return _create("lion_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LionVisionTransformer:
+    return _create("lion_base_patch16_224", pretrained, **kwargs)
