@@ -22,7 +22,7 @@ def column_snake(h: int, w: int, device: torch.device | str | None = None) -> Te
 
 
 def inverse(curve: Tensor) -> Tensor:
-    """Step at which each token is visited, for curves `[..., N]`: `curve[inverse(curve)] = 0..N-1`."""
+    """Step at which each token is visited, of curves `[..., N]`: `curve[inverse(curve)]` counts."""
     return curve.argsort(dim=-1)
 
 

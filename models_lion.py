@@ -1,8 +1,8 @@
 """LION: bidirectional linear attention (arXiv 2502.16249) and its vision transformers.
 
-One mixer, `y_i = sum_j M_ij (q_i . k_j) v_j / (sum_j M_ij (q_i . k_j) + eps)`, in three formats that
-give the same result: `attention` (quadratic, parallel), `recurrence` (one state per direction) and
-`chunk` (quadratic inside a chunk, carried states between chunks).
+One mixer, `y_i = sum_j M_ij (q_i . k_j) v_j / (sum_j M_ij (q_i . k_j) + eps)`, in three formats
+that give the same result: `attention` (quadratic, parallel), `recurrence` (one state per direction)
+and `chunk` (quadratic inside a chunk, carried states between chunks).
 
 All three share one signature:
 
@@ -135,8 +135,8 @@ def decay_mask(log_decay: Tensor, curves: Tensor | None = None) -> Tensor:
         if curves is None:
             x, y = _running_sums(decay)
         else:
-            steps = inverse(curves[c])
-            x, y = (s.index_select(2, steps) for s in _running_sums(decay.index_select(2, curves[c])))
+            sums = _running_sums(decay.index_select(2, curves[c]))
+            x, y = (s.index_select(2, inverse(curves[c])) for s in sums)
         masks.append(_local_mask(x, y))
     return sum(masks) / len(masks)
 
@@ -163,7 +163,7 @@ def _chunk_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: 
 
 
 def _decays_at(tokens: Tensor, log_decay: Tensor | None) -> tuple[Tensor, ...] | None:
-    """Decays `[B or 1, H, S, 1, 1]` of the tokens `[T, S]` that S = 2C scans visit, one per step."""
+    """For each of T steps the decays `[B or 1, H, S, 1, 1]` of the tokens `[T, S]` visited then."""
     if log_decay is None:
         return None
     scans = torch.cat([log_decay, log_decay]).movedim(0, 2)  # [B or 1, H, S, N]
@@ -277,7 +277,7 @@ class LionAttention(nn.Module):
         self.format = format
 
     def log_decay(self, x: Tensor) -> Tensor | None:
-        """Log decays `[C, B or 1, H, N]` of tokens `[B, N, dim]`, float32 or wider; None for Lit."""
+        """Log decays `[C, B or 1, H, N]` of `[B, N, dim]`, at least float32; None for Lit."""
         if self.mask_type == "Lit":
             return None
         gates = [getattr(self, name) for name in ("a_i", "a2_i") if hasattr(self, name)]

@@ -7,7 +7,7 @@ from curves import inverse, scan_curves
 
 
 def dense_mask(decay: Tensor) -> Tensor:
-    """M of decays `[..., N]` along the token order, `[..., N, N]`: row by row, as SPEC defines it."""
+    """M `[..., N, N]` of decays `[..., N]` in token order, row by row as the paper defines it."""
     lower = _products_below_diagonal(decay)
     upper = _products_below_diagonal(decay.flip(-1)).flip(-1, -2)
     return lower + upper + torch.eye(decay.shape[-1], dtype=decay.dtype)

@@ -58,9 +58,7 @@ def test_formats_agree_with_the_dense_formula(mask, order, n):
     expected = outputs_and_gradients(dense, tensors, curves, torch.float64)
     for format, size in RUNS:
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-            actual = outputs_and_gradients(
-                FORMATS[format], tensors, curves, dtype, chunk_size=size
-            )
+            actual = outputs_and_gradients(FORMATS[format], tensors, curves, dtype, chunk_size=size)
             assert_close(actual, expected, tolerance, f"{format} {size} {dtype}")
 
 

@@ -1,0 +1,370 @@
+"""Labelled images by data set name, seeded augmentation, and what loader workers need."""
+
+import atexit
+import gzip
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, get_worker_info
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102, ImageFolder
+from torchvision.datasets.folder import find_classes
+
+logger = logging.getLogger(__name__)
+
+DATASETS = ("IMNET", "CIFAR10", "CIFAR100", "FLOWERS", "INAT18", "INAT19", "FMNIST", "DEMO")
+ALIASES = {"CIFAR": "CIFAR100", "INAT": "INAT18"}
+INAT_CATEGORIES = (
+    "kingdom",
+    "phylum",
+    "class",
+    "order",
+    "supercategory",
+    "family",
+    "genus",
+    "name",
+)
+DEMO_FOLDER = Path(__file__).with_name("demo")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+Transform = Callable[[Image.Image], Any]
+
+
+def build_dataset(
+    name: str,
+    data_path: str | os.PathLike,
+    *,
+    train: bool,
+    transform: Transform | None = None,
+    inat_category: str = "name",
+) -> tuple[Dataset, int]:
+    """The training or evaluation images of a data set, and its number of classes.
+
+    Samples are `(image, label)`: an RGB PIL image, or what `transform` makes of it, and an int.
+    The data set's `classes` are the names of the labels. CIFAR, FLOWERS and FMNIST are downloaded
+    to `data_path` where they are missing, so let one process build them first.
+
+    Args:
+        name: one of `DATASETS` or `ALIASES`.
+        data_path: folder of the data; DEMO ignores it.
+        inat_category: level of the taxonomy that the INAT labels name, one of `INAT_CATEGORIES`.
+
+    Raises:
+        ValueError: unknown name, or data missing, incomplete or inconsistent.
+    """
+    root = Path(data_path).expanduser()
+    match ALIASES.get(name, name):
+        case "IMNET":
+            dataset = _image_folder(root, train, transform)
+        case "CIFAR10":
+            dataset = _downloaded(CIFAR10, root, train=train, transform=transform)
+        case "CIFAR100":
+            dataset = _downloaded(CIFAR100, root, train=train, transform=transform)
+        case "FLOWERS":
+            splits = [
+                _downloaded(Flowers102, root, split=split, transform=transform, loader=load_image)
+                for split in (("train", "val") if train else ("test",))
+            ]
+            dataset = ConcatDataset(splits)
+            dataset.classes = Flowers102.classes
+        case "INAT18":
+            dataset = _inaturalist(root, 2018, train, transform, inat_category)
+        case "INAT19":
+            dataset = _inaturalist(root, 2019, train, transform, inat_category)
+        case "FMNIST":
+            dataset = IdxImages(_fashion_mnist_folder(root), train=train, transform=transform)
+        case "DEMO":
+            dataset = IdxImages(DEMO_FOLDER, train=train, transform=transform)
+        case _:
+            raise ValueError(
+                f"Unknown data set {name!r}: choose one of {', '.join((*DATASETS, *ALIASES))}."
+            )
+    return dataset, len(dataset.classes)
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """The RGB image in a file; OSError naming the file where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many types on corrupt data
+        raise OSError(f"Cannot read the image {path}: {error}") from error
+
+
+class ImageList(Dataset):
+    """Images from a list of (path, label)."""
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, int]],
+        classes: Sequence[str],
+        transform: Transform | None = None,
+    ) -> None:
+        self.samples = samples
+        self.classes = classes
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image = load_image(path)
+        return (self.transform(image) if self.transform else image), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class IdxImages(Dataset):
+    """Fashion-MNIST as RGB images, from a folder with its IDX files, packed (.gz) or not.
+
+    Raises:
+        ValueError: a file is missing or incomplete.
+    """
+
+    classes = FashionMNIST.classes
+
+    def __init__(self, folder: Path, *, train: bool, transform: Transform | None = None) -> None:
+        split = "train" if train else "t10k"
+        self.images = read_idx(_idx_file(folder, f"{split}-images-idx3-ubyte"))
+        self.labels = read_idx(_idx_file(folder, f"{split}-labels-idx1-ubyte"))
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"The {split} files in {folder} hold {len(self.images)} images but "
+                f"{len(self.labels)} labels: download them again."
+            )
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return (self.transform(image) if self.transform else image), int(self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of bytes in an IDX file (3 bytes of magic, rank, big-endian shape, data)."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("no IDX file of unsigned bytes")
+        rank = content[3]
+        shape = np.frombuffer(content, ">u4", count=rank, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is not a complete IDX file: download it again.") from error
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    unpacked = folder / name
+    return unpacked if unpacked.exists() else folder / f"{name}.gz"
+
+
+def _fashion_mnist_folder(root: Path) -> Path:
+    names = [Path(archive).stem for archive, _ in FashionMNIST.resources]
+    downloaded = root / "FashionMNIST" / "raw"
+    for folder in (root, downloaded, DEBIAN_FASHION_MNIST):
+        if all(_idx_file(folder, name).exists() for name in names):
+            return folder
+    _downloaded(FashionMNIST, root)
+    return downloaded
+
+
+def _downloaded(dataset_class: type, root: Path, **kwargs) -> Dataset:
+    try:
+        return dataset_class(root, download=True, **kwargs)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{dataset_class.__name__} needs {error.name}: run pip install {error.name}."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{dataset_class.__name__} is not complete in {root} and could not be downloaded "
+            "to it: check the network and the folder, or put the files there yourself."
+        ) from error
+
+
+def _image_folder(root: Path, train: bool, transform: Transform | None) -> ImageFolder:
+    _require_folder(root)
+    names = ("train",) if train else ("val", "validation", "test")
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise ValueError(
+            f"The data folder {root} has no folder {' or '.join(names)}: "
+            "IMNET needs train/CLASS/IMAGE and val/CLASS/IMAGE."
+        )
+    try:
+        dataset = ImageFolder(folder, transform=transform, loader=load_image, allow_empty=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has no class folders: put the images of each class in a folder of its own."
+        ) from error
+    empty = sorted(set(dataset.class_to_idx.values()).difference(dataset.targets))
+    if empty:
+        raise ValueError(
+            f"The class folder {folder / dataset.classes[empty[0]]} has no images: "
+            "fill it or remove it."
+        )
+    if not train and (root / "train").is_dir():
+        _require_same_classes(root / "train", folder, dataset.classes)
+    return dataset
+
+
+def _require_same_classes(train_folder: Path, folder: Path, classes: list[str]) -> None:
+    differing = sorted(set(find_classes(train_folder)[0]).symmetric_difference(classes))
+    if differing:
+        raise ValueError(
+            f"{train_folder} and {folder} must have the same class folders, but only one of "
+            f"them has {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}."
+        )
+
+
+def _inaturalist(
+    root: Path, year: int, train: bool, transform: Transform | None, level: str
+) -> ImageList:
+    if level not in INAT_CATEGORIES:
+        raise ValueError(
+            f"Unknown iNaturalist category {level!r}: choose one of {', '.join(INAT_CATEGORIES)}."
+        )
+    _require_folder(root)
+    categories = _read_json(root / "categories.json")
+    split = _read_json(root / f"{'train' if train else 'val'}{year}.json")
+    try:
+        classes = sorted({category[level] for category in categories})
+        label_of_class = {name: label for label, name in enumerate(classes)}
+        label = {category["id"]: label_of_class[category[level]] for category in categories}
+        path = {image["id"]: os.path.join(root, image["file_name"]) for image in split["images"]}
+        samples = [(path[a["image_id"]], label[a["category_id"]]) for a in split["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"The json files in {root} do not fit together (key {error}): "
+            f"use those of the iNaturalist {year} competition."
+        ) from error
+    return ImageList(samples, classes, transform)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or no json file: INAT needs the competition's json files there."
+        ) from error
+
+
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise ValueError(f"The data folder {root} does not exist: check --data-path.")
+
+
+class SeededDataset(Dataset):
+    """Training samples whose augmentation depends on (seed, draw) alone.
+
+    Indexed by `(index, draw)` as `EpochSampler` yields them, so the stream of samples is the same
+    for any number of processes and workers. An image that cannot be read is replaced by the next
+    readable one, logged and counted.
+
+    Args:
+        dataset: yields (PIL image, label), and raises OSError for an unreadable image.
+        transform: may use the random states of Python, numpy and torch (CPU).
+        seed: non-negative int.
+        max_corrupt: different unreadable images to put up with.
+
+    Raises:
+        RuntimeError: on access, with more than `max_corrupt` unreadable images, or all of them.
+    """
+
+    def __init__(
+        self, dataset: Dataset, transform: Transform, *, seed: int, max_corrupt: int = 100
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.max_corrupt = min(max_corrupt, len(dataset) - 1)
+        # One flag an image: a file met in every epoch counts once, and no lock is needed.
+        self._corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    @property
+    def corrupt_count(self) -> int:
+        """Different unreadable images met so far, by all workers of this process."""
+        return int(self._corrupt.sum())
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        index, draw = key
+        # A worker's random states serve nothing else; the training process needs its own.
+        with nullcontext() if get_worker_info() else _random_states_restored():
+            _seed_random_states(self.seed, draw)
+            image, label = self._readable(index)
+            return self.transform(image), label
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _readable(self, index: int) -> tuple[Image.Image, int]:
+        while True:
+            try:
+                return self.dataset[index]
+            except OSError as error:
+                self._note_corrupt(index, error)
+            index = (index + 1) % len(self)
+
+    def _note_corrupt(self, index: int, error: OSError) -> None:
+        if not self._corrupt[index]:
+            self._corrupt[index] = True
+            logger.warning("Training goes on without image %d: %s", index, error)
+        if self.corrupt_count > self.max_corrupt:
+            raise RuntimeError(
+                f"{self.corrupt_count} of {len(self)} training images cannot be read, more than "
+                f"the {self.max_corrupt} allowed: mend the data set (last: {error})."
+            ) from error
+
+
+def _seed_random_states(seed: int, draw: int) -> None:
+    words = np.random.SeedSequence((seed, draw)).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    # torch.manual_seed would also queue work for CUDA, with a stack trace for each call.
+    torch.default_generator.manual_seed(words[2])
+
+
+@contextmanager
+def _random_states_restored() -> Iterator[None]:
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
+
+
+def ignore_signals(worker_id: int) -> None:
+    """`worker_init_fn` of a loader: its workers outlive SIGTERM and SIGINT.
+
+    Launchers and terminals signal all processes at once, but the training process still needs
+    its workers to finish the step and save. They end with their loader or their process.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """End workers that an exception kept alive: Python would send them SIGTERM, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,0 +1,167 @@
+"""Training for one epoch and evaluation; knows no model and no data set by name."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import Interrupted, Mean, Progress, StopSignal, World, seed_everything
+
+logger = logging.getLogger(__name__)
+
+BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LOG_INTERVAL = 10  # steps between two lines; on a GPU the host waits for the device only then
+METERS = ("lr", "loss", "grad_norm")
+
+
+@dataclass
+class Position:
+    """Where training stands: in `epoch`, `step` optimiser steps of it done."""
+
+    epoch: int = 0
+    step: int = 0
+    meters: list[dict[str, tuple[float, int]]] = field(default_factory=list)  # of every process
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    *,
+    world: World,
+    steps: int,
+    images_per_step: int,
+    set_lr: Callable[[int, int], None],
+    batch_transform: BatchTransform,
+    scaler: torch.amp.GradScaler,
+    amp_dtype: torch.dtype | None = None,
+    accumulate: int = 1,
+    clip_grad: float | None = None,
+    after_step: Callable[[], None] = lambda: None,
+    train_mode: bool = True,
+    seed: int = 0,
+    stop: StopSignal | None = None,
+) -> tuple[dict[str, float], float]:
+    """What is left of the `steps` of an epoch; returns means over the epoch and images/s.
+
+    A step takes `accumulate` batches of `loader`, which starts at `position`; `position` is moved
+    on. `set_lr(epoch, step)` comes before each step, `after_step()` after it.
+
+    Raises Interrupted after a step when `stop` was signalled to any process, and
+    FloatingPointError, on all processes together, when a loss or gradient norm is not finite: on
+    the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps.
+    """
+    model.train(train_mode)
+    device, epoch = world.device, position.epoch
+    saved = position.meters[world.rank] if position.meters else {}
+    meters = {name: Mean(device, *saved.get(name, ())) for name in METERS}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    progress = Progress(
+        f"Epoch: [{epoch}]", steps, images_per_step,
+        start=position.step, interval=LOG_INTERVAL, show=world.is_main,
+    )  # fmt: skip
+    broken = torch.zeros((), dtype=torch.bool, device=device)
+    batches = iter(loader)
+    stopping = False
+    while position.step < steps and not stopping:
+        step = position.step
+        seed_everything(seed, epoch, step, world.rank)
+        set_lr(epoch, step)
+        loss = torch.zeros((), device=device)
+        for part in range(accumulate):
+            samples, targets = (x.to(device, non_blocking=True) for x in next(batches))
+            samples, targets = batch_transform(samples, targets)
+            with _without_sync(model) if part < accumulate - 1 else nullcontext():
+                with autocast(device, amp_dtype):
+                    part_loss = criterion(samples, model(samples), targets) / accumulate
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        broken |= ~loss.isfinite()
+        if not scaler.is_enabled():  # a scaler skips steps with infinite gradients by itself
+            broken |= ~norm.isfinite()
+        lr = optimizer.param_groups[0]["lr"]
+        if device.type == "cpu" or progress.due(step):
+            stopping, is_broken = _agreed(world, bool(stop), broken)
+            if is_broken:
+                raise FloatingPointError(
+                    f"Loss {loss.item()} or gradient norm {norm.item()} is not finite (epoch "
+                    f"{epoch}, step {step}, rank {world.rank}, learning rate {lr:.3g}); the last "
+                    "checkpoint is untouched. Try a lower --lr, --clip-grad 1 or --no-amp."
+                )
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        after_step()
+        for name, value in zip(METERS, (lr, loss, norm), strict=True):
+            meters[name].update(value)
+        shown = {"lr": lr, "loss": loss, "grad_norm": norm} if progress.due(step) else {}
+        progress.update(step, **shown)
+        position.step += 1
+    images_per_second = progress.close()
+    position.meters = world.gather({name: meter.state() for name, meter in meters.items()})
+    if stopping:
+        raise Interrupted
+    return {name: meter.over(world) for name, meter in meters.items()}, images_per_second
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    world: World,
+    images: int,
+    amp_dtype: torch.dtype | None = None,
+    stop: StopSignal | None = None,
+) -> tuple[dict[str, float], float]:
+    """Loss, top-1 and top-5 accuracy (in %) over all processes' shards, and images/s.
+
+    `images` is the size of the whole set. Raises Interrupted when `stop` was signalled.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, top-1, top-5, images
+    per_step = math.ceil(images / max(len(loader), 1))
+    progress = Progress("Test:", len(loader), per_step, interval=LOG_INTERVAL, show=world.is_main)
+    for step, (samples, targets) in enumerate(loader):
+        if stop:
+            raise Interrupted
+        samples = samples.to(world.device, non_blocking=True)
+        targets = targets.to(world.device, non_blocking=True)
+        with autocast(world.device, amp_dtype):
+            logits = model(samples).float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        ranked = logits.topk(min(5, logits.shape[1])).indices
+        hits = ranked == targets[:, None]
+        batch = (loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets)))
+        sums += torch.stack([value.double() for value in batch])
+        progress.update(step, **({"loss": loss / len(targets)} if progress.due(step) else {}))
+    loss, top1, top5, count = world.reduce(sums).tolist()
+    images_per_second = progress.close()
+    stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
+    logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
+    return stats, images_per_second
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def _without_sync(model: nn.Module) -> object:
+    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+
+
+def _agreed(world: World, stopping: bool, broken: Tensor) -> tuple[bool, bool]:
+    """Whether any process was told to stop, and whether any is broken."""
+    flags = torch.stack([torch.full_like(broken, stopping), broken]).int()
+    stopping, broken = world.reduce(flags, dist.ReduceOp.MAX).tolist()
+    return bool(stopping), bool(broken)

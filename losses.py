@@ -1,0 +1,96 @@
+"""Training losses, all called as `criterion(samples, outputs, targets)`."""
+
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+
+class BinaryCrossEntropy(nn.Module):
+    """One sigmoid per class (DeiT's `--bce-loss`): any class with a positive target counts as 1."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, outputs.shape[-1])
+        return F.binary_cross_entropy_with_logits(outputs, targets.gt(0).to(outputs.dtype))
+
+
+class CosubLoss(nn.Module):
+    """Cooperative submodels (arXiv 2212.04884): two drawn from stochastic depth teach each other.
+
+    `outputs` `[2B, K]` holds the logits of both submodels for the same batch, `targets` `[B, K]`
+    soft labels (or `[B]` class indices).
+    """
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        first, second = outputs.chunk(2)
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, outputs.shape[-1])
+        loss = F.binary_cross_entropy_with_logits
+        labels = targets.to(outputs.dtype)
+        own = loss(first, labels) + loss(second, labels)
+        mutual = loss(first, second.detach().sigmoid()) + loss(second, first.detach().sigmoid())
+        return (own + mutual) / 4
+
+
+def build_base_loss(*, mixed: bool, smoothing: float, bce: bool, cosub: bool) -> nn.Module:
+    """DeiT's choice of a loss `(outputs [B, K], targets)`.
+
+    `mixed` says that targets are soft labels `[B, K]` of Mixup (smoothed there); else they are
+    class indices `[B]`, smoothed here.
+    """
+    if cosub:
+        return CosubLoss()
+    if bce:
+        return BinaryCrossEntropy()
+    if mixed:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+class DistillationLoss(nn.Module):
+    """The base loss, mixed with what a teacher says of the same samples (arXiv 2012.12877).
+
+    With a teacher the student returns a pair, of which the second learns from the teacher:
+
+        (1 - alpha) * base(outputs, targets) + alpha * distillation(outputs_dist, teacher(samples))
+
+    `soft`: Kullback-Leibler divergence at temperature `tau`, times tau**2, averaged over all
+    elements `B * K` as DeiT does; `hard`: cross-entropy with the teacher's decision; `none`: the
+    base loss alone, no teacher needed.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        teacher: nn.Module | None = None,
+        kind: str = "none",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if kind not in ("none", "soft", "hard"):
+            raise ValueError(f"Unknown distillation type {kind!r}: choose none, soft or hard.")
+        self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher, kind, alpha, tau
+
+    def forward(
+        self, samples: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor
+    ) -> Tensor:
+        if self.kind == "none":
+            return self.base(outputs, targets)
+        if not isinstance(outputs, tuple):
+            raise ValueError(
+                "Distillation needs a model that returns a pair in training: "
+                "use a distilled one and call set_distilled_training()."
+            )
+        student, student_dist = outputs
+        with torch.no_grad():
+            teacher = self.teacher(samples)
+        if self.kind == "hard":
+            distillation = F.cross_entropy(student_dist, teacher.argmax(dim=1))
+        else:
+            log_student = F.log_softmax(student_dist.float() / self.tau, dim=1)
+            log_teacher = F.log_softmax(teacher.float() / self.tau, dim=1)
+            divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+            distillation = divergence * self.tau**2 / student_dist.numel()
+        return (1 - self.alpha) * self.base(student, targets) + self.alpha * distillation

@@ -1,0 +1,579 @@
+"""Trains and evaluates LION (and any timm model) on images, with DeiT's command line."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+import checkpoint
+import models_lion  # noqa: F401  (registers the models)
+from augment import build_batch_transform, build_eval_transform, build_train_transform
+from datasets import (
+    ALIASES,
+    DATASETS,
+    INAT_CATEGORIES,
+    SeededDataset,
+    build_dataset,
+    ignore_signals,
+)
+from engine import Position, evaluate, train_one_epoch
+from losses import DistillationLoss, build_base_loss
+from samplers import EpochSampler, ShardSampler
+from utils import (
+    Interrupted,
+    Journal,
+    StopSignal,
+    World,
+    init_distributed,
+    peak_memory,
+    provenance,
+    seed_everything,
+    setup_logging,
+)
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
+
+
+class BothSpellings(argparse.ArgumentParser):
+    """Accepts `--foo-bar` and `--foo_bar` alike for every argument."""
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        for name in [n for n in names if n.startswith("--")]:
+            other = "--" + name[2:].replace("-", "_")
+            dashed = "--" + name[2:].replace("_", "-")
+            names += tuple(n for n in (other, dashed) if n not in names)
+        return super().add_argument(*names, **kwargs)
+
+    def add_switch(self, name: str, default: bool, help: str) -> None:
+        """`--name` and `--no-name`."""
+        dest = name.replace("-", "_")
+        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
+        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return text.lower() == "true"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = BothSpellings("main.py", description=__doc__, allow_abbrev=False)
+    add, switch = parser.add_argument, parser.add_switch
+    add("--batch-size", default=64, type=int, help="images per process and accumulation step")
+    add("--epochs", default=300, type=int)
+    add("--grad-accum-steps", default=1, type=int, help="batches per optimiser step")
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III)")
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
+    # Model
+    add("--model", default="deit_base_patch16_224", help="a LION or any other timm model")
+    add("--input-size", default=224, type=int, help="pixels")
+    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
+    add("--order", default="Normal", choices=("Normal", "S"), help="S: two snake curves")
+    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
+    add("--chunk_size", default=32, type=int, help="tokens per chunk of --format Chunk")
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
+    add("--pos_emb", **flag, help="learned position embedding")
+    add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+        help="more arguments for the model, such as patch_size=4")  # fmt: skip
+    add("--drop", default=0.0, type=float, help="dropout before the head")
+    add("--drop-path", default=0.1, type=float, help="stochastic depth")
+    switch("model-ema", True, "keep and evaluate an exponential moving average of the weights")
+    add("--model-ema-decay", default=0.99996, type=float)
+    add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
+    # Optimiser and schedule
+    add("--opt", default="adamw")
+    add("--opt-eps", default=1e-8, type=float)
+    add("--opt-betas", default=None, type=float, nargs="+")
+    add("--clip-grad", default=None, type=float, help="largest gradient norm")
+    add("--momentum", default=0.9, type=float)
+    add("--weight-decay", default=0.05, type=float)
+    add("--layer-decay", default=None, type=float, help="learning rate factor per layer")
+    add("--sched", default="cosine")
+    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
+    add("--lr", default=5e-4, type=float, help="for an effective batch of 512, scaled to others")
+    add("--lr-noise", default=None, type=float, nargs="+")
+    add("--lr-noise-pct", default=0.67, type=float)
+    add("--lr-noise-std", default=1.0, type=float)
+    add("--warmup-lr", default=1e-6, type=float)
+    add("--min-lr", default=1e-5, type=float)
+    add("--decay-epochs", default=30, type=float)
+    add("--warmup-epochs", default=5, type=int)
+    add("--cooldown-epochs", default=10, type=int)
+    add("--patience-epochs", default=10, type=int)
+    add("--decay-rate", "--dr", default=0.1, type=float)
+    # Augmentation
+    add("--color-jitter", default=0.3, type=float)
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
+    add("--smoothing", default=0.1, type=float, help="label smoothing")
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    switch("repeated-aug", True, "draw each image three times")
+    switch("train-mode", True, "train mode of dropout and stochastic depth")
+    add("--ThreeAugment", action="store_true", help="3-Augment (DeiT III)")
+    add("--src", action="store_true", help="simple random crop (DeiT III)")
+    add("--reprob", default=0.25, type=float, help="probability of random erasing")
+    add("--remode", default="pixel")
+    add("--recount", default=1, type=int)
+    add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
+    add("--mixup", default=0.8, type=float)
+    add("--cutmix", default=1.0, type=float)
+    add("--cutmix-minmax", default=None, type=float, nargs="+")
+    add("--mixup-prob", default=1.0, type=float)
+    add("--mixup-switch-prob", default=0.5, type=float)
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--cosub", action="store_true", help="cooperative submodels")
+    # Distillation and fine-tuning
+    add("--teacher-model", default="regnety_160")
+    add("--teacher-path", default="")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--distillation-alpha", default=0.5, type=float)
+    add("--distillation-tau", default=1.0, type=float)
+    add("--finetune", default="", help="weights to start from")
+    add("--attn-only", action="store_true", help="train the mixers and the head only")
+    # Data
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/")
+    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES))
+    add("--inat-category", default="name", choices=INAT_CATEGORIES)
+    add("--eval-crop-ratio", default=0.875, type=float)
+    add("--num_workers", default=10, type=int, help="at most one per CPU core is started")
+    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
+    # Run
+    add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
+    add("--overwrite", action="store_true", help="replace the run in --output_dir")
+    add("--resume", default="", help="checkpoint (file or URL), or auto: that of --output_dir")
+    add("--start_epoch", default=0, type=int)
+    add("--eval", action="store_true", help="evaluate only")
+    add("--use-ema", action="store_true", help="evaluate the moving average of --resume")
+    add("--dist-eval", action="store_true", help="accepted for DeiT's scripts: always on, exact")
+    add("--seed", default=0, type=int)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    switch("amp", True, "mixed precision on a GPU")
+    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
+    add("--channels-last", action="store_true")
+    add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
+    add("--world_size", default=1, type=int, help="accepted for DeiT's scripts: torchrun decides")
+    add("--dist_url", default="env://", help="how processes find each other")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for what can be told to be wrong before anything is read."""
+    for name in ("batch_size", "epochs", "grad_accum_steps", "chunk_size", "input_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    if not timm.is_model(args.model):
+        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
+        raise ValueError(f"There is no model {args.model!r}{hint}")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if mixes and args.batch_size % 2 and not args.eval:
+        raise ValueError(
+            f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
+            "even, or use --mixup 0 --cutmix 0."
+        )
+    if args.distillation_type != "none" and args.cosub:
+        raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
+    if args.use_ema and not (args.eval and args.resume):
+        raise ValueError("--use-ema goes with --eval --resume PATH.")
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("--resume auto needs the --output_dir of the run.")
+    if args.output_dir and not (args.eval or args.resume or args.overwrite):
+        found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
+        if found:
+            raise ValueError(
+                f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
+                "--resume auto, replace it by --overwrite, or choose another --output_dir."
+            )
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    options = {
+        "num_classes": num_classes,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+    }
+    if timm.get_pretrained_cfg_value(args.model, "fixed_input_size"):
+        options["img_size"] = args.input_size
+    if args.model.startswith("lion_"):
+        names = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
+        options |= {name: getattr(args, name) for name in names}
+    try:
+        return timm.create_model(args.model, **{**options, **args.model_kwargs})
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{args.model} cannot be built with these arguments ({error}): "
+            "check --model-kwargs and --input-size."
+        ) from error
+
+
+def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
+    transform = build_train_transform(
+        input_size=args.input_size,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        color_jitter=args.color_jitter,
+        aa=args.aa,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        three_augment=args.ThreeAugment,
+        simple_random_crop=args.src,
+    )
+    images, num_classes = find_images(args, world, train=True)
+    sampler = EpochSampler(
+        len(images),
+        num_replicas=world.size,
+        rank=world.rank,
+        repeats=3 if args.repeated_aug else 1,
+        seed=args.seed,
+    )
+    if len(sampler) < args.batch_size * args.grad_accum_steps:
+        raise ValueError(
+            f"One step draws {args.batch_size * args.grad_accum_steps} images per process, but an "
+            f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
+        )
+    dataset = SeededDataset(images, transform, seed=args.seed)
+    return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
+                      **loader_options(args, world)), num_classes  # fmt: skip
+
+
+def build_eval_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
+    transform = build_eval_transform(
+        input_size=args.input_size,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        crop_ratio=args.eval_crop_ratio,
+    )
+    images, num_classes = find_images(args, world, train=False, transform=transform)
+    sampler = ShardSampler(len(images), num_replicas=world.size, rank=world.rank)
+    return DataLoader(images, int(1.5 * args.batch_size), sampler=sampler,
+                      **loader_options(args, world)), num_classes  # fmt: skip
+
+
+def find_images(args: argparse.Namespace, world: World, **kwargs: Any) -> tuple[Dataset, int]:
+    with world.main_first():
+        return build_dataset(
+            args.data_set, args.data_path, inat_category=args.inat_category, **kwargs
+        )
+
+
+def loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    workers = min(args.num_workers, os.cpu_count() or 1)
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": args.pin_mem and world.device.type == "cuda",
+        "worker_init_fn": ignore_signals,
+    }
+
+
+@dataclass
+class Run:
+    """What a checkpoint saves and restores: weights, optimiser, schedule and position."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    position: Position
+    max_accuracy: float = 0.0
+
+    def state(self, args: argparse.Namespace) -> dict[str, Any]:
+        """DeiT's keys (`epoch` is the last one finished) and the position in the epoch after it."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.position.epoch - 1,
+            "step": self.position.step,
+            "meters": self.position.meters,
+            "max_accuracy": self.max_accuracy,
+            "args": vars(args),
+        }
+
+    def restore(self, saved: dict[str, Any], source: str) -> None:
+        """Goes on where `saved` was written; a file with weights alone restores these.
+
+        Raises ValueError if it is of another model or optimiser.
+        """
+        checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
+        if self.ema:
+            average = saved.get("model_ema") or self.model.state_dict()
+            checkpoint.load_weights(self.ema.module, average, source)
+        if "optimizer" not in saved or "epoch" not in saved:
+            logger.info("%s holds weights alone: training starts at its beginning.", source)
+            return
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
+                "and the arguments of its run, or start from its weights with --finetune."
+            ) from error
+        if self.scheduler and saved.get("lr_scheduler"):
+            self.scheduler.load_state_dict(saved["lr_scheduler"])
+        if self.scaler.is_enabled() and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))
+        self.max_accuracy = saved.get("max_accuracy", 0.0)
+        logger.info("Resumed from %s: %s", source, self.position)
+
+
+def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+    """What --resume names, checked to be of the same kind of model; None if there is nothing."""
+    if args.resume == "auto":
+        found = checkpoint.latest(args.output_dir)
+        if found is None:
+            return None
+        saved, source = found[0], str(found[1])
+    else:
+        saved, source = checkpoint.load(args.resume), args.resume
+    # The weights' names and shapes tell most differences; not this one.
+    differing = checkpoint.difference(saved.get("args") or {}, vars(args), ("cls_tok",))
+    if differing and args.model.startswith("lion_"):
+        raise ValueError(f"{source} is of another model: {'; '.join(differing)}.")
+    return saved, source
+
+
+def build_run(
+    args: argparse.Namespace, world: World, model: nn.Module, steps: int
+) -> tuple[Run, Callable[[int, int], None]]:
+    """The state of a run and `set_lr(epoch, step)`."""
+    ema = None
+    if args.model_ema:
+        device = "cpu" if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
+    batch = args.batch_size * world.size * args.grad_accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * batch / 512
+    logger.info(
+        "Effective batch size %d (%d per process x %d processes x %d accumulation steps), "
+        "learning rate %.4g",
+        batch, args.batch_size, world.size, args.grad_accum_steps, lr,
+    )  # fmt: skip
+    if args.attn_only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".attn." in name or name.startswith(("head", "pos_embed"))
+    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+    schedule = {**scheduler_kwargs(args), "updates_per_epoch": steps}
+    scheduler, _ = create_scheduler_v2(optimizer, **schedule)
+    scaler = torch.amp.GradScaler(
+        world.device.type, enabled=amp_dtype(args, world) is torch.float16
+    )
+
+    def set_lr(epoch: int, step: int) -> None:
+        if scheduler is None:
+            return
+        if args.sched_on_updates:
+            scheduler.step_update(epoch * steps + step)
+        elif step == 0:
+            scheduler.step(epoch)
+
+    return Run(model, ema, optimizer, scheduler, scaler, Position(args.start_epoch)), set_lr
+
+
+def amp_dtype(args: argparse.Namespace, world: World) -> torch.dtype | None:
+    return getattr(torch, args.amp_dtype) if args.amp and world.device.type == "cuda" else None
+
+
+def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
+    """Reads and checks all that --eval needs; the returned function does the work."""
+    loader, num_classes = build_eval_loader(args, world)
+    model = build_model(args, num_classes)
+    if args.resume and (found := read_checkpoint(args)):
+        saved, source = found
+        state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
+        checkpoint.load_weights(model, state, source)
+    model.to(world.device)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile)
+
+    def work() -> None:
+        images = len(loader.dataset)
+        with peak_memory(world.device) as memory:
+            stats, images_per_second = evaluate(
+                model, loader, world=world, images=images, amp_dtype=amp_dtype(args, world)
+            )
+        logger.info("Accuracy of the network on the %d test images: %.1f%%", images, stats["acc1"])
+        logger.info(
+            "Evaluation took %.2f s (%.1f images/s), peak memory %.0f MiB",
+            images / images_per_second, images_per_second, memory.bytes / 2**20,
+        )  # fmt: skip
+
+    return work
+
+
+def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
+    """Reads and checks all that training needs; the returned function does the work."""
+    train_loader, num_classes = build_train_loader(args, world)
+    eval_loader, _ = build_eval_loader(args, world)
+    seed_everything(args.seed)
+    model = build_model(args, num_classes).to(world.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
+    run, set_lr = build_run(args, world, model, steps)
+    if args.resume and (found := read_checkpoint(args)):
+        run.restore(*found)
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    base_loss = build_base_loss(
+        mixed=mixed, smoothing=args.smoothing, bce=args.bce_loss, cosub=args.cosub
+    )
+    batch_transform = build_batch_transform(
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        num_classes=num_classes,
+        cosub=args.cosub,
+    )
+    one_epoch = partial(
+        train_one_epoch,
+        criterion=DistillationLoss(base_loss),
+        loader=train_loader,
+        optimizer=run.optimizer,
+        world=world,
+        steps=steps,
+        set_lr=set_lr,
+        images_per_step=args.batch_size * args.grad_accum_steps * world.size,
+        batch_transform=batch_transform,
+        scaler=run.scaler,
+        amp_dtype=amp_dtype(args, world),
+        accumulate=args.grad_accum_steps,
+        clip_grad=args.clip_grad,
+        after_step=partial(run.ema.update, model) if run.ema else (lambda: None),
+        train_mode=args.train_mode,
+        seed=args.seed,
+    )
+    return partial(fit, args, world, run, one_epoch, train_loader.sampler, eval_loader)
+
+
+def fit(
+    args: argparse.Namespace,
+    world: World,
+    run: Run,
+    one_epoch: Callable[..., tuple[dict[str, float], float]],
+    sampler: EpochSampler,
+    eval_loader: DataLoader,
+) -> None:
+    """The epochs that are left: train, evaluate, log, save. Saves before leaving on a signal."""
+    stop, position = StopSignal(), run.position
+    folder = Path(args.output_dir) if args.output_dir and world.is_main else None
+    if folder and args.overwrite and not args.resume:
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    facts = {"args": vars(args), "world_size": world.size, **provenance()}
+    journal = Journal(folder, facts, position.epoch)
+    model = distributed_and_compiled(args, world, run.model)
+    n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    logger.info("number of params: %d", n_parameters)
+    logger.info("Start training for %d epochs", args.epochs - position.epoch)
+    began = time.perf_counter()
+    while position.epoch < args.epochs:
+        sampler.set_epoch(position.epoch, position.step * args.batch_size * args.grad_accum_steps)
+        try:
+            train_stats, images_per_second = one_epoch(model, position=position, stop=stop)
+            test_stats = evaluate_weights(args, world, run, eval_loader, stop)
+        except Interrupted:
+            if folder:
+                checkpoint.save(run.state(args), folder / "checkpoint.pth")
+            logger.info("Stopped at epoch %d, step %d: go on by --resume auto", position.epoch,
+                        position.step)  # fmt: skip
+            sys.exit(stop.exit_code)
+        is_best = test_stats["acc1"] >= run.max_accuracy
+        run.max_accuracy = max(run.max_accuracy, test_stats["acc1"])
+        logger.info("Max accuracy: %.2f%%", run.max_accuracy)
+        stats = {
+            **{f"train_{name}": value for name, value in train_stats.items()},
+            **{f"test_{name}": value for name, value in test_stats.items()},
+            "epoch": position.epoch,
+            "n_parameters": n_parameters,
+        }
+        run.position = position = Position(position.epoch + 1)
+        if folder:  # the log last: a run killed in between goes on and logs the epoch
+            state = run.state(args)
+            if is_best:
+                checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)
+            journal.write(stats, images_per_second)
+            checkpoint.save(state, folder / "checkpoint.pth")
+    logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
+
+
+def distributed_and_compiled(
+    args: argparse.Namespace, world: World, model: nn.Module
+) -> Callable[..., Any]:
+    if world.size > 1:
+        devices = [world.device] if world.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=devices)
+    return torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+
+
+def evaluate_weights(
+    args: argparse.Namespace, world: World, run: Run, loader: DataLoader, stop: StopSignal
+) -> dict[str, float]:
+    """Test statistics of the weights, and as `ema_*` of their moving average."""
+    images = len(loader.dataset)
+    score = partial(evaluate, loader=loader, world=world, images=images,
+                    amp_dtype=amp_dtype(args, world), stop=stop)  # fmt: skip
+    stats, _ = score(run.model)
+    logger.info("Accuracy of the network on the %d test images: %.1f%%", images, stats["acc1"])
+    if run.ema:
+        average = run.ema.module.to(world.device)
+        ema_stats, _ = score(average)
+        if args.model_ema_force_cpu:
+            average.to("cpu")
+        logger.info("Accuracy of the EMA on the %d test images: %.1f%%", images, ema_stats["acc1"])
+        stats |= {f"ema_{name}": value for name, value in ema_stats.items()}
+    return stats
+
+
+def main(args: argparse.Namespace) -> None:
+    setup_logging(is_main=int(os.environ.get("RANK", 0)) == 0)
+    try:
+        check_args(args)
+        world = init_distributed(args.device, args.dist_url)
+        work = (evaluate_only if args.eval else train)(args, world)
+    except ValueError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        work()
+    except FloatingPointError as error:
+        sys.exit(f"main.py: error: {error}")
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -1,0 +1,35 @@
+"""Write the data set DEMO: a balanced subset of Fashion-MNIST, the same images each time.
+
+    python -m scripts.make_demo
+
+reads Debian's package dataset-fashion-mnist.
+"""
+
+import gzip
+
+import numpy as np
+
+from datasets import DEBIAN_FASHION_MNIST, DEMO_FOLDER, read_idx
+
+IMAGES_PER_CLASS = {"train": 1000, "t10k": 200}
+
+
+def write_idx(name: str, array: np.ndarray) -> None:
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+    packed = gzip.compress(header + array.tobytes(), compresslevel=9, mtime=0)
+    (DEMO_FOLDER / name).write_bytes(packed)
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    for split, count in IMAGES_PER_CLASS.items():
+        names = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
+        images, labels = (read_idx(DEBIAN_FASHION_MNIST / name) for name in names)
+        of_class = [np.flatnonzero(labels == label) for label in range(10)]
+        chosen = np.sort([rng.choice(i, count, replace=False) for i in of_class], axis=None)
+        write_idx(names[0], images[chosen])
+        write_idx(names[1], labels[chosen])
+
+
+if __name__ == "__main__":
+    main()

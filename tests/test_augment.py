@@ -1,0 +1,170 @@
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import AugmentOp
+from torchvision import transforms
+from torchvision.transforms.functional import normalize, to_tensor
+
+from augment import (
+    build_batch_transform,
+    build_eval_transform,
+    build_train_transform,
+    posterize_to_black,
+)
+from datasets import build_dataset
+
+NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+MIX = {"prob": 1.0, "switch_prob": 0.5, "mode": "batch", "smoothing": 0.1, "num_classes": 4}
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def steps(transform) -> list:
+    """The single steps of nested Compose."""
+    if isinstance(transform, transforms.Compose):
+        return [step for part in transform.transforms for step in steps(part)]
+    return [transform]
+
+
+def step_names(**kwargs) -> list[str]:
+    return [type(step).__name__ for step in steps(build_train_transform(**NORM, **kwargs))]
+
+
+def test_the_default_recipe_survives_5000_images():
+    images, _ = build_dataset("DEMO", "", train=True)
+    transform = build_train_transform(input_size=28, **NORM)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    outputs = torch.stack([transform(images[i][0]) for i in range(5000)])
+    assert outputs.shape == (5000, 3, 28, 28)
+    assert outputs.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["PosterizeIncreasing", "Posterize"])
+def test_posterize_to_no_bits_is_black(name, image):
+    magnitude = 10 if name == "PosterizeIncreasing" else 0
+    black = AugmentOp(name, prob=1.0, magnitude=magnitude)(image)
+    assert black.size == image.size and black.mode == "RGB"
+    assert not np.asarray(black).any()
+
+
+def test_posterize_to_some_bits_is_unchanged(image):
+    assert posterize_to_black(image, 2) == ImageOps.posterize(image, 2)
+    assert posterize_to_black(image, 8) == image
+
+
+@pytest.mark.parametrize(
+    "aa", ["original", "v0", "augmix-m5", "rand-m15-mmax30-inc1", "none", "", None]
+)
+def test_policies_give_normalised_tensors_and_can_be_pickled(aa, image):
+    transform = build_train_transform(input_size=40, aa=aa, **NORM)
+    transform = pickle.loads(pickle.dumps(transform))
+    for _ in range(60):
+        assert transform(image).shape == (3, 40, 40)
+
+
+def test_steps_of_the_training_recipes():
+    end = ["MaybeToTensor", "Normalize"]
+    large = ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
+    small = ["Resize", "RandomCrop", "RandomHorizontalFlip"]
+    assert step_names(input_size=224) == [*large, "RandAugment", *end, "RandomErasing"]
+    assert step_names(input_size=32) == [*small, "RandAugment", *end, "RandomErasing"]
+    assert step_names(input_size=33, aa="None", reprob=0) == [*large, "ColorJitter", *end]
+    assert step_names(input_size=33, aa="", reprob=0, color_jitter=0) == [*large, *end]
+    three = ["AutoAugment", "ColorJitter", *end]
+    assert step_names(input_size=224, three_augment=True) == [*large, *three]
+    assert step_names(input_size=224, three_augment=True, simple_random_crop=True) == [
+        *small,
+        *three,
+    ]
+
+
+@pytest.mark.parametrize(("simple", "mode"), [(False, "constant"), (True, "reflect")])
+def test_small_images_are_cropped_with_padding(simple, mode):
+    transform = build_train_transform(
+        input_size=32, interpolation="random", simple_random_crop=simple, **NORM
+    )
+    resize, crop = steps(transform)[:2]
+    assert (crop.size, crop.padding, crop.padding_mode) == ((32, 32), 4, mode)
+    same_size = Image.new("RGB", (32, 32))
+    assert resize(same_size) is same_size
+    assert resize(Image.new("RGB", (64, 80))).size == (32, 40)
+
+
+def test_three_augment_is_one_of_grayscale_solarize_blur(image):
+    policy = steps(build_train_transform(input_size=40, three_augment=True, **NORM))[2]
+    outputs = [policy(image) for _ in range(60)]
+    gray, solarized = ImageOps.grayscale(image).convert("RGB"), ImageOps.solarize(image, 128)
+    blurred = [output for output in outputs if output not in (gray, solarized)]
+    assert gray in outputs and solarized in outputs
+    assert 0 < len(blurred) < 60
+    assert all(np.asarray(output).std() < np.asarray(image).std() for output in blurred)
+
+
+def test_evaluation_resizes_and_crops_the_centre(image):
+    expected = transforms.Compose(
+        [
+            transforms.Resize(73, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(64),
+            transforms.ToTensor(),
+            transforms.Normalize(**NORM),
+        ]
+    )
+    transform = build_eval_transform(input_size=64, **NORM)
+    torch.testing.assert_close(transform(image), expected(image), rtol=0, atol=0)
+    assert build_eval_transform(input_size=64, crop_ratio=1.0, **NORM)(image).shape == (3, 64, 64)
+
+
+def test_evaluation_keeps_small_images_whole(image):
+    transform = build_eval_transform(input_size=32, **NORM)
+    small = image.crop((0, 0, 32, 32))
+    torch.testing.assert_close(transform(small), normalize(to_tensor(small), **NORM))
+    assert transform(image).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("wrong", [{"aa": "foo"}, {"aa": "rand-q9"}, {"remode": "foo"}])
+def test_unknown_augmentation_is_an_error(wrong):
+    with pytest.raises(ValueError, match="timm has no augmentation .* use for instance"):
+        build_train_transform(input_size=32, **NORM, **wrong)
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    np.random.seed(0)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 3, 16, 16, generator=generator), torch.arange(6) % 4
+
+
+def test_without_mixup_the_batch_stays(batch):
+    transform = build_batch_transform(mixup=0, cutmix=0, cutmix_minmax=None, **MIX)
+    assert all(a is b for a, b in zip(transform(*batch), batch, strict=True))
+
+
+@pytest.mark.parametrize(
+    "active",
+    [
+        {"mixup": 0.8, "cutmix": 0, "cutmix_minmax": None},
+        {"mixup": 0, "cutmix": 1.0, "cutmix_minmax": None},
+        {"mixup": 0, "cutmix": 0, "cutmix_minmax": (0.2, 0.8)},
+    ],
+)
+def test_mixup_and_cutmix_mix_samples_and_targets(active, batch):
+    samples, targets = build_batch_transform(**active, **MIX)(batch[0].clone(), batch[1])
+    assert samples.shape == batch[0].shape and not samples.equal(batch[0])
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    assert targets.min() > 0  # label smoothing
+
+
+@pytest.mark.parametrize("mixup", [0, 0.8])
+def test_cosub_repeats_the_mixed_samples_only(mixup, batch):
+    transform = build_batch_transform(mixup=mixup, cutmix=0, cutmix_minmax=None, cosub=True, **MIX)
+    samples, targets = transform(*batch)
+    assert samples.shape[0] == 12 and samples[:6].equal(samples[6:])
+    assert targets.shape[0] == 6

@@ -1,0 +1,411 @@
+import gzip
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import types
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100, Flowers102
+
+import datasets
+from augment import build_train_transform
+from datasets import (
+    ALIASES,
+    DATASETS,
+    SeededDataset,
+    build_dataset,
+    ignore_signals,
+)
+from samplers import EpochSampler
+
+AUGMENTATION = {"input_size": 28, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+
+def write_image(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (value,) * 3).save(path)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    content = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+    content += array.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_fashion_mnist(folder: Path, suffix: str = "", images: int = 3, labels: int = 3) -> None:
+    for split in ("train", "t10k"):
+        pixels = np.arange(images * 28 * 28).reshape(images, 28, 28).astype(np.uint8)
+        write_idx(folder / f"{split}-images-idx3-ubyte{suffix}", pixels)
+        write_idx(folder / f"{split}-labels-idx1-ubyte{suffix}", np.arange(labels, dtype=np.uint8))
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png", 100 * label + i)
+    return tmp_path
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "no such package")
+
+
+# Which images
+
+
+@pytest.mark.parametrize(("train", "count"), [(True, 10_000), (False, 2_000)])
+def test_demo_is_balanced_rgb(train, count):
+    dataset, num_classes = build_dataset("DEMO", "/ignored", train=train)
+    assert (len(dataset), num_classes) == (count, 10)
+    assert np.bincount(dataset.labels).tolist() == [count // 10] * 10
+    image, label = dataset[0]
+    assert (image.size, image.mode, type(label)) == ((28, 28), "RGB", int)
+    assert dataset.classes[9] == "Ankle boot"
+
+
+def test_demo_is_part_of_fashion_mnist():
+    if not datasets.DEBIAN_FASHION_MNIST.is_dir():
+        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    for train, count in ((True, 60_000), (False, 10_000)):
+        whole, _ = build_dataset("FMNIST", "/does/not/exist", train=train)
+        part, _ = build_dataset("DEMO", "", train=train)
+        assert len(whole) == count
+        labels = dict(zip(map(bytes, whole.images), whole.labels, strict=True))
+        found = [labels.get(bytes(image)) for image in part.images]
+        assert found == part.labels.tolist()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("folder", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_from_a_folder(folder, suffix, tmp_path):
+    write_fashion_mnist(tmp_path / folder, suffix)
+    dataset, num_classes = build_dataset("FMNIST", tmp_path, train=False)
+    assert (len(dataset), num_classes) == (3, 10)
+    image, label = dataset[1]
+    assert label == 1
+    assert np.array_equal(np.asarray(image)[..., 2], dataset.images[1])
+
+
+def test_image_folder(image_folder):
+    train, num_classes = build_dataset("IMNET", str(image_folder), train=True)
+    assert (len(train), num_classes, train.classes) == (8, 2, ["cat", "dog"])
+    (image_folder / "val").rename(image_folder / "validation")
+    evaluation, _ = build_dataset(
+        "IMNET", image_folder, train=False, transform=lambda image: image.getpixel((0, 0))
+    )
+    assert list(evaluation) == [
+        ((v,) * 3, label) for v, label in ((0, 0), (1, 0), (100, 1), (101, 1))
+    ]
+
+
+@pytest.mark.parametrize(("name", "cifar"), [("CIFAR10", CIFAR10), ("CIFAR", CIFAR100)])
+def test_cifar_is_read_without_a_download(name, cifar, tmp_path, monkeypatch, no_network):
+    key = "fine_labels" if cifar is CIFAR100 else "labels"
+    images = np.arange(2 * 3072).reshape(2, 3072).astype(np.uint8)
+    meta = dict(cifar.meta, md5=None)
+    contents = {
+        "some": {"data": images, key: [1, 0]},
+        meta["filename"]: {meta["key"]: ["apple", "bear"]},
+    }
+    folder = tmp_path / cifar.base_folder
+    folder.mkdir()
+    for file, content in contents.items():
+        (folder / file).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(cifar, "train_list", [["some", None]])
+    monkeypatch.setattr(cifar, "test_list", [])
+    monkeypatch.setattr(cifar, "meta", meta)
+    dataset, num_classes = build_dataset(name, tmp_path, train=True)
+    assert (num_classes, dataset[0][0].mode, dataset[0][1]) == (2, "RGB", 1)
+
+
+def test_flowers_trains_on_train_and_val(tmp_path, monkeypatch):
+    tables = {
+        "setid.mat": {
+            k: np.array(v) for k, v in {"trnid": [1], "valid": [3], "tstid": [2, 4]}.items()
+        },
+        "imagelabels.mat": {"labels": np.array([5, 6, 7, 8])},
+    }
+    scipy_io = types.SimpleNamespace(loadmat=lambda path, **_: tables[path.name])
+    monkeypatch.setitem(sys.modules, "scipy", types.SimpleNamespace(io=scipy_io))
+    monkeypatch.setitem(sys.modules, "scipy.io", scipy_io)
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)
+    for i in range(1, 5):
+        write_image(tmp_path / f"flowers-102/jpg/image_{i:05d}.jpg")
+    for train, labels in ((True, [4, 6]), (False, [5, 7])):
+        dataset, num_classes = build_dataset("FLOWERS", tmp_path, train=train)
+        assert (num_classes, len(dataset.classes)) == (102, 102)
+        assert [label for _, label in dataset] == labels
+
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ValueError, match="Flowers102 needs scipy"):
+        build_dataset("FLOWERS", tmp_path, train=True)
+
+
+@pytest.fixture
+def inat_folder(tmp_path) -> Path:
+    levels = [("Plantae", "rose"), ("Animalia", "wolf"), ("Animalia", "bear")]
+    categories = [
+        {"id": 10 + i, "kingdom": kingdom, "name": name} for i, (kingdom, name) in enumerate(levels)
+    ]
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    for split in ("train2018", "val2018", "train2019"):
+        files = [f"{split}/x/{i}.jpg" for i in range(3)]
+        content = {
+            "images": [{"id": 7 * i, "file_name": file} for i, file in enumerate(files)],
+            "annotations": [{"image_id": 7 * i, "category_id": 10 + i} for i in (2, 0, 1)],
+        }
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        for i, file in enumerate(files):
+            write_image(tmp_path / file, 50 * i)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "level", "classes", "labels"),
+    [
+        ("INAT18", True, "name", ["bear", "rose", "wolf"], [0, 1, 2]),
+        ("INAT", False, "kingdom", ["Animalia", "Plantae"], [0, 1, 0]),
+        ("INAT19", True, "name", ["bear", "rose", "wolf"], [0, 1, 2]),
+    ],
+)
+def test_inaturalist(name, train, level, classes, labels, inat_folder):
+    dataset, num_classes = build_dataset(name, inat_folder, train=train, inat_category=level)
+    assert (num_classes, dataset.classes) == (len(classes), classes)
+    assert [label for _, label in dataset] == labels
+    assert [round(image.getpixel((0, 0))[0], -1) for image, _ in dataset] == [100, 0, 50]
+
+
+# Errors
+
+
+def rejects(match: str, name: str, path: Path, **kwargs) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        build_dataset(name, path, **{"train": True} | kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_name_is_an_error(tmp_path):
+    rejects("Unknown data set 'MNIST': choose one of IMNET, .*, INAT", "MNIST", tmp_path)
+    assert set(ALIASES.values()) < set(DATASETS)
+
+
+def test_image_folder_errors(image_folder):
+    rejects("The data folder .*/nowhere does not exist", "IMNET", image_folder / "nowhere")
+    write_image(image_folder / "val/emu/0.png")
+    rejects("only one of them has emu", "IMNET", image_folder, train=False)
+    (image_folder / "train/ant").mkdir()
+    rejects("The class folder .*/train/ant has no images: fill", "IMNET", image_folder)
+    rejects("has no folder train: IMNET needs", "IMNET", image_folder / "val")
+    rejects("has no folder val or validation or test", "IMNET", image_folder / "val", train=False)
+    (image_folder / "empty/train").mkdir(parents=True)
+    rejects("empty/train has no class folders", "IMNET", image_folder / "empty")
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FLOWERS", "FMNIST"])
+def test_failed_download_is_an_error(name, tmp_path, no_network):
+    rejects("is not complete in .* and could not be downloaded", name, tmp_path)
+
+
+def test_broken_fashion_mnist_is_an_error(tmp_path):
+    write_fashion_mnist(tmp_path, labels=2)
+    rejects("hold 3 images but 2 labels", "FMNIST", tmp_path)
+    images = tmp_path / "train-images-idx3-ubyte"
+    for content in (b"", images.read_bytes()[:-1], b"<html>"):
+        images.write_bytes(content)
+        rejects("train-images-idx3-ubyte is not a complete IDX file", "FMNIST", tmp_path)
+    images.unlink()
+    packed = gzip.compress(bytes(1000))
+    for content in (packed[:-12], packed[:12] + b"x" * 12, b"<html>"):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+        rejects("ubyte.gz is not a complete IDX file", "FMNIST", tmp_path)
+
+
+def test_inaturalist_errors(inat_folder):
+    rejects("category 'size': choose one of kingdom", "INAT18", inat_folder, inat_category="size")
+    rejects("do not fit together .*'genus'", "INAT18", inat_folder, inat_category="genus")
+    rejects("val2019.json is missing or no json", "INAT19", inat_folder, train=False)
+    rejects("folder .* does not exist", "INAT18", inat_folder / "nowhere")
+
+
+# The stream of training samples
+
+
+def demo_loader(workers: int = 0, batch_size: int = 8, start: int = 0, **sampler) -> DataLoader:
+    images, _ = build_dataset("DEMO", "", train=True)
+    dataset = SeededDataset(images, build_train_transform(**AUGMENTATION), seed=3)
+    order = EpochSampler(200, seed=3, **sampler)
+    order.set_epoch(1, start)
+    return DataLoader(
+        dataset, batch_size, sampler=order, num_workers=workers, worker_init_fn=ignore_signals
+    )
+
+
+def stream(*args, **kwargs) -> list[torch.Tensor]:
+    """All images and labels of a loader, one after the other."""
+    images, labels = zip(*demo_loader(*args, **kwargs), strict=True)
+    return [torch.cat(images), torch.cat(labels)]
+
+
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_stream_does_not_depend_on_the_workers(workers, repeats):
+    assert_equal(stream(workers, repeats=repeats), stream(0, repeats=repeats))
+
+
+def test_resume_gives_the_same_tail():
+    assert_equal(stream(2, start=88), [part[88:] for part in stream(0)])
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_two_ranks_see_the_batches_of_one(repeats):
+    ranks = [stream(batch_size=4, num_replicas=2, rank=rank, repeats=repeats) for rank in (0, 1)]
+    interleaved = [torch.stack(parts, 1).flatten(0, 1) for parts in zip(*ranks, strict=True)]
+    assert_equal(interleaved, stream(batch_size=8, repeats=repeats))
+
+
+def test_each_draw_is_augmented_differently():
+    images, _ = stream(repeats=3)
+    assert len({image.numpy().tobytes() for image in images}) == 200
+
+
+def test_loading_in_the_training_process_leaves_its_random_states_alone():
+    def numbers() -> tuple:
+        return random.random(), np.random.standard_normal(), torch.rand(1).item()
+
+    def seeded_numbers(between) -> list[tuple]:
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        return [numbers(), between(), numbers()][::2]
+
+    dataset = demo_loader().dataset
+    assert seeded_numbers(lambda: dataset[0, 5]) == seeded_numbers(lambda: None)
+
+
+# Corrupt images
+
+
+def corrupt(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def corrupt_loader(root: Path, workers: int = 0, **kwargs) -> DataLoader:
+    images, _ = build_dataset("IMNET", root, train=True)
+    dataset = SeededDataset(images, lambda image: image.getpixel((0, 0))[0], seed=0, **kwargs)
+    order = EpochSampler(len(dataset), shuffle=False)
+    return DataLoader(dataset, sampler=order, batch_size=2, num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_are_replaced_and_counted_once(workers, image_folder):
+    corrupt(image_folder / "train/cat/3.png")
+    (image_folder / "train/dog/0.png").write_bytes(b"")
+    loader = corrupt_loader(image_folder, workers)
+    for _epoch in range(2):
+        values, labels = zip(*loader, strict=True)
+        assert torch.cat(values).tolist() == [0, 1, 2, 101, 101, 101, 102, 103]
+        assert torch.cat(labels).tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+        assert loader.dataset.corrupt_count == 2
+
+
+def test_the_last_image_is_replaced_by_the_first(image_folder):
+    corrupt(image_folder / "train/dog/3.png")
+    assert corrupt_loader(image_folder).dataset[7, 0] == (0, 0)
+
+
+def test_a_corrupt_image_is_named_once(image_folder, caplog):
+    corrupt(image_folder / "train/dog/1.png")
+    with caplog.at_level(logging.WARNING):
+        dataset = corrupt_loader(image_folder).dataset
+        assert dataset[5, 0] == dataset[5, 1] == (102, 1)
+    (message,) = caplog.messages
+    assert "without image 5: Cannot read the image" in message
+    assert str(image_folder / "train/dog/1.png") in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_images_are_an_error(workers, image_folder):
+    for i in range(3):
+        corrupt(image_folder / f"train/cat/{i}.png")
+    assert len(list(corrupt_loader(image_folder, workers, max_corrupt=3))) == 4
+    with pytest.raises(
+        RuntimeError, match="3 of 8 training images cannot be read, more than the 2"
+    ):
+        list(corrupt_loader(image_folder, workers, max_corrupt=2))
+
+
+def test_nothing_but_corrupt_images_is_an_error(image_folder):
+    for path in (image_folder / "train").rglob("*.png"):
+        corrupt(path)
+    loader = corrupt_loader(image_folder)
+    for _attempt in range(2):
+        with pytest.raises(RuntimeError, match="8 of 8 training images cannot be read"):
+            next(iter(loader))
+
+
+def test_a_corrupt_image_is_an_error_in_evaluation(image_folder):
+    corrupt(image_folder / "val/cat/0.png")
+    dataset, _ = build_dataset("IMNET", image_folder, train=False)
+    with pytest.raises(OSError, match="Cannot read the image .*/val/cat/0.png"):
+        dataset[0]
+
+
+# Signals to the loader's workers
+
+
+def test_workers_outlive_signals_and_end_with_their_loader():
+    batches = iter(demo_loader(workers=2))
+    received = [next(batches), next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    received += batches
+    assert len(received) == 25
+    del batches
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("raise RuntimeError", 1), ("os.kill(os.getpid(), 9)", -9)]
+)
+def test_no_worker_outlives_its_process(end, code):
+    script = f"""
+import os
+from tests.test_data import demo_loader
+batches = iter(demo_loader(workers=2))
+next(batches), next(batches)
+{end}
+"""
+    # A worker holds the output pipes open, so this would time out.
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=40, text=True
+    )
+    assert ended.returncode == code
+    assert "DataLoader worker" not in ended.stderr

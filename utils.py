@@ -1,0 +1,314 @@
+"""Processes, devices, random states, meters and progress: what training and evaluation share."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------- processes and devices
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's rank, their number, and the device it works on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        """`values` reduced over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op)
+        return values
+
+    def gather(self, value: object) -> list:
+        """`value` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block before the others do (to download, for instance)."""
+        if not self.is_main:
+            dist.barrier()
+        yield
+        if self.is_main and self.size > 1:
+            dist.barrier()
+
+
+def init_distributed(device: str = "auto", init_method: str = "env://") -> World:
+    """Joins the processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
+
+    `device` is `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`. Raises ValueError if it
+    is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device} needs a CUDA GPU and none was found: use --device cpu."
+        )
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    world = World(rank, size, torch.device(device))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if size > 1:
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=init_method)
+    return world
+
+
+def setup_logging(is_main: bool) -> None:
+    """Plain lines on standard output: all from the main process, only warnings from the others."""
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING,
+        format="%(message)s",
+        stream=sys.stdout,
+        force=True,
+    )
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that a run can save before it leaves."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that the signal ended."""
+        return 128 + (self.received or signal.SIGTERM)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+
+class Interrupted(Exception):
+    """A run was asked to stop, and stands where it can be saved."""
+
+
+# ------------------------------------------------------------------------------- random states
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seeds Python, numpy and torch by a mix of `entropy`.
+
+    Called with (seed, epoch, step, rank) at every step, it makes dropout, stochastic depth and
+    mixup pure functions of the position in training: a resumed run needs no saved random states.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.manual_seed(words[2])
+
+
+# ----------------------------------------------------------------------------- meters and progress
+
+
+class Mean:
+    """Running mean that stays on the device until it is read."""
+
+    def __init__(self, device: torch.device, total: float = 0.0, count: int = 0) -> None:
+        self.total = torch.tensor(total, dtype=torch.float64, device=device)
+        self.count = count
+
+    def update(self, value: Tensor | float) -> None:
+        self.total += value
+        self.count += 1
+
+    def state(self) -> tuple[float, int]:
+        return self.total.item(), self.count
+
+    def over(self, world: World) -> float:
+        """Mean over the updates of all processes."""
+        sums = torch.stack([self.total, torch.full_like(self.total, self.count)])
+        total, count = world.reduce(sums).tolist()
+        return total / max(count, 1)
+
+
+class Progress:
+    """A bar with images/s and time left on a terminal, else a plain line every `interval` steps.
+
+    `images` counts the images of one step over all processes.
+    """
+
+    def __init__(
+        self, header: str, steps: int, images: int, *, start: int = 0, interval: int, show: bool
+    ) -> None:
+        self.header, self.steps, self.images, self.start = header, steps, images, start
+        self.interval = interval
+        self.began = time.perf_counter()
+        self.bar = tqdm(
+            desc=header,
+            total=steps * images,
+            initial=start * images,
+            unit="img",
+            leave=False,
+            disable=not (show and sys.stdout.isatty()),
+            file=sys.stdout,
+        )
+
+    def due(self, step: int) -> bool:
+        return step % self.interval == 0 or step == self.steps - 1
+
+    def update(self, step: int, **values: Tensor | float) -> None:
+        """Step `step` is done; `values` are shown if it is due."""
+        self.bar.update(self.images)
+        if not self.due(step):
+            return
+        text = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable:
+            seconds = time.perf_counter() - self.began
+            rate = (step + 1 - self.start) / seconds
+            eta = timedelta(seconds=int((self.steps - step - 1) / rate))
+            logger.info(
+                "%s  [%*d/%d]  eta: %s  %s  img/s: %.1f",
+                self.header, len(str(self.steps)), step, self.steps, eta, text, rate * self.images,
+            )  # fmt: skip
+
+    def close(self) -> float:
+        """Ends the display; returns images/s since the start."""
+        self.bar.close()
+        seconds = time.perf_counter() - self.began
+        return (self.steps - self.start) * self.images / seconds
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
+    """Measures `.bytes`, the most memory the block held above what was held at its start.
+
+    Allocated memory on a GPU, resident memory of the process on the CPU (exact on Linux; elsewhere
+    what an earlier peak hides is not seen).
+    """
+    result = SimpleNamespace(bytes=0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        yield result
+        result.bytes = torch.cuda.max_memory_allocated(device) - start
+        return
+    start = _resident_peak(reset=True)
+    yield result
+    result.bytes = _resident_peak() - start
+
+
+def _resident_peak(reset: bool = False) -> int:
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ------------------------------------------------------------------------------ a run's folder
+
+
+class Journal:
+    """`log.txt`, TensorBoard and `args.yaml` in a run's folder; silent where the folder is None.
+
+    `first_epoch` is where the run goes on: what a killed run logged from there on is dropped.
+    """
+
+    def __init__(self, folder: str | None, facts: dict[str, Any], first_epoch: int) -> None:
+        self.folder = Path(folder) if folder else None
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "args.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
+        self._drop_from(first_epoch)
+        self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
+
+    def write(self, stats: dict[str, Any], images_per_second: float) -> None:
+        """Adds an epoch: one line of JSON, and every number to TensorBoard."""
+        if self.folder is None:
+            return
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(json.dumps(stats) + "\n")
+        for name, value in {**stats, "train_images_per_second": images_per_second}.items():
+            if name not in ("epoch", "n_parameters"):
+                self.board.add_scalar(name.replace("_", "/", 1), value, stats["epoch"])
+        self.board.flush()
+
+    def _drop_from(self, epoch: int) -> None:
+        log = self.folder / "log.txt"
+        if not log.exists():
+            return
+        lines = log.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        temporary = log.with_name(".log.txt.saving")
+        temporary.write_text("".join(ln for ln in whole if json.loads(ln)["epoch"] < epoch))
+        os.replace(temporary, log)
+
+
+def provenance() -> dict[str, str]:
+    """What a result depends on beside the arguments: versions, git commit, command, hardware."""
+    packages = ("torch", "torchvision", "timm", "numpy")
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    commit = _output_of(git, otherwise="unknown")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit,
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": device,
+    }
+
+
+def _output_of(command: list[str], otherwise: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return otherwise
