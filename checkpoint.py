@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -133,9 +135,8 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     Raises:
         ValueError: the differences, listed; the model is unchanged.
     """
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
-    found = {name: list(value.shape) for name, value in state.items()}
-    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    state = _bare_names(state)
+    found, wanted = _shapes(state), _shapes(model.state_dict())
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     reshaped = [name for name in wanted if name in found and found[name] != wanted[name]]
@@ -153,6 +154,47 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     model.load_state_dict(state)
 
 
+def adapt_weights(model: nn.Module, state: dict, source: str | Path) -> list[str]:
+    """Load what `state`, read from `source`, shares with `model`, to fine-tune it.
+
+    A classifier of another class count stays as initialised, a position embedding is resampled to
+    the model's grid and gains or loses the distillation token's entry. Returns a line for each
+    kind of adaptation.
+
+    Raises:
+        ValueError: a shared weight has another shape, listed, or nothing is shared.
+    """
+    state, own = _bare_names(state), model.state_dict()
+    notes = []
+    for head in _classifiers(model):
+        weight = state.get(f"{head}.weight")
+        if weight is not None and f"{head}.weight" in own and len(weight) != model.num_classes:
+            notes.append(
+                f"{head} replaced: {len(weight)} classes in the file, {model.num_classes} here"
+            )
+            state = {name: v for name, v in state.items() if not name.startswith(f"{head}.")}
+    if "pos_embed" in state and "pos_embed" in own:
+        fitted = _fit_pos_embed(
+            state["pos_embed"], model, prefix=1 + ("dist_token" in state), source=source
+        )
+        if fitted.shape != state["pos_embed"].shape:
+            before, after = state["pos_embed"].shape[1], fitted.shape[1]
+            notes.append(f"pos_embed resampled from {before} to {after} tokens")
+        state = {**state, "pos_embed": fitted}
+    shared = {name: value for name, value in state.items() if name in own}
+    if not shared:
+        raise ValueError(f"{source} shares no weight with the model: check --finetune and --model")
+    for title, names in (
+        ("not in the file, as initialised", [name for name in own if name not in state]),
+        ("not in the model, left out", [name for name in state if name not in own]),
+    ):
+        if names:
+            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+            notes.append(f"{title}: {', '.join(kinds)}")
+    load_weights(model, {**own, **shared}, source)
+    return notes
+
+
 def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
     """One line for each setting of `keys` that both dicts hold with different values."""
     return [
@@ -160,6 +202,40 @@ def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
         for key in keys
         if key in saved and key in wanted and saved[key] != wanted[key]
     ]
+
+
+def _bare_names(state: dict) -> dict:
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state.items()}
+
+
+def _shapes(state: dict) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's classifiers, as timm records them."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _fit_pos_embed(
+    saved: torch.Tensor, model: nn.Module, *, prefix: int, source: str | Path
+) -> torch.Tensor:
+    """`saved` `[1, T, dim]`, whose first `prefix` entries are no patches, on the model's grid."""
+    grid, patches = model.patch_embed.grid_size, saved[:, prefix:]
+    if patches.shape[1] != grid[0] * grid[1]:
+        side = math.isqrt(patches.shape[1])
+        if side**2 != patches.shape[1]:
+            raise ValueError(
+                f"The position embedding in {source} has {patches.shape[1]} patches, no square "
+                "grid to resample: use --input-size of its training"
+            )
+        patches = resample_abs_pos_embed(
+            patches, new_size=list(grid), old_size=[side, side], num_prefix_tokens=0
+        )
+    kept = min(prefix, model.num_prefix_tokens)
+    added = model.pos_embed.detach()[:, kept : model.num_prefix_tokens]
+    return torch.cat([saved[:, :kept], added, patches], dim=1)
 
 
 def _previous(path: Path) -> Path:

@@ -126,15 +126,17 @@ def evaluate(
 ) -> tuple[dict[str, float], float]:
     """Loss, top-1 and top-5 accuracy (in %) over all processes' shards, and images/s.
 
-    `images` is the size of the whole set. Raises Interrupted when `stop` was signalled.
+    `images` is the size of the whole set. Raises Interrupted on all processes together when
+    `stop` was signalled to any.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, top-1, top-5, images
+    # loss, top-1, top-5, images, stopped
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     per_step = math.ceil(images / max(len(loader), 1))
     progress = Progress("Test:", len(loader), per_step, interval=LOG_INTERVAL, show=world.is_main)
     for step, (samples, targets) in enumerate(loader):
         if stop:
-            raise Interrupted
+            break
         samples = samples.to(world.device, non_blocking=True)
         targets = targets.to(world.device, non_blocking=True)
         with autocast(world.device, amp_dtype):
@@ -143,10 +145,13 @@ def evaluate(
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits = ranked == targets[:, None]
         batch = (loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets)))
-        sums += torch.stack([value.double() for value in batch])
+        sums[:4] += torch.stack([value.double() for value in batch])
         progress.update(step, **({"loss": loss / len(targets)} if progress.due(step) else {}))
-    loss, top1, top5, count = world.reduce(sums).tolist()
+    sums[4] = bool(stop)
+    loss, top1, top5, count, stopped = world.reduce(sums).tolist()
     images_per_second = progress.close()
+    if stopped:
+        raise Interrupted
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
     return stats, images_per_second

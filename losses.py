@@ -1,5 +1,7 @@
 """Training losses, all called as `criterion(samples, outputs, targets)`."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -19,15 +21,19 @@ class CosubLoss(nn.Module):
     """Cooperative submodels (arXiv 2212.04884): two drawn from stochastic depth teach each other.
 
     `outputs` `[2B, K]` holds the logits of both submodels for the same batch, `targets` `[B, K]`
-    soft labels (or `[B]` class indices).
+    soft labels (or `[B]` class indices); with `binary` any positive one counts as 1.
     """
+
+    def __init__(self, binary: bool = False) -> None:
+        super().__init__()
+        self.binary = binary
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         first, second = outputs.chunk(2)
         if targets.ndim == 1:
             targets = F.one_hot(targets, outputs.shape[-1])
         loss = F.binary_cross_entropy_with_logits
-        labels = targets.to(outputs.dtype)
+        labels = (targets.gt(0) if self.binary else targets).to(outputs.dtype)
         own = loss(first, labels) + loss(second, labels)
         mutual = loss(first, second.detach().sigmoid()) + loss(second, first.detach().sigmoid())
         return (own + mutual) / 4
@@ -40,7 +46,7 @@ def build_base_loss(*, mixed: bool, smoothing: float, bce: bool, cosub: bool) ->
     class indices `[B]`, smoothed here.
     """
     if cosub:
-        return CosubLoss()
+        return CosubLoss(binary=bce)
     if bce:
         return BinaryCrossEntropy()
     if mixed:
@@ -71,7 +77,8 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if kind not in ("none", "soft", "hard"):
             raise ValueError(f"Unknown distillation type {kind!r}: choose none, soft or hard.")
-        self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher, kind, alpha, tau
+        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
+        self.teacher = teacher.eval().requires_grad_(False) if teacher else None
 
     def forward(
         self, samples: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor
@@ -94,3 +101,36 @@ class DistillationLoss(nn.Module):
             divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
             distillation = divergence * self.tau**2 / student_dist.numel()
         return (1 - self.alpha) * self.base(student, targets) + self.alpha * distillation
+
+
+class MatchInput(nn.Module):
+    """A teacher that gets the student's samples in the normalisation and size it was trained with.
+
+    `mean`, `std` of either are per channel; `size` is the side in pixels that the teacher needs,
+    None for any.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        teacher_mean: Sequence[float],
+        teacher_std: Sequence[float],
+        size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.teacher, self.size = teacher, size
+        mean, std, teacher_mean, teacher_std = (
+            torch.tensor(values).view(3, 1, 1) for values in (mean, std, teacher_mean, teacher_std)
+        )
+        self.register_buffer("scale", std / teacher_std, persistent=False)
+        self.register_buffer("shift", (mean - teacher_mean) / teacher_std, persistent=False)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        samples = samples * self.scale + self.shift
+        if self.size and samples.shape[-1] != self.size:
+            size = (self.size, self.size)
+            samples = F.interpolate(samples, size, mode="bicubic", antialias=True)
+        return self.teacher(samples)

@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch-size", default=64, type=int, help="images per process and accumulation step")
     add("--epochs", default=300, type=int)
     add("--grad-accum-steps", default=1, type=int, help="batches per optimiser step")
-    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III)")
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
     add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
     # Model
     add("--model", default="deit_base_patch16_224", help="a LION or any other timm model")
@@ -126,6 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--patience-epochs", default=10, type=int)
     add("--decay-rate", "--dr", default=0.1, type=float)
     # Augmentation
+    add("--no-aug", action="store_true", help="train on the images as evaluation sees them")
     add("--color-jitter", default=0.3, type=float)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
     add("--smoothing", default=0.1, type=float, help="label smoothing")
@@ -201,6 +202,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto needs the --output_dir of the run.")
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: choose a folder.")
     if args.output_dir and not (args.eval or args.resume or args.overwrite):
         found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
         if found:
@@ -230,8 +233,10 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         ) from error
 
 
-def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
-    transform = build_train_transform(
+def train_transform(args: argparse.Namespace) -> Callable:
+    if args.no_aug:
+        return eval_transform(args)
+    return build_train_transform(
         input_size=args.input_size,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
@@ -244,6 +249,18 @@ def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoad
         three_augment=args.ThreeAugment,
         simple_random_crop=args.src,
     )
+
+
+def eval_transform(args: argparse.Namespace) -> Callable:
+    return build_eval_transform(
+        input_size=args.input_size,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        crop_ratio=args.eval_crop_ratio,
+    )
+
+
+def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
     images, num_classes = find_images(args, world, train=True)
     sampler = EpochSampler(
         len(images),
@@ -257,19 +274,15 @@ def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoad
             f"One step draws {args.batch_size * args.grad_accum_steps} images per process, but an "
             f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
         )
-    dataset = SeededDataset(images, transform, seed=args.seed)
+    dataset = SeededDataset(images, train_transform(args), seed=args.seed)
     return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
                       **loader_options(args, world)), num_classes  # fmt: skip
 
 
 def build_eval_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
-    transform = build_eval_transform(
-        input_size=args.input_size,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        crop_ratio=args.eval_crop_ratio,
+    images, num_classes = find_images(
+        args, world, train=False, transform=eval_transform(args)
     )
-    images, num_classes = find_images(args, world, train=False, transform=transform)
     sampler = ShardSampler(len(images), num_replicas=world.size, rank=world.rank)
     return DataLoader(images, int(1.5 * args.batch_size), sampler=sampler,
                       **loader_options(args, world)), num_classes  # fmt: skip
@@ -443,8 +456,9 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     if args.resume and (found := read_checkpoint(args)):
         run.restore(*found)
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    smoothing = 0.0 if args.bce_loss else args.smoothing  # it would make every class present
     base_loss = build_base_loss(
-        mixed=mixed, smoothing=args.smoothing, bce=args.bce_loss, cosub=args.cosub
+        mixed=mixed, smoothing=smoothing, bce=args.bce_loss, cosub=args.cosub
     )
     batch_transform = build_batch_transform(
         mixup=args.mixup,
@@ -453,7 +467,7 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        smoothing=args.smoothing,
+        smoothing=smoothing,
         num_classes=num_classes,
         cosub=args.cosub,
     )
@@ -520,7 +534,7 @@ def fit(
             "n_parameters": n_parameters,
         }
         run.position = position = Position(position.epoch + 1)
-        if folder:  # the log last: a run killed in between goes on and logs the epoch
+        if folder:  # the checkpoint last: a run killed in between repeats the epoch
             state = run.state(args)
             if is_best:
                 checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)

@@ -18,6 +18,7 @@ With positions counted along a curve, `M_ij = a_j ... a_(i-1)` for i > j, its mi
 `a_(i+1) ... a_j` for i < j, and 1 on the diagonal.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -424,6 +426,64 @@ class LionVisionTransformer(VisionTransformer):
         return scan_curves(self.order, grid, self.num_prefix_tokens, x.device)
 
 
+class LionVisionTransformerDistilled(LionVisionTransformer):
+    """Adds DeiT's distillation token, second in every order with decay 1, and its head.
+
+    Returns `(logits, logits of head_dist)`, each `[B, K]`, in training after
+    `set_distilled_training()`, else their mean.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, reg_tokens=1, **kwargs)
+        self.dist_token, self.reg_token = self.reg_token, None  # the name of DeiT's checkpoints
+        self.distilled_training = False
+        nn.init.trunc_normal_(self.dist_token, std=0.02)
+        self._reset_head_dist()
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        self.distilled_training = enable
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.head_dist
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self._reset_head_dist()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        groups = super().group_matcher(coarse)
+        return {**groups, "stem": groups["stem"] + "|dist_token"}
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        distillation = self.head_drop(x[:, 1])
+        x = self.head_drop(self.pool(torch.cat([x[:, :1], x[:, 2:]], dim=1)))
+        if pre_logits:
+            return (x + distillation) / 2
+        x, distillation = self.head(x), self.head_dist(distillation)
+        if self.training and self.distilled_training:
+            return x, distillation
+        return (x + distillation) / 2
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
+        prefix = torch.cat([self.cls_token, self.dist_token], dim=1).expand(x.shape[0], -1, -1)
+        x = torch.cat([prefix, x.flatten(1, -2)], dim=1)
+        if self.pos_embed is not None:
+            x = x + resample_abs_pos_embed(
+                self.pos_embed,
+                new_size=list(grid),
+                old_size=list(self.patch_embed.grid_size),
+                num_prefix_tokens=self.num_prefix_tokens,
+            )
+        return self.pos_drop(x)
+
+    def _reset_head_dist(self) -> None:
+        self.head_dist = copy.deepcopy(self.head)
+        if isinstance(self.head_dist, nn.Linear):
+            nn.init.trunc_normal_(self.head_dist.weight, std=0.02)
+            nn.init.zeros_(self.head_dist.bias)
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
@@ -443,14 +503,20 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 
-default_cfgs = generate_default_cfgs({f"lion_{size}_patch16_224": _cfg() for size in SIZES})
+default_cfgs = generate_default_cfgs(
+    {f"lion_{size}_patch16_224": _cfg() for size in SIZES}
+    | {
+        f"lion_{size}_distilled_patch16_224": _cfg(classifier=("head", "head_dist"))
+        for size in SIZES
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionVisionTransformer:
     embed_dim, num_heads = SIZES[variant.split("_")[1]]
     defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
     return build_model_with_cfg(
-        LionVisionTransformer,
+        LionVisionTransformerDistilled if "distilled" in variant else LionVisionTransformer,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -472,3 +538,24 @@ def lion_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> LionVisio
 @register_model
 def lion_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> LionVisionTransformer:
     return _create("lion_base_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_tiny_distilled_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> LionVisionTransformerDistilled:
+    return _create("lion_tiny_distilled_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_small_distilled_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> LionVisionTransformerDistilled:
+    return _create("lion_small_distilled_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_base_distilled_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> LionVisionTransformerDistilled:
+    return _create("lion_base_distilled_patch16_224", pretrained, **kwargs)

@@ -63,9 +63,11 @@ class World:
         """The main process runs the block before the others do (to download, for instance)."""
         if not self.is_main:
             dist.barrier()
-        yield
-        if self.is_main and self.size > 1:
-            dist.barrier()
+        try:
+            yield
+        finally:  # an error of the main process is for the others to find, too
+            if self.is_main and self.size > 1:
+                dist.barrier()
 
 
 def init_distributed(device: str = "auto", init_method: str = "env://") -> World:
@@ -83,12 +85,17 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    world = World(rank, size, torch.device(device))
+    try:
+        world = World(rank, size, torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"There is no device {device!r}: use --device auto, cpu, cuda or cuda:N."
+        ) from error
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=init_method)
+        dist.init_process_group(backend, init_method=init_method, world_size=size, rank=rank)
     return world
 
 

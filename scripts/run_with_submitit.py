@@ -1,0 +1,74 @@
+"""Runs main.py on a Slurm cluster through submitit, with DeiT's arguments.
+
+    python scripts/run_with_submitit.py --nodes 2 --ngpus 8 --job_dir jobs/%j [main.py arguments]
+
+A job that is preempted or reaches its time limit is queued again and goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main as training  # noqa: E402
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = training.get_args_parser()
+    parser.prog = "run_with_submitit.py"
+    parser.add_argument("--ngpus", default=8, type=int, help="GPUs of each node")
+    parser.add_argument("--nodes", default=2, type=int)
+    parser.add_argument("--timeout", default=2800, type=int, help="minutes")
+    parser.add_argument("--job_dir", default="jobs/%j", help="logs and run; %%j is the job's number")
+    parser.add_argument("--partition", default=None)
+    parser.add_argument("--comment", default=None)
+    return parser
+
+
+class Job:
+    """What every process of the job runs; submitit pickles it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    def __call__(self) -> None:
+        import submitit
+
+        submitit.helpers.TorchDistributedEnvironment().export()
+        job = submitit.JobEnvironment().job_id
+        self.args.output_dir = self.args.output_dir or self.args.job_dir.replace("%j", job)
+        self.args.resume = self.args.resume or "auto"
+        training.main(self.args)
+
+    def checkpoint(self):
+        """Called before preemption: the job queued again has the same number and folder."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(Job(self.args))
+
+
+def submit(args: argparse.Namespace):
+    """Queues the job; returns submitit's handle of it."""
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        print("run_with_submitit.py: error: run pip install submitit first.", file=sys.stderr)
+        sys.exit(2)
+    optional = {"slurm_partition": args.partition, "slurm_comment": args.comment}
+    executor = submitit.AutoExecutor(folder=args.job_dir, slurm_max_num_timeout=30)
+    executor.update_parameters(
+        name="lion",
+        nodes=args.nodes,
+        gpus_per_node=args.ngpus,
+        tasks_per_node=args.ngpus,
+        cpus_per_task=args.num_workers,
+        timeout_min=args.timeout,
+        slurm_signal_delay_s=120,
+        **{name: value for name, value in optional.items() if value},
+    )
+    return executor.submit(Job(args))
+
+
+if __name__ == "__main__":
+    print("Submitted job", submit(get_args_parser().parse_args()).job_id)

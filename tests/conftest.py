@@ -1,0 +1,43 @@
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import call_main, make_image_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors on a busy machine: threads that wait for each other take many times as long."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def run(capsys) -> Iterator[Callable[..., SimpleNamespace]]:
+    """`run(*arguments)` is main.py in this process: its exit code and what it printed."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run_main(*arguments: object) -> SimpleNamespace:
+        code, message = 0, ""
+        try:
+            call_main(*arguments)
+        except SystemExit as ended:
+            code, message = (1, ended.code) if isinstance(ended.code, str) else (ended.code, "")
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err + message)
+
+    yield run_main
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)

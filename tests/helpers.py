@@ -1,0 +1,143 @@
+"""What the tests of training share: small images, small runs, and their comparison."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import main
+
+ROOT = Path(main.__file__).parent
+MODEL = ("--model-kwargs", "patch_size=4", "embed_dim=16", "depth=2", "num_heads=2")
+TINY = (*MODEL, "--model", "lion_tiny_patch16_224", "--input-size", "16", "--batch-size", "8",
+        "--num_workers", "0", "--epochs", "1", "--device", "cpu")  # fmt: skip
+
+# Forks processes that have imported torch already; clean ones, as it does nothing else.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["timm", "torch._dynamo", "torch.utils.tensorboard"])
+
+
+def make_image_folder(root: Path, train: int = 120, test: int = 21) -> Path:
+    """Noisy images of three classes, which differ in colour."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", test)):
+        for i in range(count):
+            pixels = generator.integers(0, 136, (20, 20, 3))
+            pixels[..., i % 3] += 120
+            folder = root / split / f"class{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def call_main(*arguments: Any) -> None:
+    main.main(main.get_args_parser().parse_args([str(argument) for argument in arguments]))
+
+
+class Ranks:
+    """Processes with the environment that torchrun gives them, in a new `.folder` under `root`.
+
+    Each runs `function(rank, folder, *arguments)`, by default main.py with these arguments.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *arguments: Any,
+        size: int = 2,
+        function: Callable[..., None] | None = None,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=root))
+        what = (size, self.folder, function or _main, arguments)
+        self.processes = [processes.Process(target=_rank, args=(r, *what)) for r in range(size)]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds: float = 60) -> list[int | None]:
+        """The exit codes; None for a process that had to be killed at the end of its time."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(end - time.monotonic(), 0))
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def printed(self, rank: int = 0) -> str:
+        return (self.folder / f"out{rank}").read_text()
+
+    def errors(self, rank: int = 0) -> str:
+        return (self.folder / f"err{rank}").read_text()
+
+
+def rendezvous(folder: Path) -> str:
+    """Where the ranks started in `folder` find each other."""
+    return f"file://{folder}/rendezvous"
+
+
+def _main(rank: int, folder: Path, *arguments: Any) -> None:
+    call_main(*arguments, "--dist_url", rendezvous(folder))
+
+
+def _rank(rank: int, size: int, folder: Path, function: Callable, arguments: Sequence) -> None:
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        target = os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(target, stream.fileno())
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    function(rank, folder, *arguments)
+
+
+def torchrun(module: str, *arguments: Any) -> list[str]:
+    """The command by which `module` starts two processes of this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launch = ("--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}")
+    return [sys.executable, "-m", module, *launch, *map(str, arguments)]
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def weights(folder: Path, key: str = "model") -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoint.pth")[key]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit, in nested containers."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Everything that two runs leave is the same, but what they were asked."""
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        saved, expected = checkpoint.load(folder / name), checkpoint.load(other / name)
+        assert saved.keys() == expected.keys()
+        differing = [key for key in saved if not same(saved[key], expected[key])]
+        assert [key for key in differing if key != "args"] == []
+    assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()

@@ -1,0 +1,543 @@
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import MODEL, ROOT, TINY, Ranks, make_image_folder, same, torchrun, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.utils import parameters_to_vector
+
+import checkpoint
+import main
+
+# Arguments
+
+DEIT = dict(
+    batch_size=64, epochs=300, bce_loss=False, unscale_lr=False, model="deit_base_patch16_224",
+    input_size=224, drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
+    model_ema_force_cpu=False, opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None,
+    momentum=0.9, weight_decay=0.05, sched="cosine", lr=5e-4, lr_noise=None, lr_noise_pct=0.67,
+    lr_noise_std=1.0, warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5,
+    cooldown_epochs=10, patience_epochs=10, decay_rate=0.1, color_jitter=0.3,
+    aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic", repeated_aug=True,
+    train_mode=True, ThreeAugment=False, src=False, reprob=0.25, remode="pixel", recount=1,
+    resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0,
+    mixup_switch_prob=0.5, mixup_mode="batch", teacher_model="regnety_160", teacher_path="",
+    distillation_type="none", distillation_alpha=0.5, distillation_tau=1.0, cosub=False,
+    finetune="", attn_only=False, data_path="/datasets01/imagenet_full_size/061417/",
+    data_set="IMNET", inat_category="name", output_dir="", device="auto", seed=0, resume="",
+    start_epoch=0, eval=False, eval_crop_ratio=0.875, dist_eval=False, num_workers=10,
+    pin_mem=True, distributed=False, world_size=1, dist_url="env://",
+)  # fmt: skip
+LION = dict(
+    pos_emb=False, cls_tok=False, mask_type="Decay", order="Normal", format="Attention",
+    chunk_size=32,
+)  # fmt: skip
+CHOICES = dict(
+    train_interpolation="random", mixup_mode="pair", distillation_type="soft", data_set="CIFAR",
+    inat_category="genus", mask_type="Lit", order="S", format="RNN",
+)  # fmt: skip
+
+
+def parse(*arguments: str):
+    return main.get_args_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize(("name", "default"), (DEIT | LION).items())
+def test_arguments_in_both_spellings_with_their_defaults(name, default):
+    assert getattr(parse(), name) == default
+    text = CHOICES.get(name, "7")
+    for option in (f"--{name}", f"--{name.replace('_', '-')}"):
+        given = [option] if isinstance(default, bool) else [option, text]
+        value = getattr(parse(*given), name)
+        assert value is True if isinstance(default, bool) else value in (text, 7, [7])
+
+
+@pytest.mark.parametrize("name", ["model-ema", "repeated-aug", "train-mode", "pin-mem", "amp"])
+def test_switches_can_be_turned_off(name):
+    dest = name.replace("-", "_")
+    assert getattr(parse(), dest) is True
+    assert getattr(parse(f"--no-{name}"), dest) is False
+    assert getattr(parse(f"--no_{dest}"), dest) is False
+
+
+@pytest.mark.parametrize("name", ["pos_emb", "cls_tok"])
+def test_flags_with_and_without_a_value(name, run):
+    for option in (f"--{name}", f"--{name.replace('_', '-')}"):
+        assert [getattr(parse(*given), name) for given in (
+            [option], [option, "True"], [option, "False"], [option, "--eval"], []
+        )] == [True, True, False, True, False]  # fmt: skip
+    refused = run(f"--{name}", "perhaps")
+    assert refused.code == 2 and "expected True or False, not 'perhaps'" in refused.err
+
+
+def test_other_arguments():
+    given = parse("--dr", "0.2", "--opt-betas", "0.9", "0.95", "--cutmix-minmax", "0.2", "0.8",
+                  "--model-kwargs", "patch_size=4", "global_pool=token")  # fmt: skip
+    assert given.decay_rate == 0.2
+    assert given.opt_betas == [0.9, 0.95] and given.cutmix_minmax == [0.2, 0.8]
+    assert given.model_kwargs == {"patch_size": 4, "global_pool": "token"}
+
+
+# The published commands
+
+SMALL = (*MODEL, "--input-size", "16", "--epochs", "1", "--num_workers", "1", "--device", "cpu")
+ACCURACY = r"\d+\.\d{3}"
+LINES = (
+    r"Effective batch size 16 \(8 per process x 2 processes x 1 accumulation steps\), "
+    r"learning rate 1\.56\de-05",
+    r"number of params: \d+",
+    r"Start training for 1 epochs",
+    r"Epoch: \[0\]  \[0/7\]  eta: .*  lr: .*  loss: .*  img/s: .*",
+    rf"\* Acc@1 {ACCURACY} Acc@5 {ACCURACY} loss {ACCURACY}",
+    r"Accuracy of the network on the 21 test images: \d+\.\d%",
+    r"Max accuracy: \d+\.\d\d%",
+    r"Training time \d+:\d\d:\d\d",
+)
+
+
+def called(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (("torch.distributed.run",), ()),
+        (
+            ("torch.distributed.launch", "--use_env"),
+            ("--mask_type", "Decay", "--order", "S", "--format", "Attention"),
+        ),
+    ],
+    ids=["torchrun", "launch"],
+)
+def test_training_commands(module, options, data_path, tmp_path):
+    arguments = ("--model", "lion_base_patch16_224", "--batch-size", "8", "--data-path", data_path,
+                 "--output_dir", tmp_path / "run", *options, *SMALL)  # fmt: skip
+    ended = called(torchrun(*module, ROOT / "main.py", *arguments), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for line in LINES:
+        assert re.search(rf"^{line}$", ended.stdout, re.M), line
+    assert ended.stdout.count("Max accuracy") == 1
+    assert (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_evaluation_command(run, data_path, tmp_path):
+    shared = ("--model", "lion_tiny_patch16_224", "--mask_type", "Selective", "--order", "S",
+              "--data-path", data_path)  # fmt: skip
+    learns = ("--lr", "3e-3", "--unscale-lr", "--warmup-epochs", "0", "--epochs", "2")
+    trained = run(*TINY, *shared, *learns, "--output_dir", tmp_path)
+    assert trained.code == 0
+    *_, expected = (tmp_path / "log.txt").read_text().splitlines()
+    printed = re.compile(rf"\* Acc@1 ({ACCURACY}) Acc@5 ({ACCURACY}) loss ({ACCURACY})")
+    evaluate = ("--eval", "--resume", "checkpoint.pth", *shared, "--format", "Chunk", *SMALL)
+    ended = called([sys.executable, str(ROOT / "main.py"), *map(str, evaluate)], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for line in (
+        r"Accuracy of the network on the 21 test images: \d+\.\d%",
+        r"Evaluation took .* s \(.* images/s\), peak memory \d+ MiB",
+    ):
+        assert re.search(rf"^{line}$", ended.stdout, re.M), line
+    scores = [printed.search(ended.stdout).groups()]
+    for format in ("Attention", "RNN"):
+        arguments = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--format", format)
+        scores.append(printed.search(run(*TINY, *shared, *arguments).out).groups())
+    stats = json.loads(expected)
+    wanted = tuple(f"{stats[name]:.3f}" for name in ("test_acc1", "test_acc5", "test_loss"))
+    assert scores == [wanted] * 3
+    assert stats["test_acc1"] > 50
+
+
+def test_evaluation_of_a_data_set_without_a_checkpoint(run):
+    ended = run(*TINY, "--eval", "--data-set", "DEMO", "--input-size", "28", "--batch-size", "256")
+    assert ended.code == 0
+    assert "Accuracy of the network on the 2000 test images:" in ended.out
+
+
+# What a run leaves
+
+LOGGED = [
+    *("train_lr", "train_loss", "train_grad_norm"),
+    *("test_loss", "test_acc1", "test_acc5", "test_ema_loss", "test_ema_acc1", "test_ema_acc5"),
+    *("epoch", "n_parameters"),
+]
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_what_a_run_leaves(run, data_path, tmp_path):
+    folder = tmp_path / "new" / "run"
+    ended = run(*TINY, "--data-path", data_path, "--output_dir", folder, "--epochs", "2")
+    assert (ended.code, ended.err) == (0, "")
+    assert "Epoch: [0]  [14/15]" in ended.out, "an epoch of fewer than 256 images is whole"
+
+    log = logged(folder)
+    assert [list(epoch) for epoch in log] == [LOGGED] * 2
+    assert [epoch["epoch"] for epoch in log] == [0, 1]
+    assert all(math.isfinite(value) for epoch in log for value in epoch.values())
+
+    saved = checkpoint.load(folder / "checkpoint.pth")
+    deit = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"}
+    assert deit <= saved.keys() and saved["epoch"] == 1
+    assert type(saved["args"]) is dict and saved["args"]["batch_size"] == 8
+    assert sum(tensor.numel() for tensor in saved["model"].values()) == log[0]["n_parameters"]
+    best = checkpoint.load(folder / "best_checkpoint.pth")
+    accuracies = [epoch["test_acc1"] for epoch in log]
+    assert accuracies[best["epoch"]] == best["max_accuracy"] == max(accuracies)
+    assert f"Max accuracy: {max(accuracies):.2f}%" in ended.out
+    assert checkpoint.load(folder / "checkpoint.previous.pth")["epoch"] == 0
+
+    facts = yaml.safe_load((folder / "args.yaml").read_text())
+    assert facts["args"] == saved["args"] and facts["world_size"] == 1
+    assert torch.__version__.startswith(facts["torch"])
+    assert {"timm", "commit", "command"} <= facts.keys()
+
+    board = EventAccumulator(str(folder)).Reload()
+    tags = {name.replace("_", "/", 1) for name in LOGGED[:-2]} | {"train/images_per_second"}
+    assert set(board.Tags()["scalars"]) == tags
+    ema = [(event.step, event.value) for event in board.Scalars("test/ema_loss")]
+    assert ema == [(i, pytest.approx(epoch["test_ema_loss"])) for i, epoch in enumerate(log)]
+
+
+def test_without_an_output_folder_nothing_is_written(run, data_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*TINY, "--data-path", data_path).code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_starts_anew(run, data_path, tmp_path):
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path)
+    run(*arguments, "--epochs", "2")
+    assert run(*arguments, "--overwrite").code == 0
+    assert len(logged(tmp_path)) == 1
+    assert not (tmp_path / "checkpoint.previous.pth").exists()
+
+
+# Training options: runs of a few plain steps
+
+PLAIN = (*TINY, "--batch-size", "40", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0",
+         "--lr", "0.1", "--unscale-lr", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0",
+         "--drop-path", "0")  # fmt: skip
+
+
+@pytest.fixture
+def trained(run, data_path, tmp_path):
+    """`trained(*options)` runs main.py with `PLAIN` arguments and returns its folder."""
+    folders = []
+
+    def train(*options: object) -> Path:
+        folders.append(tmp_path / f"run{len(folders)}")
+        ended = run(*PLAIN, "--data-path", data_path, "--output_dir", folders[-1], *options)
+        assert ended.code == 0, ended.err
+        return folders[-1]
+
+    return train
+
+
+def initial_weights(trained, *options: str) -> dict[str, torch.Tensor]:
+    return weights(trained("--lr", "0", "--min-lr", "0", *options))
+
+
+def close(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model", "deit_base_patch16_224", "--ThreeAugment", "--bce-loss"),
+        ("--model", "vit_tiny_patch16_224", "--src", "--cosub", "--drop-path", "0.5"),
+        ("--model", "regnetx_002", "--model-kwargs", "--input-size", "32"),
+        ("--torchcompile", "eager", "--channels-last", "--layer-decay", "0.7"),
+        ("--pos_emb", "--cls_tok", "--mask_type", "Lit", "--format", "RNN"),
+        ("--mixup", "0.8", "--cutmix-minmax", "0.2", "0.8", "--mixup-mode", "elem"),
+        ("--mixup", "0.8", "--mixup-mode", "pair", "--opt-betas", "0.9", "0.99", "--opt", "adamw"),
+        ("--no-train-mode", "--no-repeated-aug", "--aa", "none", "--model-ema-decay", "0.9"),
+    ],
+    ids=lambda options: " ".join(options[:2]),
+)
+def test_options_and_other_models(options, trained):
+    (epoch,) = logged(trained(*options))
+    assert all(math.isfinite(value) for value in epoch.values())
+    assert epoch["train_grad_norm"] > 0 and 0 <= epoch["test_acc1"] <= 100
+
+
+def test_accumulated_batches_and_two_ranks_equal_one_large_batch(trained, data_path, tmp_path):
+    whole = trained("--batch-size", "20", "--mask_type", "Selective", "--order", "S")
+    half = (*PLAIN, "--mask_type", "Selective", "--order", "S", "--batch-size", "10",
+            "--data-path", data_path)  # fmt: skip
+    parts = trained(*half[len(PLAIN) :], "--grad-accum-steps", "2")
+    ranks = Ranks(tmp_path, *half, "--output_dir", tmp_path / "ranks")
+    assert ranks.wait() == [0, 0], ranks.errors()
+    for folder in (parts, tmp_path / "ranks"):
+        assert close(weights(folder), weights(whole))
+        assert close(weights(folder, "model_ema"), weights(whole, "model_ema"))
+        (epoch,), (expected,) = logged(folder), logged(whole)
+        assert epoch == pytest.approx(expected, rel=1e-4)
+        assert epoch["test_acc1"] == expected["test_acc1"]
+
+
+def test_the_learning_rate_is_scaled_by_the_effective_batch(run, data_path):
+    arguments = ("--batch-size", "20", "--grad-accum-steps", "3", "--lr", "0.256", "--opt", "sgd")
+    line = r"Effective batch size 60 \(20 .* x 1 .* x 3 .*\), learning rate (.*)"
+    for options, lr in (((), "0.03"), (("--unscale-lr",), "0.256")):
+        ended = run(*TINY, "--data-path", data_path, *arguments, *options)
+        assert re.search(line, ended.out)[1] == lr
+
+
+def cosine(t: float, end: float, warmup: float) -> float:
+    """From 1e-3 up to 1e-1 by `warmup`, down to 1e-2 at `end`."""
+    if t < warmup:
+        return 1e-3 + (1e-1 - 1e-3) * t / warmup
+    return 1e-2 + (1e-1 - 1e-2) * (1 + math.cos(math.pi * t / end)) / 2
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_learning_rate_schedule(by_step, trained):
+    shape = ("--warmup-lr", "1e-3", "--min-lr", "1e-2", "--warmup-epochs", "2", "--epochs", "4")
+    log = logged(trained(*shape, *(["--sched-on-updates"] if by_step else [])))
+    steps = 3
+    for t, epoch in enumerate(log):
+        expected = cosine(t, 4, 2)
+        if by_step:
+            rates = [cosine(t * steps + step, 4 * steps, 2 * steps) for step in range(steps)]
+            expected = sum(rates) / steps
+        assert epoch["train_lr"] == pytest.approx(expected)
+
+
+def test_moving_average(trained):
+    one_step = ("--batch-size", "120")
+    before, after = initial_weights(trained), weights(trained(*one_step))
+    averages = {
+        decay: weights(trained(*one_step, "--model-ema-decay", decay), "model_ema")
+        for decay in (0, 0.75, 1)
+    }
+    assert not close(before, after)
+    assert close(averages[0], after) and close(averages[1], before)
+    assert close(averages[0.75], {n: 0.75 * before[n] + 0.25 * after[n] for n in before})
+
+
+def test_moving_average_is_evaluated_and_can_be_turned_off(trained, run, data_path):
+    options = ("--model-ema-decay", "0.9", "--epochs", "2")
+    folder, on_cpu = trained(*options), trained(*options, "--model-ema-force-cpu")
+    assert same(weights(folder, "model_ema"), weights(on_cpu, "model_ema"))
+    resume = ("--eval", "--resume", folder / "checkpoint.pth", "--data-path", data_path)
+    *_, stats = logged(folder)
+    for options, prefix in (((), "test_"), (("--use-ema",), "test_ema_")):
+        assert f"loss {stats[f'{prefix}loss']:.3f}" in run(*TINY, *resume, *options).out
+    assert stats["test_loss"] != stats["test_ema_loss"]
+
+    without = trained("--no-model-ema")
+    assert weights(without, "model_ema") is None
+    assert [name for name in logged(without)[0] if "ema" in name] == []
+
+
+def test_clipped_gradients(trained):
+    before = initial_weights(trained)
+    after = weights(trained("--batch-size", "120", "--clip-grad", "0.01"))
+    change = parameters_to_vector([after[name] - before[name] for name in before])
+    assert change.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-2)
+
+
+def test_attn_only_leaves_the_rest_as_it_was(trained):
+    before = initial_weights(trained, "--pos_emb")
+    folder = trained("--pos_emb", "--attn-only", "--weight-decay", "0.1")
+    after = weights(folder)
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {n for n in before if ".attn." in n or n.startswith(("head.", "pos_embed"))}
+    assert logged(folder)[0]["n_parameters"] == sum(before[name].numel() for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        ((), math.log(3)),
+        (("--smoothing", "0"), math.log(3)),
+        (("--mixup", "0.8"), math.log(3)),
+        (("--bce-loss",), math.log(2)),
+        (("--bce-loss", "--cutmix", "1"), math.log(2)),
+        (("--cosub", "--mixup", "0.8"), math.log(2)),
+    ],
+)
+def test_each_loss_begins_at_that_of_ignorance(options, loss, trained):
+    (epoch,) = logged(trained("--lr", "1e-6", *options))
+    assert epoch["train_loss"] == pytest.approx(loss, rel=0.05)
+
+
+@pytest.mark.parametrize(("options", "most"), [((), 3), (("--bce-loss",), 2)])
+def test_binary_cross_entropy_sees_two_classes_in_two_images(options, most, trained, monkeypatch):
+    """Label smoothing would make all classes present."""
+    present = []
+
+    def loss(outputs, targets):
+        present.append(targets.gt(0).sum(1).max().item())
+        return outputs.mean()
+
+    monkeypatch.setattr(main, "build_base_loss", lambda **_: loss)
+    trained("--mixup", "0.8", *options)
+    assert max(present) == most
+
+
+def test_augmentation_arguments_arrive(data_path, run, monkeypatch):
+    received = {}
+
+    def note(build):
+        def noting(**kwargs):
+            received.update(kwargs)
+            return build(**kwargs)
+
+        return noting
+
+    for name in ("build_train_transform", "build_batch_transform"):
+        monkeypatch.setattr(main, name, note(getattr(main, name)))
+    wanted = dict(
+        color_jitter=0.1, aa="original", train_interpolation="bilinear", reprob=0.5,
+        remode="const", recount=2, mixup=0.3, cutmix=0.4, mixup_prob=0.5, mixup_switch_prob=0.6,
+        mixup_mode="pair", smoothing=0.2,
+    )  # fmt: skip
+    given = [text for name, value in wanted.items() for text in (f"--{name}", value)]
+    more = ("--ThreeAugment", "--src", "--cutmix-minmax", "0.2", "0.8", "--cosub")
+    assert run(*TINY, "--data-path", data_path, *given, *more).code == 0
+    names = {"train_interpolation": "interpolation", "mixup_prob": "prob", "mixup_mode": "mode",
+             "mixup_switch_prob": "switch_prob"}  # fmt: skip
+    expected = {names.get(name, name): value for name, value in wanted.items()} | {
+        "input_size": 16, "three_augment": True, "simple_random_crop": True,
+        "cutmix_minmax": [0.2, 0.8], "cosub": True, "num_classes": 3,
+    }  # fmt: skip
+    assert {name: received[name] for name in expected} == expected
+
+
+def test_three_images_are_enough(run, tmp_path):
+    data = make_image_folder(tmp_path / "data", train=3, test=3)
+    ended = run(*TINY, "--data-path", data, "--batch-size", "2", "--output_dir", tmp_path / "run")
+    assert ended.code == 0
+    assert len(logged(tmp_path / "run")) == 1
+
+
+# What goes wrong
+
+
+def refused(ended, message: str, folder: Path | None = None) -> None:
+    """One sentence, exit code 2, and nothing done."""
+    assert ended.code == 2, ended
+    assert re.match(rf"main\.py: error: .*{message}", ended.err), ended.err
+    assert ended.err.count("\n") == 1
+    assert folder is None or not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data-path", "absent"), "data folder absent does not exist"),
+        (("--model", "lion_tny_patch16_224"), "no model 'lion_tny.*did you mean lion_tiny_patch16"),
+        (("--chunk_size", "0"), "--chunk_size must be at least 1, not 0"),
+        (("--batch-size", "0"), "--batch_size must be at least 1, not 0"),
+        (("--epochs", "0"), "--epochs must be at least 1, not 0"),
+        (("--batch-size", "122"), "draws 122 images per process, but an epoch .* has only 120"),
+        (("--grad-accum-steps", "16"), "draws 128 images per process, but an epoch .* only 120"),
+        (("--batch-size", "7"), "--batch-size 7 must be even"),
+        (("--use-ema",), "--use-ema goes with --eval"),
+        (("--eval", "--use-ema"), "--use-ema goes with --eval --resume"),
+        (("--resume", "auto", "--output_dir", ""), "--resume auto needs the --output_dir"),
+        (("--resume", "absent.pth"), "cannot read the checkpoint absent.pth: No such file"),
+        (("--eval", "--resume", "absent.pth"), "cannot read the checkpoint absent.pth"),
+        (("--cosub", "--distillation-type", "hard"), "exclude each other"),
+        (("--device", "abacus"), "no device 'abacus'"),
+        (("--aa", "nonsense"), "no augmentation 'nonsense'"),
+        (("--opt", "nonsense"), "Optimizer nonsense not found"),
+        (("--sched", "nonsense"), "Unknown scheduler 'nonsense'"),
+        (("--model-kwargs", "patch=4"), "cannot be built .*'patch'"),
+        (("--model-kwargs", "embed_dim=10"), "width 10 is not divisible by 3 heads"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_arguments(options, message, run, data_path, tmp_path):
+    folder = tmp_path / "run"
+    ended = run(*TINY, "--data-path", data_path, "--output_dir", folder, *options)
+    refused(ended, message, folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there(run, data_path, tmp_path):
+    ended = run(
+        *TINY, "--data-path", data_path, "--output_dir", tmp_path / "run", "--device", "cuda"
+    )
+    refused(ended, "--device cuda needs a CUDA GPU and none was found", tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_empty_class_folder(split, run, data_path, tmp_path):
+    data = shutil.copytree(data_path, tmp_path / "data")
+    for part in ("train", "val"):
+        (data / part / "zebra").mkdir()
+    if split == "val":
+        shutil.copy(data / "train" / "class0" / "0.png", data / "train" / "zebra")
+    ended = run(*TINY, "--data-path", data, "--output_dir", tmp_path / "run")
+    refused(ended, f"class folder .*{split}/zebra has no images", tmp_path / "run")
+
+
+def test_output_folder_of_another_run(run, data_path, tmp_path):
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
+    assert run(*arguments).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    refused(run(*arguments), r"holds another run \(.*checkpoint.pth.*--resume auto.*--overwrite")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "file").touch()
+    refused(run(*arguments, "--output_dir", tmp_path / "file"), "file is a file: choose a folder")
+
+
+def test_checkpoint_of_another_model(trained, run, data_path, tmp_path):
+    saved = trained() / "checkpoint.pth"
+    arguments = (
+        *PLAIN,
+        "--data-path",
+        data_path,
+        "--resume",
+        saved,
+        "--output_dir",
+        tmp_path / "x",
+    )
+    for evaluate in ((), ("--eval",)):
+        ended = run(*arguments, *evaluate, "--mask_type", "Selective")
+        first, *lines = ended.err.splitlines()
+        assert ended.code == 2
+        assert first.startswith(f"main.py: error: {saved} is of another model: ")
+        assert "shape of blocks.0.attn.a_i: file [2]" in "".join(lines) or (
+            "missing in the file: blocks.0.attn.a_i.weight [2, 16]" in lines
+        )
+        refused(run(*arguments, *evaluate, "--cls_tok"), "cls_tok: checkpoint False, now True")
+    refused(
+        run(*arguments, "--opt", "lamb", "--layer-decay", "0.7"), "optimiser state of .* not fit"
+    )
+    saved.write_bytes(saved.read_bytes()[:1000])
+    refused(run(*arguments), f"cannot load the checkpoint {saved}: it is truncated, corrupt")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_error_under_two_ranks_is_told_once(tmp_path):
+    ranks = Ranks(tmp_path, *TINY, "--data-path", "absent", "--output_dir", tmp_path / "run")
+    assert ranks.wait() == [2, 2]
+    assert ranks.errors(0) == (
+        "main.py: error: The data folder absent does not exist: check --data-path.\n"
+    )
+    assert ranks.errors(1) == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run, data_path, tmp_path, monkeypatch):
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path, "--batch-size", "40")
+    assert run(*arguments).code == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    monkeypatch.setattr(main, "build_base_loss", lambda **_: lambda outputs, _: outputs.sum() / 0)
+    ended = run(*arguments, "--epochs", "2", "--resume", "auto")
+    assert ended.code == 1
+    assert re.match(r"main\.py: error: Loss .* not finite \(epoch 1, step 0, rank 0", ended.err)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before

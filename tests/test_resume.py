@@ -1,0 +1,152 @@
+"""A run that is interrupted at any point and resumed equals the run that never was, bit for bit."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, TINY, Ranks, assert_same_run, torchrun, wait_for
+
+import checkpoint
+import main
+
+# The default recipe: mixup, cutmix, RandAugment, erasing, repeated augmentation, drop path, EMA
+RECIPE = (*TINY, "--epochs", "3", "--lr", "0.05", "--warmup-epochs", "1", "--drop-path", "0.3",
+          "--model-ema-decay", "0.9", "--mask_type", "Selective", "--order", "S")  # fmt: skip
+STEPS = 15
+
+
+def finish(root: Path, data_path: Path, *options: object, size: int = 1) -> Path:
+    """Runs to the end, in processes of its own; returns the output folder."""
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", root / "run", *options)
+    ranks = Ranks(root, *arguments, size=size)
+    assert ranks.wait() == [0] * size, ranks.errors()
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(data_path, tmp_path_factory) -> Path:
+    return finish(tmp_path_factory.mktemp("whole"), data_path)
+
+
+@pytest.fixture(scope="module")
+def whole_on_two_ranks(data_path, tmp_path_factory) -> Path:
+    return finish(tmp_path_factory.mktemp("whole"), data_path, size=2)
+
+
+def signal_at(monkeypatch, owner: object, name: str, call: int, number: signal.Signals) -> None:
+    """This process receives a signal at the given call of a function, counted from 1."""
+    function, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "epoch", "step", "number", "workers"),
+    [
+        (main.ModelEmaV3, "update", 4, 0, 5, signal.SIGTERM, (0, 2)),
+        (main.ModelEmaV3, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
+        (main.ModelEmaV3, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
+        (main, "evaluate", 3, 1, STEPS, signal.SIGTERM, (2, 0)),
+        (main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
+        (main.checkpoint, "save", 2, 1, 1, signal.SIGTERM, (0, 0)),
+    ],
+    ids=["first epoch", "training", "last step", "evaluation", "last evaluation", "saving"],
+)
+def test_signal(
+    owner, name, call, epoch, step, number, workers, run, whole, data_path, tmp_path, monkeypatch
+):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path)
+    before, after = workers
+    with monkeypatch.context() as patch:
+        signal_at(patch, owner, name, call, number)
+        ended = run(*arguments, "--num_workers", before)
+    assert (ended.code, ended.err) == (128 + number, "")
+    assert f"Stopped at epoch {epoch}, step {step}: go on by --resume auto\n" in ended.out
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert (saved["epoch"] + 1, saved["step"]) == (epoch, step)
+    assert run(*arguments, "--num_workers", after, "--resume", "auto").code == 0
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_kill_after_an_epoch(size, request, data_path, tmp_path):
+    whole = request.getfixturevalue("whole" if size == 1 else "whole_on_two_ranks")
+    log = tmp_path / "run" / "log.txt"
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run")
+    ranks = Ranks(tmp_path, *arguments, size=size)
+    wait_for(lambda: log.exists() and log.read_text().count("\n") == 1)
+    ranks.kill()
+    assert log.read_text().count("\n") < 3
+    assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=size), whole)
+
+
+def test_torchrun_is_told_to_end(whole_on_two_ranks, data_path, tmp_path):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run",
+                 "--num_workers", "1")  # fmt: skip
+    command = torchrun("torch.distributed.run", ROOT / "main.py", *arguments)
+    output = tmp_path / "output"
+    with output.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        wait_for(lambda: "Epoch: [0]" in output.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    printed = output.read_text()
+    assert re.search(r"^Stopped at epoch \d, step \d+: go on by --resume auto$", printed, re.M)
+    assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=2), whole_on_two_ranks)
+
+
+def test_unreadable_checkpoint(whole, run, data_path, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    os.truncate(folder / "checkpoint.pth", 1000)
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", folder)
+    ended = run(*arguments, "--resume", "auto")
+    assert ended.code == 0
+    assert "falling back to the checkpoint before it" in ended.out
+    assert_same_run(folder, whole)
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, run, data_path, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    ended = run(*RECIPE, "--data-path", data_path, "--output_dir", folder, "--resume", "auto")
+    assert ended.code == 0 and "Epoch: [" not in ended.out
+    assert_same_run(folder, whole)
+
+
+def test_the_best_accuracy_so_far_is_kept(whole, run, data_path, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    saved = checkpoint.load(folder / "checkpoint.previous.pth")
+    checkpoint.save(saved | {"max_accuracy": 101.0}, folder / "checkpoint.pth")
+    best = (folder / "best_checkpoint.pth").read_bytes()
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", folder)
+    assert "Max accuracy: 101.00%" in run(*arguments, "--resume", "auto").out
+    assert (folder / "best_checkpoint.pth").read_bytes() == best
+
+
+def test_auto_begins_where_there_is_nothing_to_resume(whole, run, data_path, tmp_path):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "new")
+    assert run(*arguments, "--resume", "auto").code == 0
+    assert_same_run(tmp_path / "new", whole)
+
+
+def test_weights_alone_start_a_run_from_its_beginning(whole, run, data_path, tmp_path):
+    weights = checkpoint.load(whole / "checkpoint.pth")["model"]
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    arguments = (*RECIPE, "--data-path", data_path, "--resume", tmp_path / "weights.pth")
+    ended = run(*arguments, "--epochs", "1", "--lr", "0", "--min-lr", "0", "--warmup-lr", "0",
+                "--output_dir", tmp_path / "run")  # fmt: skip
+    assert ended.code == 0 and "holds weights alone: training starts at its beginning" in ended.out
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
+    for name, tensor in saved["model"].items():
+        assert tensor.equal(weights[name])
+        assert torch.allclose(saved["model_ema"][name], weights[name])
