@@ -5,12 +5,15 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+import checkpoint
 from utils import Interrupted, Mean, Progress, StopSignal, World, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,61 @@ class Position:
     epoch: int = 0
     step: int = 0
     meters: list[dict[str, tuple[float, int]]] = field(default_factory=list)  # of every process
+
+
+@dataclass
+class Run:
+    """What a checkpoint saves and restores: weights, optimiser, schedule and position."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    position: Position
+    max_accuracy: float = 0.0
+
+    def state(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """DeiT's keys (`epoch` is the last one finished) and the position in the epoch after it."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.position.epoch - 1,
+            "step": self.position.step,
+            "meters": self.position.meters,
+            "max_accuracy": self.max_accuracy,
+            "args": settings,
+        }
+
+    def restore(self, saved: dict[str, Any], source: str) -> None:
+        """Goes on where `saved` was written; a file with weights alone restores these.
+
+        Raises ValueError if it is of another model or optimiser.
+        """
+        checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
+        if self.ema:
+            average = saved.get("model_ema") or self.model.state_dict()
+            checkpoint.load_weights(self.ema.module, average, source)
+        if "optimizer" not in saved or "epoch" not in saved:
+            logger.info("%s holds weights alone: training starts at its beginning.", source)
+            return
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
+                "and the arguments of its run, or start from its weights with --finetune."
+            ) from error
+        if self.scheduler and saved.get("lr_scheduler"):
+            self.scheduler.load_state_dict(saved["lr_scheduler"])
+        if self.scaler.is_enabled() and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))
+        self.max_accuracy = saved.get("max_accuracy", 0.0)
+        logger.info("Resumed from %s: %s", source, self.position)
 
 
 def train_one_epoch(
@@ -123,11 +181,13 @@ def evaluate(
     images: int,
     amp_dtype: torch.dtype | None = None,
     stop: StopSignal | None = None,
+    per_class: Tensor | None = None,
 ) -> tuple[dict[str, float], float]:
     """Loss, top-1 and top-5 accuracy (in %) over all processes' shards, and images/s.
 
-    `images` is the size of the whole set. Raises Interrupted on all processes together when
-    `stop` was signalled to any.
+    `images` is the size of the whole set. `per_class`, zeros `[K, 2]` on the device, receives each
+    class's images and how many of them are classified correctly. Raises Interrupted on all
+    processes together when `stop` was signalled to any.
     """
     model.eval()
     # loss, top-1, top-5, images, stopped
@@ -146,9 +206,15 @@ def evaluate(
         hits = ranked == targets[:, None]
         batch = (loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets)))
         sums[:4] += torch.stack([value.double() for value in batch])
+        if per_class is not None:
+            per_class.index_add_(
+                0, targets, torch.stack([torch.ones_like(targets), hits[:, 0]], 1).double()
+            )
         progress.update(step, **({"loss": loss / len(targets)} if progress.due(step) else {}))
     sums[4] = bool(stop)
     loss, top1, top5, count, stopped = world.reduce(sums).tolist()
+    if per_class is not None:
+        world.reduce(per_class)
     images_per_second = progress.close()
     if stopped:
         raise Interrupted

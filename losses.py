@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+
+import checkpoint
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -134,3 +137,47 @@ class MatchInput(nn.Module):
             size = (self.size, self.size)
             samples = F.interpolate(samples, size, mode="bicubic", antialias=True)
         return self.teacher(samples)
+
+
+def load_teacher(
+    name: str,
+    path: str,
+    *,
+    num_classes: int,
+    input_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> nn.Module:
+    """A timm model that judges samples of `input_size` pixels normalised by `mean` and `std`.
+
+    `path` is a checkpoint (file or URL) of a model trained on such samples, or `timm:` for timm's
+    pretrained weights, for which samples are converted as they need it.
+
+    Raises ValueError for an unknown model, a file that is not of it, or another class count.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"There is no teacher model {name!r}: see timm.list_models().")
+    config = timm.get_pretrained_cfg(name)
+    if path != "timm:":
+        size = {"img_size": input_size} if config and config.fixed_input_size else {}
+        teacher = timm.create_model(name, num_classes=num_classes, **size)
+        weights = checkpoint.weights_of(checkpoint.load(path), source=path)
+        checkpoint.load_weights(teacher, weights, f"the teacher {path}")
+        return teacher
+    if config is None or config.num_classes != num_classes:
+        raise ValueError(
+            f"timm's {name} is not trained on these {num_classes} classes: "
+            "name a checkpoint of your own by --teacher-path."
+        )
+    try:
+        teacher = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises many types
+        raise ValueError(f"cannot get timm's weights of {name}: {error}") from error
+    return MatchInput(
+        teacher,
+        mean=mean,
+        std=std,
+        teacher_mean=config.mean,
+        teacher_std=config.std,
+        size=config.input_size[-1] if config.fixed_input_size else None,
+    )

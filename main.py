@@ -1,13 +1,14 @@
 """Trains and evaluates LION (and any timm model) on images, with DeiT's command line."""
 
 import argparse
+import csv
 import difflib
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,8 @@ from datasets import (
     build_dataset,
     ignore_signals,
 )
-from engine import Position, evaluate, train_one_epoch
-from losses import DistillationLoss, build_base_loss
+from engine import Position, Run, evaluate, train_one_epoch
+from losses import DistillationLoss, build_base_loss, load_teacher
 from samplers import EpochSampler, ShardSampler
 from utils import (
     Interrupted,
@@ -196,8 +197,14 @@ def check_args(args: argparse.Namespace) -> None:
             f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
             "even, or use --mixup 0 --cutmix 0."
         )
-    if args.distillation_type != "none" and args.cosub:
-        raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
+    if args.distillation_type != "none" and not args.eval:
+        if args.cosub:
+            raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
+        if not args.teacher_path:
+            raise ValueError(
+                f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "
+                "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
+            )
     if args.use_ema and not (args.eval and args.resume):
         raise ValueError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
@@ -214,23 +221,59 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    name = args.model
+    if args.distillation_type != "none" and "distilled" not in name:
+        name = name.replace("_patch16", "_distilled_patch16")
+        if not timm.is_model(name) or name == args.model:
+            raise ValueError(
+                f"{args.model} has no distilled variant: use a lion_* or deit_* model."
+            )
+        logger.info("Distillation needs a distillation token: building %s", name)
     options = {
         "num_classes": num_classes,
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
     }
-    if timm.get_pretrained_cfg_value(args.model, "fixed_input_size"):
+    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         options["img_size"] = args.input_size
-    if args.model.startswith("lion_"):
+    if name.startswith("lion_"):
         names = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
         options |= {name: getattr(args, name) for name in names}
     try:
-        return timm.create_model(args.model, **{**options, **args.model_kwargs})
+        model = timm.create_model(name, **{**options, **args.model_kwargs})
     except (TypeError, AssertionError) as error:
         raise ValueError(
-            f"{args.model} cannot be built with these arguments ({error}): "
+            f"{name} cannot be built with these arguments ({error}): "
             "check --model-kwargs and --input-size."
         ) from error
+    if args.distillation_type != "none":
+        model.set_distilled_training()
+    return model
+
+
+def build_criterion(args: argparse.Namespace, num_classes: int, world: World) -> nn.Module:
+    teacher = None
+    if args.distillation_type != "none":
+        teacher = load_teacher(
+            args.teacher_model,
+            args.teacher_path,
+            num_classes=num_classes,
+            input_size=args.input_size,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        ).to(world.device)
+    base = build_base_loss(
+        mixed=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,
+        smoothing=label_smoothing(args),
+        bce=args.bce_loss,
+        cosub=args.cosub,
+    )
+    kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    return DistillationLoss(base, teacher, kind, alpha, tau)
+
+
+def label_smoothing(args: argparse.Namespace) -> float:
+    return 0.0 if args.bce_loss else args.smoothing  # it would make every class present
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
@@ -280,9 +323,7 @@ def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoad
 
 
 def build_eval_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
-    images, num_classes = find_images(
-        args, world, train=False, transform=eval_transform(args)
-    )
+    images, num_classes = find_images(args, world, train=False, transform=eval_transform(args))
     sampler = ShardSampler(len(images), num_replicas=world.size, rank=world.rank)
     return DataLoader(images, int(1.5 * args.batch_size), sampler=sampler,
                       **loader_options(args, world)), num_classes  # fmt: skip
@@ -305,61 +346,6 @@ def loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Run:
-    """What a checkpoint saves and restores: weights, optimiser, schedule and position."""
-
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler
-    position: Position
-    max_accuracy: float = 0.0
-
-    def state(self, args: argparse.Namespace) -> dict[str, Any]:
-        """DeiT's keys (`epoch` is the last one finished) and the position in the epoch after it."""
-        return {
-            "model": self.model.state_dict(),
-            "model_ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.position.epoch - 1,
-            "step": self.position.step,
-            "meters": self.position.meters,
-            "max_accuracy": self.max_accuracy,
-            "args": vars(args),
-        }
-
-    def restore(self, saved: dict[str, Any], source: str) -> None:
-        """Goes on where `saved` was written; a file with weights alone restores these.
-
-        Raises ValueError if it is of another model or optimiser.
-        """
-        checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
-        if self.ema:
-            average = saved.get("model_ema") or self.model.state_dict()
-            checkpoint.load_weights(self.ema.module, average, source)
-        if "optimizer" not in saved or "epoch" not in saved:
-            logger.info("%s holds weights alone: training starts at its beginning.", source)
-            return
-        try:
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
-                "and the arguments of its run, or start from its weights with --finetune."
-            ) from error
-        if self.scheduler and saved.get("lr_scheduler"):
-            self.scheduler.load_state_dict(saved["lr_scheduler"])
-        if self.scaler.is_enabled() and saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))
-        self.max_accuracy = saved.get("max_accuracy", 0.0)
-        logger.info("Resumed from %s: %s", source, self.position)
-
-
 def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     """What --resume names, checked to be of the same kind of model; None if there is nothing."""
     if args.resume == "auto":
@@ -374,6 +360,13 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str] | No
     if differing and args.model.startswith("lion_"):
         raise ValueError(f"{source} is of another model: {'; '.join(differing)}.")
     return saved, source
+
+
+def start_from(source: str, model: nn.Module) -> None:
+    """Loads what a checkpoint (--finetune) shares with the model, and says what it does not."""
+    weights = checkpoint.weights_of(checkpoint.load(source), source=source)
+    for note in checkpoint.adapt_weights(model, weights, source):
+        logger.info("Fine-tuning from %s: %s", source, note)
 
 
 def build_run(
@@ -430,17 +423,41 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
 
     def work() -> None:
         images = len(loader.dataset)
+        per_class = torch.zeros(num_classes, 2, dtype=torch.float64, device=world.device)
         with peak_memory(world.device) as memory:
             stats, images_per_second = evaluate(
-                model, loader, world=world, images=images, amp_dtype=amp_dtype(args, world)
+                model,
+                loader,
+                world=world,
+                images=images,
+                amp_dtype=amp_dtype(args, world),
+                per_class=per_class,
             )
         logger.info("Accuracy of the network on the %d test images: %.1f%%", images, stats["acc1"])
         logger.info(
             "Evaluation took %.2f s (%.1f images/s), peak memory %.0f MiB",
             images / images_per_second, images_per_second, memory.bytes / 2**20,
         )  # fmt: skip
+        if args.output_dir and world.is_main:
+            facts = {**stats, "images": images, "args": vars(args), **provenance()}
+            write_scores(Path(args.output_dir), facts, loader.dataset.classes, per_class.tolist())
 
     return work
+
+
+def write_scores(
+    folder: Path, facts: dict[str, Any], classes: list[str], per_class: list[list[float]]
+) -> None:
+    """`eval.json`, and `per_class.csv` with class, images, correct and accuracy in %."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
+    with (folder / "per_class.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "images", "correct", "acc1"])
+        for name, (images, correct) in zip(classes, per_class, strict=True):
+            rows.writerow(
+                [name, int(images), int(correct), round(100 * correct / max(images, 1), 3)]
+            )
 
 
 def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
@@ -448,18 +465,16 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     train_loader, num_classes = build_train_loader(args, world)
     eval_loader, _ = build_eval_loader(args, world)
     seed_everything(args.seed)
-    model = build_model(args, num_classes).to(world.device)
+    model = build_model(args, num_classes)
+    if args.finetune:
+        start_from(args.finetune, model)
+    model.to(world.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
     run, set_lr = build_run(args, world, model, steps)
     if args.resume and (found := read_checkpoint(args)):
         run.restore(*found)
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    smoothing = 0.0 if args.bce_loss else args.smoothing  # it would make every class present
-    base_loss = build_base_loss(
-        mixed=mixed, smoothing=smoothing, bce=args.bce_loss, cosub=args.cosub
-    )
     batch_transform = build_batch_transform(
         mixup=args.mixup,
         cutmix=args.cutmix,
@@ -467,13 +482,13 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        smoothing=smoothing,
+        smoothing=label_smoothing(args),
         num_classes=num_classes,
         cosub=args.cosub,
     )
     one_epoch = partial(
         train_one_epoch,
-        criterion=DistillationLoss(base_loss),
+        criterion=build_criterion(args, num_classes, world),
         loader=train_loader,
         optimizer=run.optimizer,
         world=world,
@@ -520,7 +535,7 @@ def fit(
             test_stats = evaluate_weights(args, world, run, eval_loader, stop)
         except Interrupted:
             if folder:
-                checkpoint.save(run.state(args), folder / "checkpoint.pth")
+                checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth")
             logger.info("Stopped at epoch %d, step %d: go on by --resume auto", position.epoch,
                         position.step)  # fmt: skip
             sys.exit(stop.exit_code)
@@ -535,7 +550,7 @@ def fit(
         }
         run.position = position = Position(position.epoch + 1)
         if folder:  # the checkpoint last: a run killed in between repeats the epoch
-            state = run.state(args)
+            state = run.state(vars(args))
             if is_best:
                 checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)
             journal.write(stats, images_per_second)

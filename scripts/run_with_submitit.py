@@ -20,7 +20,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ngpus", default=8, type=int, help="GPUs of each node")
     parser.add_argument("--nodes", default=2, type=int)
     parser.add_argument("--timeout", default=2800, type=int, help="minutes")
-    parser.add_argument("--job_dir", default="jobs/%j", help="logs and run; %%j is the job's number")
+    parser.add_argument("--job_dir", default="jobs/%j", help="logs and run; %%j: job number")
     parser.add_argument("--partition", default=None)
     parser.add_argument("--comment", default=None)
     return parser

@@ -77,12 +77,13 @@ def test_flags_with_and_without_a_value(name, run):
     assert refused.code == 2 and "expected True or False, not 'perhaps'" in refused.err
 
 
-def test_other_arguments():
+def test_other_arguments(run):
     given = parse("--dr", "0.2", "--opt-betas", "0.9", "0.95", "--cutmix-minmax", "0.2", "0.8",
                   "--model-kwargs", "patch_size=4", "global_pool=token")  # fmt: skip
     assert given.decay_rate == 0.2
     assert given.opt_betas == [0.9, 0.95] and given.cutmix_minmax == [0.2, 0.8]
     assert given.model_kwargs == {"patch_size": 4, "global_pool": "token"}
+    assert run("--mask", "Lit").code == 2, "no abbreviations: they break when arguments are added"
 
 
 # The published commands

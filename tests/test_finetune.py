@@ -1,0 +1,169 @@
+"""--finetune from every kind of checkpoint."""
+
+import pytest
+import timm
+import torch
+from helpers import TINY, weights
+
+import models_lion  # noqa: F401  (registers the models)
+from checkpoint import adapt_weights
+
+OPTIONS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_classes": 3}
+
+
+def model(name="lion_tiny", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(f"{name}_patch16_224", **{**OPTIONS, **kwargs}).eval()
+
+
+def images(size=16):
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("pos_emb", [False, True])
+def test_the_same_model_keeps_its_logits(pos_emb):
+    options = {"mask_type": "Selective", "order": "S", "pos_emb": pos_emb}
+    source, target = model(**options), model(seed=1, **options)
+    assert adapt_weights(target, source.state_dict(), "file") == []
+    assert torch.equal(target(images()), source(images()))
+
+
+def test_another_class_count_replaces_the_head():
+    source, target = model(), model(seed=1, num_classes=5)
+    head = target.head.weight.clone()
+    notes = adapt_weights(target, source.state_dict(), "file")
+    assert notes[0] == "head replaced: 3 classes in the file, 5 here"
+    assert torch.equal(target.head.weight, head)
+    assert torch.equal(target.forward_features(images()), source.forward_features(images()))
+
+
+def test_another_resolution_without_position_embedding_is_lossless():
+    options = {"mask_type": "Selective", "order": "S"}
+    source = model(**options, dynamic_img_size=True)
+    target = model(seed=1, img_size=24, **options)
+    assert adapt_weights(target, source.state_dict(), "file") == []
+    assert torch.allclose(target(images(24)), source(images(24)), atol=1e-6)
+
+
+def test_another_resolution_resamples_the_position_embedding():
+    source, target = model(pos_emb=True), model(seed=1, img_size=24, pos_emb=True)
+    notes = adapt_weights(target, source.state_dict(), "file")
+    assert notes == ["pos_embed resampled from 17 to 37 tokens"]
+    source.set_input_size((24, 24))
+    assert torch.allclose(target(images(24)), source(images(24)), atol=1e-5)
+
+
+def test_with_and_without_position_embedding():
+    with_embedding, without = model(pos_emb=True), model(seed=1)
+    notes = adapt_weights(without, with_embedding.state_dict(), "file")
+    assert notes == ["not in the model, left out: pos_embed"]
+    own = model(seed=2, pos_emb=True)
+    before = own.pos_embed.clone()
+    assert adapt_weights(own, without.state_dict(), "file") == [
+        "not in the file, as initialised: pos_embed"
+    ]
+    assert torch.equal(own.pos_embed, before)
+
+
+@pytest.mark.parametrize("pos_emb", [False, True])
+def test_from_a_plain_to_a_distilled_model_and_back(pos_emb):
+    options = {"mask_type": "Selective", "order": "S", "pos_emb": pos_emb}
+    source = model(**options)
+    distilled = model("lion_tiny_distilled", seed=1, **options)
+    notes = adapt_weights(distilled, source.state_dict(), "file")
+    added = "not in the file, as initialised: dist_token, head_dist.weight, head_dist.bias"
+    assert notes[-1] == added
+    back = model(seed=2, **options)
+    notes = adapt_weights(back, distilled.state_dict(), "file")
+    assert notes[-1] == "not in the model, left out: dist_token, head_dist.weight, head_dist.bias"
+    assert torch.equal(back(images()), source(images()))
+
+
+def test_from_deit_and_vit_into_lion():
+    """What both have is loaded, the rest is named: LION's gates, and what LION has no use for."""
+    for name, left_out in (
+        ("vit_tiny", "pos_embed"),
+        ("deit_tiny_distilled", "pos_embed, dist_token, head_dist.weight, head_dist.bias"),
+    ):
+        source, target = model(name, num_heads=3), model(seed=1, mask_type="Selective", order="S")
+        missing, unused = adapt_weights(target, source.state_dict(), "file")
+        assert missing == (
+            "not in the file, as initialised: blocks.*.attn.a_i.weight, blocks.*.attn.a_i.bias, "
+            "blocks.*.attn.a2_i.weight, blocks.*.attn.a2_i.bias"
+        )
+        assert sorted(unused.split(": ")[1].split(", ")) == sorted(left_out.split(", "))
+        for own, shared in target.state_dict().items():
+            if own in source.state_dict():
+                assert torch.equal(shared, source.state_dict()[own]), own
+
+
+def test_position_embedding_of_a_distilled_deit():
+    source = model("deit_tiny_distilled", num_heads=3)
+    target = model("lion_tiny_distilled", seed=1, pos_emb=True)
+    adapt_weights(target, source.state_dict(), "file")
+    assert torch.equal(target.pos_embed, source.pos_embed)
+    plain = model(seed=1, pos_emb=True)
+    adapt_weights(plain, source.state_dict(), "file")
+    assert torch.equal(plain.pos_embed, source.pos_embed[:, [0, *range(2, 18)]])
+
+
+def test_a_file_of_another_size_or_of_nothing_shared():
+    with pytest.raises(
+        ValueError, match=r"shape of cls_token: file \[1, 1, 48\], model \[1, 1, 24"
+    ):
+        adapt_weights(model(), model(embed_dim=48).state_dict(), "file")
+    with pytest.raises(ValueError, match="file shares no weight with the model"):
+        adapt_weights(model(), {"conv.weight": torch.zeros(1)}, "file")
+    with pytest.raises(ValueError, match="15 patches, no square grid"):
+        state = {**model(pos_emb=True).state_dict(), "pos_embed": torch.zeros(1, 16, 24)}
+        adapt_weights(model(pos_emb=True), state, "file")
+
+
+def test_the_command_line_starts_from_the_file(data_path, tmp_path, run):
+    kwargs = {"embed_dim": 16, "num_heads": 2, "num_classes": 7}
+    source = model(**kwargs)
+    torch.save({"model": source.state_dict()}, tmp_path / "published.pth")
+    done = run(*TINY, "--finetune", tmp_path / "published.pth", "--lr", 1e-9, "--warmup-lr", 1e-9,
+               "--min-lr", 1e-9, "--data-path", data_path,
+               "--output_dir", tmp_path / "run")  # fmt: skip
+    assert done.code == 0
+    assert "head replaced: 7 classes in the file, 3 here" in done.out
+    trained = weights(tmp_path / "run")
+    for name, weight in source.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.allclose(trained[name], weight, atol=1e-5), name
+
+
+def test_fine_tuning_with_distillation(data_path, tmp_path, run):
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "t.pth")
+    torch.save(model(embed_dim=16, num_heads=2).state_dict(), tmp_path / "plain.pth")
+    done = run(*TINY, "--finetune", tmp_path / "plain.pth", "--distillation-type", "soft",
+               "--teacher-model", "test_resnet", "--teacher-path", tmp_path / "t.pth",
+               "--data-path", data_path)  # fmt: skip
+    assert done.code == 0 and "as initialised: dist_token" in done.out
+
+
+def test_layer_decay_lowers_the_learning_rate_towards_the_input(data_path, tmp_path, run):
+    done = run(*TINY, "--layer-decay", 0.5, "--data-path", data_path,
+               "--output_dir", tmp_path / "run")  # fmt: skip
+    assert done.code == 0
+    groups = weights(tmp_path / "run", "optimizer")["param_groups"]
+    assert sorted({group["lr_scale"] for group in groups}) == [0.125, 0.25, 0.5, 1.0]
+
+
+def test_scores_per_class(data_path, tmp_path, run):
+    import csv
+    import json
+
+    folder = tmp_path / "run"
+    assert run(*TINY, "--data-path", data_path, "--output_dir", folder).code == 0
+    scored = run(*TINY, "--eval", "--resume", folder / "checkpoint.pth", "--data-path", data_path,
+                 "--output_dir", tmp_path / "scores")  # fmt: skip
+    assert scored.code == 0
+    facts = json.loads((tmp_path / "scores" / "eval.json").read_text())
+    with (tmp_path / "scores" / "per_class.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["class0", "class1", "class2"]
+    assert sum(int(row["images"]) for row in rows) == facts["images"] == 21
+    correct = sum(int(row["correct"]) for row in rows)
+    assert 100 * correct / 21 == pytest.approx(facts["acc1"])
