@@ -390,6 +390,8 @@ def build_run(
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
     schedule = {**scheduler_kwargs(args), "updates_per_epoch": steps}
     scheduler, _ = create_scheduler_v2(optimizer, **schedule)
+    if scheduler is None and args.sched != "none":  # timm < 1.0.31 does not mind
+        raise ValueError(f"Unknown scheduler {args.sched!r}.")
     scaler = torch.amp.GradScaler(
         world.device.type, enabled=amp_dtype(args, world) is torch.float16
     )

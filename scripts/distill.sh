@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Hard distillation on ImageNet from RegNetY-16GF, as DeiT does.
+#   bash scripts/distill.sh DATA OUTPUT TEACHER [main.py arguments]
+# TEACHER is a checkpoint of regnety_160 (file or URL), or timm: for timm's weights.
+set -euo pipefail
+data=$1 output=$2 teacher=$3
+shift 3
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec bash scripts/imagenet.sh "$data" "$output" --model lion_small_distilled_patch16_224 \
+    --distillation-type hard --teacher-model regnety_160 --teacher-path "$teacher" "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# ImageNet from scratch: LION-S with snake curves, DeiT's recipe (effective batch 1024, 300 epochs).
+#   bash scripts/imagenet.sh DATA OUTPUT [main.py arguments]
+# GPUS=4 BATCH=256 are the defaults; run it again to go on after an interruption.
+set -euo pipefail
+data=$1 output=$2
+shift 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec torchrun --nproc_per_node="${GPUS:-4}" main.py --data-path "$data" --output_dir "$output" \
+    --model lion_base_patch16_224 --mask_type Selective --order S --batch-size "${BATCH:-256}" \
+    --torchcompile --resume auto "$@"

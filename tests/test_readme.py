@@ -1,0 +1,97 @@
+"""Every command that the README shows runs, in a small form."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import MODEL, ROOT, weights
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+# The two that set up a machine: this test runs in one of them, and the other takes minutes.
+SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
+SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
+         "--device", "cpu", "--mixup", "0", "--cutmix", "0")  # fmt: skip
+SUBMITIT = """
+class AutoExecutor:
+    def __init__(self, **_): pass
+    def update_parameters(self, **parameters): assert parameters["nodes"] == 2
+    def submit(self, job):
+        job()
+        return JobEnvironment()
+class JobEnvironment:
+    job_id = "7"
+class helpers:
+    class TorchDistributedEnvironment:
+        def export(self): pass
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, data_path) -> dict[str, str]:
+    """What the README's names stand for here."""
+    root = tmp_path_factory.mktemp("readme")
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    for name, variant in (("lion", {"mask_type": "Selective", "order": "S"}), ("plain", {})):
+        model = timm.create_model("lion_tiny_patch16_224", num_classes=3, **variant, **options)
+        torch.save({"model": model.state_dict()}, root / f"{name}.pth")
+    teacher = timm.create_model("test_resnet", num_classes=3)
+    torch.save({"model": teacher.state_dict()}, root / "teacher.pth")
+    (root / "log.txt").write_text(
+        '{"train_loss": 1.0, "train_lr": 0.1, "test_loss": 1.0, "test_acc1": 50.0, '
+        '"test_acc5": 90.0, "epoch": 0, "n_parameters": 1}\n'
+    )
+    (root / "submitit.py").write_text(SUBMITIT)
+    return {
+        "/outputpath/log.txt": str(root / "log.txt"),
+        "--finetune checkpoint.pth": f"--finetune {root}/plain.pth",
+        "/outputpath CHECKPOINT": f"/outputpath {root}/lion.pth",
+        " checkpoint.pth": f" {root}/lion.pth",
+        "PATH_OR_URL": str(root / "teacher.pth"),
+        "regnety_160": "test_resnet",
+        "/datapath": str(data_path),
+        "--nproc_per_node=4": "--nproc_per_node=2",
+    }
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line, places, tmp_path):
+    line = line.split("  #")[0].strip()
+    if any(name in line for name in SETTING_UP):
+        assert Path(ROOT, line.split()[1]).exists()
+        return
+    for name, here in places.items():
+        line = line.replace(name, here)
+    line = line.replace("/outputpath", str(tmp_path / "run")).replace("jobs/%j", f"{tmp_path}/%j")
+    line = line.replace("curves.png", str(tmp_path / "curves.png"))
+    words = shlex.split(line)
+    if "plot_log" not in line:
+        words += SMALL
+    if words[0] == "bash":  # compiled for speed on GPUs
+        words += ["--torchcompile", "eager", "--teacher-model", "test_resnet"]
+    folder = Path(places["PATH_OR_URL"]).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "GPUS": "2",
+    }
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--output_dir" in line:
+        assert weights(tmp_path / "run")
+
+
+def test_python():
+    (code,) = [block for kind, block in BLOCKS if kind == "python"]
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (1, 1000)
