@@ -33,6 +33,10 @@ from torch import Tensor, nn
 
 from curves import ORDERS, inverse, scan_curves
 
+# Products of decays stop at exp(LEAST_LOG): nothing beside the weight 1 that a token gives itself,
+# but far from subnormal numbers, on which a CPU's exp and matrix products are 100 times slower.
+LEAST_LOG = -64.0
+
 # ------------------------------------------------------------------------------------ the formats
 
 
@@ -105,9 +109,8 @@ def chunk(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Chunk-parallel: time and memory linear in N at a fixed `chunk_size`, backward included."""
-    v = _with_ones(v)
     if log_decay is None:  # without decay every query meets the same state
-        out = q @ (k.mT @ v)
+        out = q @ (k.mT @ _with_ones(v))
     elif curves is None:
         out = _chunk_scan(q, k, v, log_decay[0], chunk_size)
     else:
@@ -144,20 +147,21 @@ def decay_mask(log_decay: Tensor, curves: Tensor | None = None) -> Tensor:
 
 
 def _chunk_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: int) -> Tensor:
-    """`sum_j M_ij (q_i . k_j) v_j` along one curve; `log_decay` is `[B or 1, H, N]`."""
+    """`sum_j M_ij (q_i . k_j) [v_j, 1]` along one curve; `log_decay` is `[B or 1, H, N]`."""
     n = q.shape[2]
     size = min(chunk_size, n)
     padding = -n % size  # padded keys are zero and their decay is 1: they change nothing
-    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in (q, k, v))
+    q, k = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in (q, k))
+    v = F.pad(v, (0, 1, 0, padding), value=1.0).unflatten(2, (-1, size))
     x, y = _running_sums(F.pad(log_decay, (0, padding)).unflatten(2, (-1, size)))
     total = y[..., -1:]
 
     def scaled(features: Tensor, exponent: Tensor) -> Tensor:
-        return features * exponent.exp().unsqueeze(-1).to(features.dtype)
+        return features * _exp(exponent).unsqueeze(-1).to(features.dtype)
 
-    across = total.exp().unsqueeze(-1)
+    across = _exp(total).unsqueeze(-1)
     from_earlier = _carry(scaled(k, total - x).mT @ v, across)
-    from_later = _carry((scaled(k, y).mT @ v).flip(2), across.flip(2)).flip(2)
+    from_later = _carry(scaled(k, y).mT @ v, across, reverse=True)
     out = ((q @ k.mT) * _local_mask(x, y).to(q.dtype)) @ v
     out = out + scaled(q, x) @ from_earlier.to(q.dtype)
     out = out + scaled(q, total - y) @ from_later.to(q.dtype)
@@ -173,14 +177,18 @@ def _decays_at(tokens: Tensor, log_decay: Tensor | None) -> tuple[Tensor, ...] |
     return visited.exp()[..., None, None].unbind(3)
 
 
-def _carry(added: Tensor, decay: Tensor) -> Tensor:
-    """State at the start of each chunk: `S_(m+1) = decay_m S_m + added_m`, `[B, H, M, D, E]`."""
-    state = torch.zeros_like(added[:, :, 0], dtype=decay.dtype)
+def _carry(added: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
+    """State before each chunk: `S_(m+1) = decay_m S_m + added_m`, `[B, H, M, D, E]`.
+
+    `reverse` goes from the last chunk to the first.
+    """
+    steps = list(zip(decay.unbind(2), added.to(decay.dtype).unbind(2), strict=True))
+    state = torch.zeros_like(steps[0][1])
     states = []
-    for factor, addition in zip(decay.unbind(2), added.unbind(2), strict=True):
+    for factor, addition in reversed(steps) if reverse else steps:
         states.append(state)
-        state = factor * state + addition
-    return torch.stack(states, dim=2)
+        state = torch.addcmul(addition, factor, state)
+    return torch.stack(states[::-1] if reverse else states, dim=2)
 
 
 def _running_sums(log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +200,11 @@ def _running_sums(log_decay: Tensor) -> tuple[Tensor, Tensor]:
 def _local_mask(x: Tensor, y: Tensor) -> Tensor:
     forward = x.unsqueeze(-1) - x.unsqueeze(-2)
     backward = y.unsqueeze(-2) - y.unsqueeze(-1)
-    return torch.minimum(forward, backward).exp()
+    return torch.minimum(forward, backward).clamp_(min=LEAST_LOG).exp_()
+
+
+def _exp(log_product: Tensor) -> Tensor:
+    return log_product.clamp(min=LEAST_LOG).exp()
 
 
 def _with_ones(v: Tensor) -> Tensor:
