@@ -362,6 +362,23 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str] | No
     return saved, source
 
 
+def check_same_steps(
+    args: argparse.Namespace, world: World, saved: dict[str, Any], source: str
+) -> None:
+    """Raises ValueError if a checkpoint from mid-epoch counts other steps than this run."""
+    if not saved.get("step"):
+        return
+    names = ("batch_size", "grad_accum_steps", "repeated_aug", "seed")
+    differing = checkpoint.difference(saved["args"], vars(args), names)
+    if len(saved["meters"]) != world.size:
+        differing.append(f"processes: checkpoint {len(saved['meters'])}, now {world.size}")
+    if differing:
+        raise ValueError(
+            f"{source} was saved in the middle of an epoch, which has to end as it began "
+            f"({'; '.join(differing)})."
+        )
+
+
 def start_from(source: str, model: nn.Module) -> None:
     """Loads what a checkpoint (--finetune) shares with the model, and says what it does not."""
     weights = checkpoint.weights_of(checkpoint.load(source), source=source)
@@ -476,6 +493,7 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
     run, set_lr = build_run(args, world, model, steps)
     if args.resume and (found := read_checkpoint(args)):
+        check_same_steps(args, world, *found)
         run.restore(*found)
     batch_transform = build_batch_transform(
         mixup=args.mixup,

@@ -123,6 +123,21 @@ def test_a_finished_run_has_nothing_left_to_do(whole, run, data_path, tmp_path):
     assert_same_run(folder, whole)
 
 
+def test_an_epoch_ends_with_the_steps_it_began_with(run, data_path, tmp_path, monkeypatch):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run", "--resume",
+                 "auto")  # fmt: skip
+    with monkeypatch.context() as patch:
+        signal_at(patch, main.ModelEmaV3, "update", 4, signal.SIGTERM)
+        run(*arguments)
+    refused = r"main\.py: error: .*checkpoint\.pth was saved in the middle of an epoch, .*\({}\)\."
+    ended = run(*arguments, "--batch-size", "16", "--seed", "3")
+    reason = "batch_size: checkpoint 8, now 16; seed: checkpoint 0, now 3"
+    assert ended.code == 2 and re.match(refused.format(reason), ended.err)
+    ranks = Ranks(tmp_path, *arguments)
+    assert ranks.wait() == [2, 2]
+    assert re.match(refused.format("processes: checkpoint 1, now 2"), ranks.errors())
+
+
 def test_the_best_accuracy_so_far_is_kept(whole, run, data_path, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     saved = checkpoint.load(folder / "checkpoint.previous.pth")

@@ -1,0 +1,121 @@
+"""Bad input gives one clear sentence and exit code 2, before any work."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, Ranks
+
+import main
+
+
+def refused(ended, message: str, folder: Path | None = None) -> None:
+    """One sentence, exit code 2, and nothing done."""
+    assert ended.code == 2, ended
+    assert re.match(rf"main\.py: error: .*{message}", ended.err), ended.err
+    assert ended.err.count("\n") == 1
+    assert folder is None or not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data-path", "absent"), "data folder absent does not exist"),
+        (("--model", "lion_tny_patch16_224"), "no model 'lion_tny.*did you mean lion_tiny_patch16"),
+        (("--chunk_size", "0"), "--chunk_size must be at least 1, not 0"),
+        (("--batch-size", "0"), "--batch_size must be at least 1, not 0"),
+        (("--epochs", "0"), "--epochs must be at least 1, not 0"),
+        (("--batch-size", "122"), "draws 122 images per process, but an epoch .* has only 120"),
+        (("--grad-accum-steps", "16"), "draws 128 images per process, but an epoch .* only 120"),
+        (("--batch-size", "7"), "--batch-size 7 must be even"),
+        (("--use-ema",), "--use-ema goes with --eval"),
+        (("--eval", "--use-ema"), "--use-ema goes with --eval --resume"),
+        (("--resume", "auto", "--output_dir", ""), "--resume auto needs the --output_dir"),
+        (("--resume", "absent.pth"), "cannot read the checkpoint absent.pth: No such file"),
+        (("--eval", "--resume", "absent.pth"), "cannot read the checkpoint absent.pth"),
+        (("--cosub", "--distillation-type", "hard"), "exclude each other"),
+        (("--device", "abacus"), "no device 'abacus'"),
+        (("--aa", "nonsense"), "no augmentation 'nonsense'"),
+        (("--opt", "nonsense"), "Optimizer nonsense not found"),
+        (("--sched", "nonsense"), "Unknown scheduler 'nonsense'"),
+        (("--model-kwargs", "patch=4"), "cannot be built .*'patch'"),
+        (("--model-kwargs", "embed_dim=10"), "width 10 is not divisible by 3 heads"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_arguments(options, message, run, data_path, tmp_path):
+    folder = tmp_path / "run"
+    ended = run(*TINY, "--data-path", data_path, "--output_dir", folder, *options)
+    refused(ended, message, folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there(run, data_path, tmp_path):
+    ended = run(
+        *TINY, "--data-path", data_path, "--output_dir", tmp_path / "run", "--device", "cuda"
+    )
+    refused(ended, "--device cuda needs a CUDA GPU and none was found", tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_empty_class_folder(split, run, data_path, tmp_path):
+    data = shutil.copytree(data_path, tmp_path / "data")
+    for part in ("train", "val"):
+        (data / part / "zebra").mkdir()
+    if split == "val":
+        shutil.copy(data / "train" / "class0" / "0.png", data / "train" / "zebra")
+    ended = run(*TINY, "--data-path", data, "--output_dir", tmp_path / "run")
+    refused(ended, f"class folder .*{split}/zebra has no images", tmp_path / "run")
+
+
+def test_output_folder_of_another_run(run, data_path, tmp_path):
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
+    assert run(*arguments).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    refused(run(*arguments), r"holds another run \(.*checkpoint.pth.*--resume auto.*--overwrite")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "file").touch()
+    refused(run(*arguments, "--output_dir", tmp_path / "file"), "file is a file: choose a folder")
+
+
+def test_checkpoint_of_another_model(run, data_path, tmp_path):
+    shared = (*TINY, "--data-path", data_path)
+    assert run(*shared, "--output_dir", tmp_path).code == 0
+    saved = tmp_path / "checkpoint.pth"
+    arguments = (*shared, "--resume", saved, "--output_dir", tmp_path / "new")
+    for options in ((), ("--eval",)):
+        ended = run(*arguments, *options, "--mask_type", "Selective")
+        first, *lines = ended.err.splitlines()
+        assert ended.code == 2
+        assert first.startswith(f"main.py: error: {saved} is of another model: ")
+        assert "missing in the file: blocks.0.attn.a_i.weight [2, 16]" in lines
+        assert "not in the model: blocks.0.attn.a_i [2]" in lines
+        refused(run(*arguments, *options, "--cls_tok"), "cls_tok: checkpoint False, now True")
+    other = ("--opt", "lamb", "--layer-decay", "0.7")
+    refused(run(*arguments, *other), "optimiser state of .* does not fit")
+    saved.write_bytes(saved.read_bytes()[:1000])
+    refused(run(*arguments), f"cannot load the checkpoint {saved}: it is truncated, corrupt")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_under_two_ranks_is_told_once(tmp_path):
+    ranks = Ranks(tmp_path, *TINY, "--data-path", "absent", "--output_dir", tmp_path / "run")
+    assert ranks.wait() == [2, 2]
+    assert ranks.errors(0) == (
+        "main.py: error: The data folder absent does not exist: check --data-path.\n"
+    )
+    assert ranks.errors(1) == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run, data_path, tmp_path, monkeypatch):
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path, "--batch-size", "40")
+    assert run(*arguments).code == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    monkeypatch.setattr(main, "build_base_loss", lambda **_: lambda outputs, _: outputs.sum() / 0)
+    ended = run(*arguments, "--epochs", "2", "--resume", "auto")
+    assert ended.code == 1
+    assert re.match(r"main\.py: error: Loss .* not finite \(epoch 1, step 0, rank 0", ended.err)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
