@@ -1,9 +1,7 @@
 """Trains and evaluates LION (and any timm model) on images, with DeiT's command line."""
 
 import argparse
-import csv
 import difflib
-import json
 import logging
 import os
 import sys
@@ -21,7 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -41,8 +39,10 @@ from engine import Position, Run, evaluate, train_one_epoch
 from losses import DistillationLoss, build_base_loss, load_teacher
 from samplers import EpochSampler, ShardSampler
 from utils import (
+    BothSpellings,
     Interrupted,
     Journal,
+    KeyValues,
     StopSignal,
     World,
     init_distributed,
@@ -50,34 +50,13 @@ from utils import (
     provenance,
     seed_everything,
     setup_logging,
+    true_or_false,
+    write_scores,
 )
 
 logger = logging.getLogger(__name__)
 
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
-
-
-class BothSpellings(argparse.ArgumentParser):
-    """Accepts `--foo-bar` and `--foo_bar` alike for every argument."""
-
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        for name in [n for n in names if n.startswith("--")]:
-            other = "--" + name[2:].replace("-", "_")
-            dashed = "--" + name[2:].replace("_", "-")
-            names += tuple(n for n in (other, dashed) if n not in names)
-        return super().add_argument(*names, **kwargs)
-
-    def add_switch(self, name: str, default: bool, help: str) -> None:
-        """`--name` and `--no-name`."""
-        dest = name.replace("-", "_")
-        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
-        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
-
-
-def true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return text.lower() == "true"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -98,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
     add("--pos_emb", **flag, help="learned position embedding")
     add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
         help="more arguments for the model, such as patch_size=4")  # fmt: skip
     add("--drop", default=0.0, type=float, help="dropout before the head")
     add("--drop-path", default=0.1, type=float, help="stochastic depth")
@@ -108,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Optimiser and schedule
     add("--opt", default="adamw")
     add("--opt-eps", default=1e-8, type=float)
-    add("--opt-betas", default=None, type=float, nargs="+")
+    add("--opt-betas", default=None, type=float, nargs=2)
     add("--clip-grad", default=None, type=float, help="largest gradient norm")
     add("--momentum", default=0.9, type=float)
     add("--weight-decay", default=0.05, type=float)
@@ -142,7 +121,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
     add("--mixup", default=0.8, type=float)
     add("--cutmix", default=1.0, type=float)
-    add("--cutmix-minmax", default=None, type=float, nargs="+")
+    add("--cutmix-minmax", default=None, type=float, nargs=2)
     add("--mixup-prob", default=1.0, type=float)
     add("--mixup-switch-prob", default=0.5, type=float)
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
@@ -187,6 +166,16 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("batch_size", "epochs", "grad_accum_steps", "chunk_size", "input_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    for name in ("drop", "drop_path"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
+    if args.start_epoch < 0:
+        raise ValueError(f"--start_epoch must not be negative, but is {args.start_epoch}.")
+    if args.sched == "plateau":
+        raise ValueError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
+    backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
+    if args.torchcompile and args.torchcompile not in backends:
+        raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
     if not timm.is_model(args.model):
         close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
         hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
@@ -462,21 +451,6 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
             write_scores(Path(args.output_dir), facts, loader.dataset.classes, per_class.tolist())
 
     return work
-
-
-def write_scores(
-    folder: Path, facts: dict[str, Any], classes: list[str], per_class: list[list[float]]
-) -> None:
-    """`eval.json`, and `per_class.csv` with class, images, correct and accuracy in %."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
-    with (folder / "per_class.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "images", "correct", "acc1"])
-        for name, (images, correct) in zip(classes, per_class, strict=True):
-            rows.writerow(
-                [name, int(images), int(correct), round(100 * correct / max(images, 1), 3)]
-            )
 
 
 def train(args: argparse.Namespace, world: World) -> Callable[[], None]:

@@ -79,7 +79,7 @@ def recurrence(
     out = q.new_zeros(*v.shape[:3], v.shape[3] + 1, dtype=dtype)
     # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
     # source, so all at once when gradients are wanted.
-    for tokens in steps.split(n if torch.is_grad_enabled() else 64):  # [T, S]
+    for tokens in steps.split(n if torch.is_grad_enabled() else 16):  # [T, S]
         gathered = (x.index_select(2, tokens.flatten()).to(dtype) for x in (q, k, v))
         q_t, k_t, v_t = (x.unflatten(2, tokens.shape) for x in gathered)  # [B, H, T, S, D]
         v_t = _with_ones(v_t)
@@ -114,11 +114,11 @@ def chunk(
     elif curves is None:
         out = _chunk_scan(q, k, v, log_decay[0], chunk_size)
     else:
-        out = 0
+        scans = []
         for curve, decay in zip(curves.unbind(0), log_decay.unbind(0), strict=True):
-            along = [x.index_select(2, curve) for x in (q, k, v)]
-            scanned = _chunk_scan(*along, decay.index_select(2, curve), chunk_size)
-            out = out + scanned.index_select(2, inverse(curve)) / len(curves)
+            along = (x.index_select(2, curve) for x in (q, k, v, decay))
+            scans.append(_chunk_scan(*along, chunk_size).index_select(2, inverse(curve)))
+        out = sum(scans[1:], scans[0]) / len(scans)
     return out[..., :-1], out[..., -1:]
 
 
@@ -163,8 +163,8 @@ def _chunk_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: 
     from_earlier = _carry(scaled(k, total - x).mT @ v, across)
     from_later = _carry(scaled(k, y).mT @ v, across, reverse=True)
     out = ((q @ k.mT) * _local_mask(x, y).to(q.dtype)) @ v
-    out = out + scaled(q, x) @ from_earlier.to(q.dtype)
-    out = out + scaled(q, total - y) @ from_later.to(q.dtype)
+    out += scaled(q, x) @ from_earlier.to(q.dtype)
+    out += scaled(q, total - y) @ from_later.to(q.dtype)
     return out.flatten(2, 3)[:, :, :n]
 
 

@@ -1,5 +1,7 @@
 """Processes, devices, random states, meters and progress: what training and evaluation share."""
 
+import argparse
+import csv
 import importlib.metadata
 import json
 import logging
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -291,6 +294,21 @@ class Journal:
         os.replace(temporary, log)
 
 
+def write_scores(
+    folder: Path, facts: dict[str, Any], classes: list[str], per_class: list[list[float]]
+) -> None:
+    """`eval.json`, and `per_class.csv` with class, images, correct and accuracy in %."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
+    with (folder / "per_class.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "images", "correct", "acc1"])
+        for name, (images, correct) in zip(classes, per_class, strict=True):
+            rows.writerow(
+                [name, int(images), int(correct), round(100 * correct / max(images, 1), 3)]
+            )
+
+
 def provenance() -> dict[str, str]:
     """What a result depends on beside the arguments: versions, git commit, command, hardware."""
     packages = ("torch", "torchvision", "timm", "numpy")
@@ -319,3 +337,37 @@ def _output_of(command: list[str], otherwise: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return otherwise
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+class BothSpellings(argparse.ArgumentParser):
+    """Accepts `--foo-bar` and `--foo_bar` alike for every argument."""
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        for name in [n for n in names if n.startswith("--")]:
+            other = "--" + name[2:].replace("-", "_")
+            dashed = "--" + name[2:].replace("_", "-")
+            names += tuple(n for n in (other, dashed) if n not in names)
+        return super().add_argument(*names, **kwargs)
+
+    def add_switch(self, name: str, default: bool, help: str) -> None:
+        """`--name` and `--no-name`."""
+        dest = name.replace("-", "_")
+        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
+        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
+
+
+class KeyValues(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if "=" not in value]
+        if wrong:
+            parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return text.lower() == "true"

@@ -40,6 +40,10 @@ def refused(ended, message: str, folder: Path | None = None) -> None:
         (("--aa", "nonsense"), "no augmentation 'nonsense'"),
         (("--opt", "nonsense"), "Optimizer nonsense not found"),
         (("--sched", "nonsense"), "Unknown scheduler 'nonsense'"),
+        (("--drop-path", "2"), r"--drop_path must be in \[0, 1\), not 2.0"),
+        (("--start_epoch", "-2"), "--start_epoch must not be negative, but is -2"),
+        (("--sched", "plateau"), "--sched plateau is deprecated"),
+        (("--torchcompile", "nonsense"), "no compiler 'nonsense'"),
         (("--model-kwargs", "patch=4"), "cannot be built .*'patch'"),
         (("--model-kwargs", "embed_dim=10"), "width 10 is not divisible by 3 heads"),
     ],
@@ -49,6 +53,20 @@ def test_bad_arguments(options, message, run, data_path, tmp_path):
     folder = tmp_path / "run"
     ended = run(*TINY, "--data-path", data_path, "--output_dir", folder, *options)
     refused(ended, message, folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model-kwargs", "depth"), "--model-kwargs takes KEY=VALUE, not 'depth'"),
+        (("--opt-betas", "0.9"), "expected 2 arguments"),
+        (("--cutmix-minmax", "0.5"), "expected 2 arguments"),
+        (("--pos_emb", "maybe"), "expected True or False, not 'maybe'"),
+    ],
+)
+def test_arguments_that_do_not_parse(options, message, run):
+    ended = run(*TINY, *options)
+    assert ended.code == 2 and message in ended.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
