@@ -19,7 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -565,6 +565,8 @@ def evaluate_weights(
     args: argparse.Namespace, world: World, run: Run, loader: DataLoader, stop: StopSignal
 ) -> dict[str, float]:
     """Test statistics of the weights, and as `ema_*` of their moving average."""
+    if world.size > 1:  # running averages of batch normalisation differ between processes
+        distribute_bn(run.model, world.size)
     images = len(loader.dataset)
     score = partial(evaluate, loader=loader, world=world, images=images,
                     amp_dtype=amp_dtype(args, world), stop=stop)  # fmt: skip

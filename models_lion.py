@@ -478,8 +478,8 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
-        prefix = torch.cat([self.cls_token, self.dist_token], dim=1).expand(x.shape[0], -1, -1)
-        x = torch.cat([prefix, x.flatten(1, -2)], dim=1)
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token)]
+        x = torch.cat([*prefix, x.flatten(1, -2)], dim=1)
         if self.pos_embed is not None:
             x = x + resample_abs_pos_embed(
                 self.pos_embed,

@@ -1,9 +1,13 @@
 """--finetune from every kind of checkpoint."""
 
+import csv
+import json
+
+import numpy as np
 import pytest
 import timm
 import torch
-from helpers import TINY, weights
+from helpers import ROOT, TINY, weights
 
 import models_lion  # noqa: F401  (registers the models)
 from checkpoint import adapt_weights
@@ -26,6 +30,21 @@ def test_the_same_model_keeps_its_logits(pos_emb):
     source, target = model(**options), model(seed=1, **options)
     assert adapt_weights(target, source.state_dict(), "file") == []
     assert torch.equal(target(images()), source(images()))
+
+
+def test_a_published_state_dict_keeps_its_logits():
+    data = np.load(ROOT / "tests" / "golden" / "selective_s_pos_cls.npz")
+    data = {name: torch.from_numpy(data[name]) for name in data}
+    target = model(img_size=32, embed_dim=48, num_classes=10, mask_type="Selective", order="S",
+                   pos_emb=True, cls_tok=True)  # fmt: skip
+    state = {n.removeprefix("state/"): v for n, v in data.items() if n.startswith("state/")}
+    assert adapt_weights(target, {f"module.{n}": v for n, v in state.items()}, "file") == []
+    assert (target(data["input"]) - data["logits"]).abs().max() < 1e-5
+
+
+def test_torch_hub_finds_the_models():
+    hub = torch.hub.load(str(ROOT), "lion_tiny_patch16_224", source="local", order="S", depth=1)
+    assert len(hub.blocks) == 1 and hub.order == "S"
 
 
 def test_another_class_count_replaces_the_head():
@@ -152,9 +171,6 @@ def test_layer_decay_lowers_the_learning_rate_towards_the_input(data_path, tmp_p
 
 
 def test_scores_per_class(data_path, tmp_path, run):
-    import csv
-    import json
-
     folder = tmp_path / "run"
     assert run(*TINY, "--data-path", data_path, "--output_dir", folder).code == 0
     scored = run(*TINY, "--eval", "--resume", folder / "checkpoint.pth", "--data-path", data_path,
