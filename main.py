@@ -87,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Optimiser and schedule
     add("--opt", default="adamw")
     add("--opt-eps", default=1e-8, type=float)
-    add("--opt-betas", default=None, type=float, nargs=2)
+    add("--opt-betas", default=None, type=float, nargs="+")
     add("--clip-grad", default=None, type=float, help="largest gradient norm")
     add("--momentum", default=0.9, type=float)
     add("--weight-decay", default=0.05, type=float)
@@ -121,7 +121,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
     add("--mixup", default=0.8, type=float)
     add("--cutmix", default=1.0, type=float)
-    add("--cutmix-minmax", default=None, type=float, nargs=2)
+    add("--cutmix-minmax", default=None, type=float, nargs="+")
     add("--mixup-prob", default=1.0, type=float)
     add("--mixup-switch-prob", default=0.5, type=float)
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
@@ -169,6 +169,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("drop", "drop_path"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
+    for name in ("opt_betas", "cutmix_minmax"):
+        if len(getattr(args, name) or (0, 0)) < 2:
+            raise ValueError(f"--{name} takes two numbers, not one.")
     if args.start_epoch < 0:
         raise ValueError(f"--start_epoch must not be negative, but is {args.start_epoch}.")
     if args.sched == "plateau":
