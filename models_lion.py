@@ -31,6 +31,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+import kernels
 from curves import ORDERS, inverse, scan_curves
 
 # Products of decays stop at exp(LEAST_LOG): nothing beside the weight 1 that a token gives itself,
@@ -308,24 +309,31 @@ class LionAttention(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Mixes tokens `[B, N, dim]`; `attn_mask` is where timm hands on the curves `[C, N]`."""
-        qkv = self.qkv(x)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        feature_map = FEATURE_MAPS[self.mask_type]
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
         curves = None if self.mask_type == "Lit" else attn_mask
         with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
-            scale = q.shape[-1] ** -0.5
-            q, k = (feature_map(t.to(_state_dtype(t))) for t in (q, k))
-            numerator, denominator = FORMATS[self.format](
-                (q * scale).to(v.dtype),
-                k.to(v.dtype),
-                v,
-                self.log_decay(x),
-                curves,
-                chunk_size=self.chunk_size,
-            )
-            y = numerator / (denominator + self.eps)
-        y = rearrange(y, "b h n d -> b n (h d)").to(qkv.dtype)
+            log_decay = self.log_decay(x)
+            if self.format != "RNN" and kernels.available(qkv):
+                lit = self.mask_type == "Lit"
+                y = kernels.mix(qkv, log_decay, curves, lit=lit, eps=self.eps)
+            else:
+                y = self._mix(qkv, log_decay, curves).to(qkv.dtype)
         return self.proj_drop(self.proj(y))
+
+    def _mix(self, qkv: Tensor, log_decay: Tensor | None, curves: Tensor | None) -> Tensor:
+        q, k, v = rearrange(qkv, "b n three h d -> three b h n d")
+        feature_map = FEATURE_MAPS[self.mask_type]
+        scale = q.shape[-1] ** -0.5
+        q, k = (feature_map(t.to(_state_dtype(t))) for t in (q, k))
+        numerator, denominator = FORMATS[self.format](
+            (q * scale).to(v.dtype),
+            k.to(v.dtype),
+            v,
+            log_decay,
+            curves,
+            chunk_size=self.chunk_size,
+        )
+        return rearrange(numerator / (denominator + self.eps), "b h n d -> b n (h d)")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
