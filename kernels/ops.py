@@ -12,7 +12,7 @@ from kernels.chunked import backward_kernel, forward_kernel
 
 def chunk_size(qkv: Tensor) -> int:
     """Tokens per chunk: 64, or what fits into shared memory for wide heads."""
-    return 64 if qkv.shape[4] * qkv.element_size() <= 128 else 32
+    return max(16, min(64, 8192 // (qkv.shape[4] * qkv.element_size())))
 
 
 def _sums(log_decay: Tensor, curves: Tensor | None, size: int) -> Tensor:
@@ -34,7 +34,7 @@ def _sweeps(qkv: Tensor, log_decay: Tensor | None, curves: Tensor | None, lit: b
     chunks = triton.cdiv(n, size)
     options = {
         "D": dim, "BLOCK": size, "LIT": lit, "DECAY": log_decay is not None,
-        "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32", **extra,
+        "PRECISION": precision(qkv), **extra,
     }  # fmt: skip
     common = {"n": n, "heads": heads, "stride_b": qkv.stride(0), "stride_n": qkv.stride(1),
               "scale": dim**-0.5}  # fmt: skip
@@ -49,6 +49,13 @@ def _sweeps(qkv: Tensor, log_decay: Tensor | None, curves: Tensor | None, lit: b
             **common, **options, "sums_b": sums_b, "CURVED": curve is not sums, "ADD": c > 0,
             "WEIGHT": 1 / scans,
         }  # fmt: skip
+
+
+def precision(qkv: Tensor) -> str:
+    """Of matrix products: three tf32 products in float32, but wide heads have no room for them."""
+    if qkv.dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if qkv.shape[4] <= 64 else "ieee"
 
 
 def _packed(qkv: Tensor) -> Tensor:

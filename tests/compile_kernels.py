@@ -4,23 +4,27 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernels.chunked import backward_kernel, forward_kernel
+from kernels.ops import chunk_size, precision
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block can have
 IN_QKV_DTYPE = ("QKV", "STATES", "OUT", "DOUT", "DQKV")
 FLOATS = ("X", "Y", "VECTORS", "R", "FLUX")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def compile_kernel(kernel, dtype, dim, lit):
+    qkv = torch.empty(1, 1, 3, 1, dim, dtype=DTYPES[dtype], device="meta")
     constants = {
-        "D": dim, "BLOCK": 64 if dtype == "bf16" and dim <= 64 else 32, "LIT": lit,
+        "D": dim, "BLOCK": chunk_size(qkv), "LIT": lit,
         "DECAY": not lit, "CURVED": not lit, "ADD": not lit, "WEIGHT": 1.0, "NORMALISE": True,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "PRECISION": precision(qkv),
     }  # fmt: skip
     types = {"CURVE": "*i64", "eps": "fp32", "scale": "fp32"}
     types |= {name: f"*{dtype}" for name in IN_QKV_DTYPE} | {name: "*fp32" for name in FLOATS}
@@ -32,7 +36,9 @@ def compile_kernel(kernel, dtype, dim, lit):
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": 8, "num_stages": 1},
     )
-    assert compiled.metadata.shared <= SHARED_MEMORY, (kernel, dtype, dim)
+    shared = compiled.metadata.shared
+    print(kernel.__name__, dtype, dim, "Lit" if lit else "decay", shared)
+    assert shared <= SHARED_MEMORY, f"{shared} bytes of shared memory"
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_kernels_compile_for_hopper(tmp_path):
     script = ROOT / "tests" / "compile_kernels.py"
     compiled = subprocess.run([sys.executable, script], cwd=ROOT, env=environment,
                               capture_output=True, text=True)  # fmt: skip
-    assert compiled.returncode == 0, compiled.stderr
+    assert compiled.returncode == 0, compiled.stdout + compiled.stderr
 
 
 @gpu
