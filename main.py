@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
-import models_lion  # noqa: F401  (registers the models)
+import models_hydra  # noqa: F401  (these register the models)
+import models_lion  # noqa: F401
+import models_vim  # noqa: F401
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from datasets import (
     ALIASES,
@@ -56,6 +58,7 @@ from utils import (
 
 logger = logging.getLogger(__name__)
 
+LION_ARGUMENTS = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
 
 
@@ -68,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
     add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
     # Model
-    add("--model", default="deit_base_patch16_224", help="a LION or any other timm model")
+    add("--model", default="deit_base_patch16_224", help="a LION, Hydra, Vim or any timm model")
     add("--input-size", default=224, type=int, help="pixels")
     add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
     add("--order", default="Normal", choices=("Normal", "S"), help="S: two snake curves")
@@ -179,10 +182,7 @@ def check_args(args: argparse.Namespace) -> None:
     backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
     if args.torchcompile and args.torchcompile not in backends:
         raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
-    if not timm.is_model(args.model):
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
-        raise ValueError(f"There is no model {args.model!r}{hint}")
+    check_model(args)
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if mixes and args.batch_size % 2 and not args.eval:
         raise ValueError(
@@ -212,13 +212,29 @@ def check_args(args: argparse.Namespace) -> None:
             )
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for an unknown --model, or one that has no use for LION's arguments."""
+    if not timm.is_model(args.model):
+        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
+        raise ValueError(f"There is no model {args.model!r}{hint}")
+    default = get_args_parser().get_default
+    given = [f"--{name}" for name in LION_ARGUMENTS if getattr(args, name) != default(name)]
+    if given and not args.model.startswith("lion_"):
+        raise ValueError(
+            f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
+            "--model-kwargs."
+        )
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     name = args.model
     if args.distillation_type != "none" and "distilled" not in name:
         name = name.replace("_patch16", "_distilled_patch16")
         if not timm.is_model(name) or name == args.model:
             raise ValueError(
-                f"{args.model} has no distilled variant: use a lion_* or deit_* model."
+                f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
+                "model."
             )
         logger.info("Distillation needs a distillation token: building %s", name)
     options = {
@@ -229,8 +245,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         options["img_size"] = args.input_size
     if name.startswith("lion_"):
-        names = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
-        options |= {name: getattr(args, name) for name in names}
+        options |= {name: getattr(args, name) for name in LION_ARGUMENTS}
     try:
         model = timm.create_model(name, **{**options, **args.model_kwargs})
     except (TypeError, AssertionError) as error:

@@ -504,7 +504,7 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
             nn.init.zeros_(self.head_dist.bias)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -524,9 +524,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 
 default_cfgs = generate_default_cfgs(
-    {f"lion_{size}_patch16_224": _cfg() for size in SIZES}
+    {f"lion_{size}_patch16_224": imagenet_cfg() for size in SIZES}
     | {
-        f"lion_{size}_distilled_patch16_224": _cfg(classifier=("head", "head_dist"))
+        f"lion_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
         for size in SIZES
     }
 )
