@@ -152,7 +152,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
     )
     named = dict(zip(SPECIAL_TOKENS, WORDS, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=inputs, **named
+    ).save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------- shards

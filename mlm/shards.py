@@ -76,6 +76,7 @@ def fingerprint_of(folder: Path) -> str:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokeniser in a folder; ValueError if it lacks BERT's special tokens."""
+    fingerprint_of(folder)  # a folder that is not there would be looked for on the hub
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions

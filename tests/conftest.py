@@ -42,10 +42,12 @@ def ending(capsys) -> Iterator[Callable[..., SimpleNamespace]]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 
-    def call(command: Callable[..., None], *arguments: object) -> SimpleNamespace:
+    def call(
+        command: Callable[..., None], *arguments: object, **options: object
+    ) -> SimpleNamespace:
         code, message = 0, ""
         try:
-            command(*arguments)
+            command(*arguments, **options)
         except SystemExit as ended:
             code, message = (1, ended.code) if isinstance(ended.code, str) else (ended.code, "")
         printed = capsys.readouterr()

@@ -106,12 +106,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert ended.code == 128 + signal.SIGTERM
     assert "Stopped at step 7: go on by resume=auto\n" in ended.out
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["step"] == 7
-    ended = ending(pretraining, corpus, resume="auto", **SHORT, output=tmp_path / "run")
-    assert ended.code == 2 and "workers" not in ended.err or ended.code == 0
+    ended = ending(short, corpus, tmp_path / "run", workers=workers[1], resume="auto")
+    assert ended.code == 0, ended.err
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_two_ranks_go_on_bit_for_bit_and_do_what_one_does(whole, corpus, tmp_path):
+def test_two_ranks_go_on_bit_for_bit(corpus, tmp_path):
     settings = {"workers": 0}
     ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)
     assert ranks.wait() == [0, 0], ranks.errors()
@@ -201,7 +201,7 @@ def test_configs_build_what_they_name(path):
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"global_batch": 33}, "global_batch 33 is no multiple of 32"),
         ({"mask_share": 2}, "mask_share must be between 0 and 1"),
-        ({"data": "absent"}, "cannot load the tokeniser in absent/tokenizer|no tokeniser in"),
+        ({"data": "absent"}, "no tokeniser in absent/tokenizer: No such file"),
         ({"length": 10**6}, "split of .* has no window of 1000000 tokens"),
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"resume": "auto"}, "resume=auto needs the output"),
