@@ -135,7 +135,8 @@ def test_metrics_by_their_definitions():
 
 def test_transfer_regression_several_seeds_and_what_is_done_stays(data, model, ending, tmp_path):
     arguments = (data, model, tmp_path, "--tasks", "MNLI,STS-B,CoLA")
-    small = ("tasks.STS-B.seeds=[1, 2]", "tasks.STS-B.epochs=4", "tasks.CoLA.seeds=[1]")
+    small = ("tasks.MNLI.batch=16", "tasks.MNLI.epochs=6", "tasks.STS-B.seeds=[1, 2]",
+             "tasks.STS-B.epochs=4", "tasks.CoLA.seeds=[1]")  # fmt: skip
     ended = ending(call, *arguments, *small)
     assert ended.code == 0, ended.err
     rows = [line for line in ended.out.splitlines() if line.startswith("|")]
