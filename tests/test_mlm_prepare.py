@@ -9,7 +9,9 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from mlm import prepare
 from mlm.shards import Corpus, load_tokenizer
@@ -51,10 +53,7 @@ def test_kinds_of_files(name, expected, tmp_path):
 
 
 def test_parquet(expected, tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
     call(tmp_path / "a.parquet", "--output", tmp_path / "out", "--tokenizer",
          expected / "tokenizer", "--eval-share", 0.3, "--text-field", "body")  # fmt: skip
     assert np.array_equal(tokens(tmp_path / "out", "train"), tokens(expected, "train"))
