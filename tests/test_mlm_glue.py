@@ -133,7 +133,10 @@ def test_metrics_by_their_definitions():
     assert spearman == pytest.approx(100 * (1 - 6 * squares / (4 * 15)))
 
 
-def test_transfer_regression_several_seeds_and_what_is_done_stays(data, model, ending, tmp_path):
+def test_transfer_regression_seeds_over_two_devices_and_what_is_done_stays(
+    data, model, ending, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(glue, "devices_for", lambda _: ["cpu", "cpu"])
     arguments = (data, model, tmp_path, "--tasks", "MNLI,STS-B,CoLA")
     small = ("tasks.MNLI.batch=16", "tasks.MNLI.epochs=6", "tasks.STS-B.seeds=[1, 2]",
              "tasks.STS-B.epochs=4", "tasks.CoLA.seeds=[1]")  # fmt: skip
