@@ -137,7 +137,7 @@ def train_one_epoch(
         for part in range(accumulate):
             samples, targets = (x.to(device, non_blocking=True) for x in next(batches))
             samples, targets = batch_transform(samples, targets)
-            with _without_sync(model) if part < accumulate - 1 else nullcontext():
+            with without_sync(model) if part < accumulate - 1 else nullcontext():
                 with autocast(device, amp_dtype):
                     part_loss = criterion(samples, model(samples), targets) / accumulate
                 scaler.scale(part_loss).backward()
@@ -149,7 +149,7 @@ def train_one_epoch(
             broken |= ~norm.isfinite()
         lr = optimizer.param_groups[0]["lr"]
         if device.type == "cpu" or progress.due(step):
-            stopping, is_broken = _agreed(world, bool(stop), broken)
+            stopping, is_broken = agreed(world, bool(stop), broken)
             if is_broken:
                 raise FloatingPointError(
                     f"Loss {loss.item()} or gradient norm {norm.item()} is not finite (epoch "
@@ -227,11 +227,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def _without_sync(model: nn.Module) -> object:
+def without_sync(model: nn.Module) -> object:
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
-def _agreed(world: World, stopping: bool, broken: Tensor) -> tuple[bool, bool]:
+def agreed(world: World, stopping: bool, broken: Tensor) -> tuple[bool, bool]:
     """Whether any process was told to stop, and whether any is broken."""
     flags = torch.stack([torch.full_like(broken, stopping), broken]).int()
     stopping, broken = world.reduce(flags, dist.ReduceOp.MAX).tolist()

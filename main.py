@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -50,8 +49,8 @@ from utils import (
     init_distributed,
     peak_memory,
     provenance,
+    run_command,
     seed_everything,
-    setup_logging,
     true_or_false,
     write_scores,
 )
@@ -565,7 +564,7 @@ def fit(
             state = run.state(vars(args))
             if is_best:
                 checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)
-            journal.write(stats, images_per_second)
+            journal.write(stats, train_images_per_second=images_per_second)
             checkpoint.save(state, folder / "checkpoint.pth")
     logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
 
@@ -601,21 +600,12 @@ def evaluate_weights(
 
 
 def main(args: argparse.Namespace) -> None:
-    setup_logging(is_main=int(os.environ.get("RANK", 0)) == 0)
-    try:
+    def build() -> Callable[[], None]:
         check_args(args)
         world = init_distributed(args.device, args.dist_url)
-        work = (evaluate_only if args.eval else train)(args, world)
-    except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"main.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        work()
-    except FloatingPointError as error:
-        sys.exit(f"main.py: error: {error}")
-    if world.size > 1:
-        dist.destroy_process_group()
+        return (evaluate_only if args.eval else train)(args, world)
+
+    run_command("main.py", build)
 
 
 if __name__ == "__main__":

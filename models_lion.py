@@ -6,12 +6,15 @@ and `chunk` (quadratic inside a chunk, carried states between chunks).
 
 All three share one signature:
 
-    format(q, k, v, log_decay=None, curves=None, *, chunk_size) -> (numerator, denominator)
+    format(q, k, v, log_decay=None, curves=None, documents=None, *, chunk_size)
+        -> (numerator, denominator)
 
 - `q`, `k`: `[B, H, N, D]`, feature maps applied and `q` scaled; `v`: `[B, H, N, E]`.
 - `log_decay`: log of the decay `a` in (0, 1] of each token, `[C, B or 1, H, N]` for C curves, in
   token order, float32 or wider; None is `a = 1` (LION-Lit), for which curves have no meaning.
 - `curves`: int64 `[C, N]`, the token visited at each step (see `curves.py`); None is token order.
+- `documents`: integers `[B, N]`, equal within a document; those of different ones do not meet.
+  A document's tokens follow each other, on every curve. None is one document.
 - numerator `[B, H, N, E]` and denominator `[B, H, N, 1]`, averaged over the C curves.
 
 With positions counted along a curve, `M_ij = a_j ... a_(i-1)` for i > j, its mirror image
@@ -47,6 +50,7 @@ def attention(
     v: Tensor,
     log_decay: Tensor | None = None,
     curves: Tensor | None = None,
+    documents: Tensor | None = None,
     *,
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,8 @@ def attention(
     weights = q @ k.mT
     if log_decay is not None:
         weights = weights * decay_mask(log_decay, curves).to(weights.dtype)
+    if documents is not None:
+        weights = weights * _same(documents[:, None])
     denominator = weights.sum(-1, keepdim=True, dtype=_state_dtype(v))
     return weights @ v, denominator
 
@@ -64,6 +70,7 @@ def recurrence(
     v: Tensor,
     log_decay: Tensor | None = None,
     curves: Tensor | None = None,
+    documents: Tensor | None = None,
     *,
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -78,13 +85,15 @@ def recurrence(
     steps = torch.cat([curves, curves.flip(1)]).T  # [N, S]: S = 2C scans, the forward ones first
     state = q.new_zeros(*q.shape[:2], steps.shape[1], q.shape[3], v.shape[3] + 1, dtype=dtype)
     out = q.new_zeros(*v.shape[:3], v.shape[3] + 1, dtype=dtype)
+    following = steps.roll(-1, 0)
     # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
     # source, so all at once when gradients are wanted.
-    for tokens in steps.split(n if torch.is_grad_enabled() else 16):  # [T, S]
+    size = n if torch.is_grad_enabled() else 16
+    for tokens, after in zip(steps.split(size), following.split(size), strict=True):  # [T, S]
         gathered = (x.index_select(2, tokens.flatten()).to(dtype) for x in (q, k, v))
         q_t, k_t, v_t = (x.unflatten(2, tokens.shape) for x in gathered)  # [B, H, T, S, D]
         v_t = _with_ones(v_t)
-        decays = _decays_at(tokens, log_decay)
+        decays = _decays_at(tokens, after, log_decay, documents)
         reads = []
         for t, (query, key, value) in enumerate(
             zip(*(x.unbind(2) for x in (q_t, k_t, v_t)), strict=True)
@@ -106,19 +115,25 @@ def chunk(
     v: Tensor,
     log_decay: Tensor | None = None,
     curves: Tensor | None = None,
+    documents: Tensor | None = None,
     *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Chunk-parallel: time and memory linear in N at a fixed `chunk_size`, backward included."""
-    if log_decay is None:  # without decay every query meets the same state
+    if log_decay is None and documents is None:  # every query meets the same state
         out = q @ (k.mT @ _with_ones(v))
-    elif curves is None:
-        out = _chunk_scan(q, k, v, log_decay[0], chunk_size)
+        return out[..., :-1], out[..., -1:]
+    if log_decay is None:
+        log_decay = q.new_zeros(1, 1, 1, q.shape[2], dtype=_state_dtype(q))
+    if curves is None:
+        out = _chunk_scan(q, k, v, log_decay[0], documents, chunk_size)
     else:
         scans = []
         for curve, decay in zip(curves.unbind(0), log_decay.unbind(0), strict=True):
             along = (x.index_select(2, curve) for x in (q, k, v, decay))
-            scans.append(_chunk_scan(*along, chunk_size).index_select(2, inverse(curve)))
+            parts = None if documents is None else documents.index_select(1, curve)
+            scan = _chunk_scan(*along, parts, chunk_size)
+            scans.append(scan.index_select(2, inverse(curve)))
         out = sum(scans[1:], scans[0]) / len(scans)
     return out[..., :-1], out[..., -1:]
 
@@ -147,7 +162,9 @@ def decay_mask(log_decay: Tensor, curves: Tensor | None = None) -> Tensor:
     return sum(masks) / len(masks)
 
 
-def _chunk_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: int) -> Tensor:
+def _chunk_scan(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor | None, chunk_size: int
+) -> Tensor:
     """`sum_j M_ij (q_i . k_j) [v_j, 1]` along one curve; `log_decay` is `[B or 1, H, N]`."""
     n = q.shape[2]
     size = min(chunk_size, n)
@@ -156,26 +173,46 @@ def _chunk_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk_size: 
     v = F.pad(v, (0, 1, 0, padding), value=1.0).unflatten(2, (-1, size))
     x, y = _running_sums(F.pad(log_decay, (0, padding)).unflatten(2, (-1, size)))
     total = y[..., -1:]
+    weights, to_later, to_earlier = _local_mask(x, y), _exp(total - x), _exp(y)
+    of_earlier, of_later = _exp(x), _exp(total - y)
+    forwards = backwards = _exp(total)  # what remains of a state that crosses the chunk
+    if documents is not None:
+        parts = F.pad(documents, (0, padding), value=-1)[:, None].unflatten(2, (-1, size))
+        first, last = parts[..., :1], parts[..., -1:]
+        # Before the first chunk and after the last one nothing is carried: any value will do.
+        before, after = last.roll(1, 2), first.roll(-1, 2)
+        weights = weights * _same(parts)
+        to_later, forwards = to_later * (parts == last), forwards * (before == last)
+        to_earlier, backwards = to_earlier * (parts == first), backwards * (after == first)
+        of_earlier, of_later = of_earlier * (parts == before), of_later * (parts == after)
 
-    def scaled(features: Tensor, exponent: Tensor) -> Tensor:
-        return features * _exp(exponent).unsqueeze(-1).to(features.dtype)
+    def scaled(features: Tensor, factors: Tensor) -> Tensor:
+        return features * factors.unsqueeze(-1).to(features.dtype)
 
-    across = _exp(total).unsqueeze(-1)
-    from_earlier = _carry(scaled(k, total - x).mT @ v, across)
-    from_later = _carry(scaled(k, y).mT @ v, across, reverse=True)
-    out = ((q @ k.mT) * _local_mask(x, y).to(q.dtype)) @ v
-    out += scaled(q, x) @ from_earlier.to(q.dtype)
-    out += scaled(q, total - y) @ from_later.to(q.dtype)
+    from_earlier = _carry(scaled(k, to_later).mT @ v, forwards.unsqueeze(-1))
+    from_later = _carry(scaled(k, to_earlier).mT @ v, backwards.unsqueeze(-1), reverse=True)
+    out = ((q @ k.mT) * weights.to(q.dtype)) @ v
+    out += scaled(q, of_earlier) @ from_earlier.to(q.dtype)
+    out += scaled(q, of_later) @ from_later.to(q.dtype)
     return out.flatten(2, 3)[:, :, :n]
 
 
-def _decays_at(tokens: Tensor, log_decay: Tensor | None) -> tuple[Tensor, ...] | None:
-    """For each of T steps the decays `[B or 1, H, S, 1, 1]` of the tokens `[T, S]` visited then."""
-    if log_decay is None:
-        return None
-    scans = torch.cat([log_decay, log_decay]).movedim(0, 2)  # [B or 1, H, S, N]
-    visited = scans.gather(3, tokens.T.expand(*scans.shape[:3], -1))
-    return visited.exp()[..., None, None].unbind(3)
+def _decays_at(
+    tokens: Tensor, following: Tensor, log_decay: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, ...] | None:
+    """What remains of the states after each of T steps, `[B or 1, H or 1, S, 1, 1]` each.
+
+    That is the decay of the tokens `[T, S]` visited, and nothing where a document ends: the
+    `following` tokens `[T, S]` are of another.
+    """
+    remains = None
+    if log_decay is not None:
+        scans = torch.cat([log_decay, log_decay]).movedim(0, 2)  # [B or 1, H, S, N]
+        remains = scans.gather(3, tokens.T.expand(*scans.shape[:3], -1)).exp()
+    if documents is not None:
+        goes_on = (documents[:, tokens.T] == documents[:, following.T]).unsqueeze(1)
+        remains = goes_on if remains is None else remains * goes_on
+    return None if remains is None else remains[..., None, None].unbind(3)
 
 
 def _carry(added: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
@@ -202,6 +239,11 @@ def _local_mask(x: Tensor, y: Tensor) -> Tensor:
     forward = x.unsqueeze(-1) - x.unsqueeze(-2)
     backward = y.unsqueeze(-2) - y.unsqueeze(-1)
     return torch.minimum(forward, backward).clamp_(min=LEAST_LOG).exp_()
+
+
+def _same(documents: Tensor) -> Tensor:
+    """Which pairs of tokens are of one document: `[..., N]` -> `[..., N, N]`."""
+    return documents.unsqueeze(-1) == documents.unsqueeze(-2)
 
 
 def _exp(log_product: Tensor) -> Tensor:
@@ -243,6 +285,10 @@ class LionAttention(nn.Module):
     Decay parameters: `a_i` (and `a2_i` for the second curve of order `S`) is `[H]` for `Decay`, a
     Linear(dim, H) for `Selective`, absent for `Lit`. The first `num_prefix_tokens` tokens keep a
     decay of 1 in `Selective`.
+
+    Without `normalise` the output is the numerator alone, after a LayerNorm (`norm`) in `Lit`,
+    whose sums grow with the tokens; without `feature_map` queries and keys are taken as they are.
+    The published language models have neither.
     """
 
     eps = 1e-6
@@ -257,6 +303,8 @@ class LionAttention(nn.Module):
         format: str = "Attention",
         chunk_size: int = 32,
         num_prefix_tokens: int = 1,
+        normalise: bool = True,
+        feature_map: bool = True,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         proj_drop: float = 0.0,
@@ -272,8 +320,12 @@ class LionAttention(nn.Module):
         self.num_heads = num_heads
         self.mask_type = mask_type
         self.num_prefix_tokens = num_prefix_tokens
+        self.normalise = normalise
+        self.feature_map = FEATURE_MAPS[mask_type] if feature_map else None
         self.set_format(format, chunk_size)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **placed)
+        grows = mask_type == "Lit" and not normalise
+        self.norm = nn.LayerNorm(dim, **placed) if grows else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **placed)
         self.proj_drop = nn.Dropout(proj_drop)
         for name in {"Normal": ("a_i",), "S": ("a_i", "a2_i")}[order]:
@@ -306,34 +358,62 @@ class LionAttention(nn.Module):
         return F.pad(F.logsigmoid(-logits), (self.num_prefix_tokens, 0))
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """Mixes tokens `[B, N, dim]`; `attn_mask` is where timm hands on the curves `[C, N]`."""
+        """Mixes tokens `[B, N, dim]`; `attn_mask` is where timm hands on the curves `[C, N]`.
+
+        `valid`, bool `[B, N]`, is False for padding: keys that count nowhere, with a decay of 1.
+        `documents`, integers `[B, N]`, keeps packed documents apart, as in the formats.
+        """
         qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
         curves = None if self.mask_type == "Lit" else attn_mask
         with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
             log_decay = self.log_decay(x)
-            if self.format != "RNN" and kernels.available(qkv):
+            if self._has_kernel(qkv) and valid is None and documents is None:
                 lit = self.mask_type == "Lit"
-                y = kernels.mix(qkv, log_decay, curves, lit=lit, eps=self.eps)
+                y = kernels.mix(
+                    qkv, log_decay, curves, lit=lit, eps=self.eps, normalise=self.normalise
+                )
             else:
-                y = self._mix(qkv, log_decay, curves).to(qkv.dtype)
-        return self.proj_drop(self.proj(y))
+                y = self._mix(qkv, log_decay, curves, valid, documents).to(qkv.dtype)
+        return self.proj_drop(self.proj(self.norm(y)))
 
-    def _mix(self, qkv: Tensor, log_decay: Tensor | None, curves: Tensor | None) -> Tensor:
+    def _has_kernel(self, qkv: Tensor) -> bool:
+        return self.format != "RNN" and self.feature_map is not None and kernels.available(qkv)
+
+    def _mix(
+        self,
+        qkv: Tensor,
+        log_decay: Tensor | None,
+        curves: Tensor | None,
+        valid: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
         q, k, v = rearrange(qkv, "b n three h d -> three b h n d")
-        feature_map = FEATURE_MAPS[self.mask_type]
         scale = q.shape[-1] ** -0.5
-        q, k = (feature_map(t.to(_state_dtype(t))) for t in (q, k))
+        if self.feature_map:
+            q, k = (self.feature_map(t.to(_state_dtype(t))) for t in (q, k))
+        if valid is not None:
+            k = k * valid[:, None, :, None]
+            log_decay = log_decay if log_decay is None else log_decay * valid[:, None]
         numerator, denominator = FORMATS[self.format](
             (q * scale).to(v.dtype),
             k.to(v.dtype),
             v,
             log_decay,
             curves,
+            documents,
             chunk_size=self.chunk_size,
         )
-        return rearrange(numerator / (denominator + self.eps), "b h n d -> b n (h d)")
+        if self.normalise:
+            numerator = numerator / (denominator + self.eps)
+        return rearrange(numerator, "b h n d -> b n (h d)")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -179,20 +179,29 @@ class Mean:
 class Progress:
     """A bar with images/s and time left on a terminal, else a plain line every `interval` steps.
 
-    `images` counts the images of one step over all processes.
+    `images` counts the images, or what `unit` says, of one step over all processes.
     """
 
     def __init__(
-        self, header: str, steps: int, images: int, *, start: int = 0, interval: int, show: bool
+        self,
+        header: str,
+        steps: int,
+        images: int,
+        *,
+        start: int = 0,
+        interval: int,
+        show: bool,
+        unit: str = "img",
     ) -> None:
         self.header, self.steps, self.images, self.start = header, steps, images, start
-        self.interval = interval
+        self.interval, self.unit = interval, unit
         self.began = time.perf_counter()
         self.bar = tqdm(
             desc=header,
             total=steps * images,
             initial=start * images,
-            unit="img",
+            unit=unit,
+            unit_scale=unit != "img",
             leave=False,
             disable=not (show and sys.stdout.isatty()),
             file=sys.stdout,
@@ -213,15 +222,26 @@ class Progress:
             rate = (step + 1 - self.start) / seconds
             eta = timedelta(seconds=int((self.steps - step - 1) / rate))
             logger.info(
-                "%s  [%*d/%d]  eta: %s  %s  img/s: %.1f",
-                self.header, len(str(self.steps)), step, self.steps, eta, text, rate * self.images,
+                "%s  [%*d/%d]  eta: %s  %s  %s/s: %.1f",
+                self.header, len(str(self.steps)), step, self.steps, eta, text, self.unit,
+                rate * self.images,
             )  # fmt: skip
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block's time does not count."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def speed(self, done: int) -> float:
+        """Images/s since the start, after `done` steps."""
+        return (done - self.start) * self.images / (time.perf_counter() - self.began)
 
     def close(self) -> float:
         """Ends the display; returns images/s since the start."""
         self.bar.close()
-        seconds = time.perf_counter() - self.began
-        return (self.steps - self.start) * self.images / seconds
+        return self.speed(self.steps)
 
 
 @contextmanager
@@ -261,9 +281,17 @@ class Journal:
     """`log.txt`, TensorBoard and `args.yaml` in a run's folder; silent where the folder is None.
 
     `first_epoch` is where the run goes on: what a killed run logged from there on is dropped.
+    `clock` names what counts the records, where it is not epochs.
     """
 
-    def __init__(self, folder: str | None, facts: dict[str, Any], first_epoch: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        facts: dict[str, Any],
+        first_epoch: int,
+        clock: str = "epoch",
+    ) -> None:
+        self.clock = clock
         self.folder = Path(folder) if folder else None
         if self.folder is None:
             return
@@ -272,15 +300,15 @@ class Journal:
         self._drop_from(first_epoch)
         self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
-    def write(self, stats: dict[str, Any], images_per_second: float) -> None:
-        """Adds an epoch: one line of JSON, and every number to TensorBoard."""
+    def write(self, stats: dict[str, Any], **speeds: float) -> None:
+        """Adds a record: one line of JSON, and every number to TensorBoard, `speeds` there only."""
         if self.folder is None:
             return
         with (self.folder / "log.txt").open("a") as file:
             file.write(json.dumps(stats) + "\n")
-        for name, value in {**stats, "train_images_per_second": images_per_second}.items():
-            if name not in ("epoch", "n_parameters"):
-                self.board.add_scalar(name.replace("_", "/", 1), value, stats["epoch"])
+        for name, value in {**stats, **speeds}.items():
+            if name not in (self.clock, "n_parameters"):
+                self.board.add_scalar(name.replace("_", "/", 1), value, stats[self.clock])
         self.board.flush()
 
     def _drop_from(self, epoch: int) -> None:
@@ -290,7 +318,7 @@ class Journal:
         lines = log.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         temporary = log.with_name(".log.txt.saving")
-        temporary.write_text("".join(ln for ln in whole if json.loads(ln)["epoch"] < epoch))
+        temporary.write_text("".join(ln for ln in whole if json.loads(ln)[self.clock] < epoch))
         os.replace(temporary, log)
 
 
@@ -340,6 +368,28 @@ def _output_of(command: list[str], otherwise: str) -> str:
 
 
 # ------------------------------------------------------------------------------ the command line
+
+
+def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
+    """Runs a command: `build()` reads and checks everything, what it returns does the work.
+
+    A ValueError of `build` is the user's: its sentence on standard error, from the main process,
+    and exit code 2. A FloatingPointError of the work is told likewise, with exit code 1.
+    """
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    setup_logging(is_main)
+    try:
+        work = build()
+    except ValueError as error:
+        if is_main:
+            print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        work()
+    except FloatingPointError as error:
+        sys.exit(f"{name}: error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class BothSpellings(argparse.ArgumentParser):

@@ -1,5 +1,5 @@
-# Source this: it makes .venv in the repository root, or renews it when requirements.txt, Python or
-# the folder has changed, and activates it.
+# Source this: it makes .venv in the repository root, or renews it when the requirements, Python or
+# the folder have changed, and activates it.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -9,7 +9,7 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null;
 fi
 
 environment="$(python3 --version) in $repository with
-$(cat "$repository/requirements.txt")"
+$(cat "$repository/requirements.txt" "$repository/mlm/requirements.txt")"
 if [ "$environment" != "$(cat "$repository/.venv/installed" 2> /dev/null)" ]; then
     echo "Making the environment $repository/.venv: about 6 GB, a few minutes ..."
     if ! python3 -m venv --clear "$repository/.venv"; then
@@ -18,7 +18,8 @@ if [ "$environment" != "$(cat "$repository/.venv/installed" 2> /dev/null)" ]; th
         return 2
     fi
     "$repository/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --requirement "$repository/requirements.txt" || return
+        --requirement "$repository/requirements.txt" \
+        --requirement "$repository/mlm/requirements.txt" || return
     echo "$environment" > "$repository/.venv/installed"
     echo "The environment is ready."
 fi

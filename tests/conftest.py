@@ -2,7 +2,9 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on the CPU
 
 from helpers import call_main, make_image_folder
+
+from mlm import prepare
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,23 +30,41 @@ def data_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(capsys) -> Iterator[Callable[..., SimpleNamespace]]:
+def run(ending) -> Callable[..., SimpleNamespace]:
     """`run(*arguments)` is main.py in this process: its exit code and what it printed."""
+    return partial(ending, call_main)
+
+
+@pytest.fixture
+def ending(capsys) -> Iterator[Callable[..., SimpleNamespace]]:
+    """`ending(command, *arguments)` calls a command: its exit code and what it printed."""
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 
-    def run_main(*arguments: object) -> SimpleNamespace:
+    def call(
+        command: Callable[..., None], *arguments: object, **options: object
+    ) -> SimpleNamespace:
         code, message = 0, ""
         try:
-            call_main(*arguments)
+            command(*arguments, **options)
         except SystemExit as ended:
             code, message = (1, ended.code) if isinstance(ended.code, str) else (ended.code, "")
         printed = capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err + message)
 
-    yield run_main
+    yield call
     root.handlers[:] = handlers
     root.setLevel(level)
     for number, handler in signals.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Token shards of Python's own help texts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "topics.txt").write_text("\n\n".join(topics.values()))
+    arguments = ("--output", folder / "shards", "--train-tokenizer", 2000, "--eval-share", 0.05)
+    prepare.main([str(a) for a in (folder / "topics.txt", *arguments)])
+    return folder / "shards"

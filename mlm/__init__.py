@@ -1,0 +1,1 @@
+"""Masked language modelling with LION: encoders, pre-training and fine-tuning."""

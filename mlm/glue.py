@@ -1,0 +1,312 @@
+"""Fine-tunes on GLUE or other TSV files: python -m mlm.glue mlm/configs/glue.yaml --model PATH"""
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+import mlm.modeling  # noqa: F401  (registers the models)
+from engine import autocast
+from mlm.settings import override, read_yaml, typed
+from mlm.shards import load_tokenizer
+from mlm.tasks import Examples, Task, read_examples, score
+from utils import init_distributed, run_command, seed_everything, setup_logging
+
+WARMUP_SHARE = 0.06
+BETAS, EPS = (0.9, 0.98), 1e-6
+EVAL_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str
+    tasks: dict
+    output: str = "outputs/glue"
+    length: int = 128
+    lr: float = 1e-5
+    device: str = "auto"  # cuda spreads the jobs over all GPUs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task with one seed: what a process needs to do it."""
+
+    name: str
+    task: Task
+    seed: int
+    model: str  # where it starts
+    data: str
+    output: str
+    length: int
+    lr: float
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output, f"{self.name}-{self.seed}")
+
+
+# -------------------------------------------------------------------------------------- one job
+
+
+def batches(
+    examples: Examples,
+    order: np.ndarray,
+    size: int,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    device: torch.device,
+) -> Iterator[dict[str, Tensor]]:
+    """Padded batches with labels, in the given order."""
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        columns = zip(*(examples.texts[i] for i in chosen), strict=True)
+        batch = tokenizer(
+            *map(list, columns),
+            truncation=True,
+            max_length=length,
+            padding=True,
+            return_tensors="pt",
+        )
+        labels = torch.tensor([examples.labels[i] for i in chosen])
+        yield {name: value.to(device) for name, value in {**batch, "labels": labels}.items()}
+
+
+def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
+    """Trains, scores each evaluation file, and leaves the model and `result.json` in its folder.
+
+    Returns the metrics by file and name; those of a finished job of the same settings are read.
+    """
+    done = job.folder / "result.json"
+    weights = hashlib.sha256(Path(job.model, "model.safetensors").read_bytes()).hexdigest()
+    facts = {**asdict(job), "weights": weights}
+    if done.exists():
+        before = json.loads(done.read_text())
+        if before["job"] == facts:
+            return before["scores"]
+    folder, task = Path(job.data), job.task
+    train = read_examples(folder, task.train, task, None)
+    tokenizer = load_tokenizer(Path(job.model))
+    seed_everything(job.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        job.model, num_labels=max(len(train.classes), 1), ignore_mismatched_sizes=True
+    ).to(device)
+    dtype = torch.bfloat16 if task.precision == "bf16" and device.type == "cuda" else None
+    _train(model, job, train, tokenizer, device, dtype)
+    scores = {}
+    for name in task.eval:
+        examples = read_examples(folder, name, task, train.classes)
+        outputs = predict(model, examples, tokenizer, job.length, device, dtype)
+        for metric, value in score(task, examples.labels, outputs).items():
+            scores[f"{Path(name).stem} {metric}"] = value
+    model.save_pretrained(job.folder)
+    tokenizer.save_pretrained(job.folder)
+    done.write_text(json.dumps({"scores": scores, "job": facts}, indent=2) + "\n")
+    return scores
+
+
+def _train(
+    model: PreTrainedModel,
+    job: Job,
+    train: Examples,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    task, count = job.task, len(train.labels)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), job.lr, BETAS, EPS, weight_decay=task.weight_decay / job.lr
+    )
+    steps = task.epochs * math.ceil(count / task.batch)
+    warmup = max(round(WARMUP_SHARE * steps), 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1)),
+    )
+    model.train()
+    bar = tqdm(desc=f"{job.name} seed {job.seed}", total=steps, unit="step", mininterval=5)
+    for epoch in range(task.epochs):
+        order = np.random.default_rng((job.seed, epoch)).permutation(count)
+        for batch in batches(train, order, task.batch, tokenizer, job.length, device):
+            with autocast(device, dtype):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update()
+    bar.close()
+
+
+@torch.inference_mode()
+def predict(
+    model: PreTrainedModel,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> list[float]:
+    """The class of each example, or the value of a regression."""
+    model.eval()
+    outputs = []
+    order = np.arange(len(examples.labels))
+    for batch in batches(examples, order, EVAL_BATCH, tokenizer, length, device):
+        with autocast(device, dtype):
+            logits = model(**batch).logits.float()
+        outputs += (logits.argmax(1) if examples.classes else logits[:, 0]).tolist()
+    return outputs
+
+
+# ------------------------------------------------------------------------------------- all jobs
+
+_device: torch.device | None = None  # of this process of the pool
+
+
+def _take_device(free: Any) -> None:
+    global _device
+    _device = free.get()
+    setup_logging(is_main=False)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that a classifier is new is no news
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+
+def _run(job: Job) -> dict[str, float]:
+    return fine_tune(job, _device)
+
+
+def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
+    """The scores of all jobs, spread over devices; those with a `start` come after the others."""
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for device in devices:
+        free.put(torch.device(device))
+    results = {}
+    with ProcessPoolExecutor(len(devices), context, _take_device, (free,)) as pool:
+        for second in (False, True):
+            turn = [job for job in jobs if bool(job.task.start) is second]
+            results |= zip(((j.name, j.seed) for j in turn), pool.map(_run, turn), strict=True)
+    return [results[job.name, job.seed] for job in jobs]
+
+
+def table(jobs: list[Job], scores: list[dict[str, float]]) -> tuple[str, dict[str, float]]:
+    """A markdown table, and each task's mean over metrics and seeds with the mean over tasks."""
+    means, lines = {}, ["| task | seeds | metrics | score | ± |", "|---|--:|---|--:|--:|"]
+    for name in dict.fromkeys(job.name for job in jobs):
+        own = [s for job, s in zip(jobs, scores, strict=True) if job.name == name]
+        by_seed = [float(np.mean(list(s.values()))) for s in own]
+        means[name] = float(np.mean(by_seed))
+        metrics = ", ".join(f"{m} {np.mean([s[m] for s in own]):.2f}" for m in own[0])
+        lines.append(
+            f"| {name} | {len(own)} | {metrics} | {means[name]:.2f} | {np.std(by_seed):.2f} |"
+        )
+    means["mean"] = float(np.mean(list(means.values())))
+    lines.append(f"| mean | | | {means['mean']:.2f} | |")
+    return "\n".join(lines), means
+
+
+def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
+    """Raises ValueError for what can be told to be wrong before any training."""
+    check_model(model)
+    tasks = {
+        name: typed(Task, values, f"the task {name} of {source}")
+        for name, values in settings.tasks.items()
+    }
+    jobs = []
+    for name, task in tasks.items():
+        task.check(name)
+        folder = Path(settings.data)
+        classes = read_examples(folder, task.train, task, None).classes
+        for file in task.eval:
+            read_examples(folder, file, task, classes)
+        start = model
+        if task.start:
+            if task.start not in tasks or tasks[task.start].start:
+                raise ValueError(
+                    f"{name} starts from {task.start}, which must be a task of its own without a "
+                    f"start: add it, or give tasks.{name}.start=null."
+                )
+            first = tasks[task.start].seeds[0]
+            start = str(Path(settings.output, f"{task.start}-{first}"))
+        jobs += [
+            Job(name, task, seed, start, settings.data, settings.output, settings.length,
+                settings.lr)
+            for seed in task.seeds
+        ]  # fmt: skip
+    return jobs
+
+
+def check_model(model: str) -> None:
+    """Raises ValueError if there is no encoder at a path, or its vocabulary is another's."""
+    if not Path(model, "model.safetensors").exists():
+        raise ValueError(f"There is no model in {model}: give the folder model of a pre-training.")
+    words = len(load_tokenizer(Path(model)))
+    config = AutoConfig.from_pretrained(model)
+    if config.vocab_size != words:
+        raise ValueError(
+            f"The model in {model} has a vocabulary of {config.vocab_size} words and its tokeniser "
+            f"one of {words}: they do not belong together."
+        )
+
+
+def devices_for(device: str) -> list[str]:
+    """All GPUs for auto and cuda where there are any, else the one device."""
+    chosen = init_distributed(device).device
+    if chosen.type == "cuda" and device in ("auto", "cuda"):
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [str(chosen)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("mlm.glue", description=__doc__)
+    parser.add_argument("config", help="YAML file, such as mlm/configs/glue.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
+    parser.add_argument("--model", required=True, help="folder of a pre-trained model")
+    parser.add_argument("--tasks", metavar="TASK,TASK", help="only these")
+    args = parser.parse_intermixed_args(arguments)
+
+    def build() -> Callable[[], None]:
+        values = override(read_yaml(args.config), args.settings)
+        known = values.get("tasks", {})
+        chosen = args.tasks.split(",") if args.tasks else known
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise ValueError(f"{args.config} has no task {', '.join(unknown)}.")
+        values["tasks"] = {name: known[name] for name in chosen}
+        settings = typed(Settings, values, args.config)
+        jobs = build_jobs(settings, args.config, args.model)
+        devices = devices_for(settings.device)
+
+        def work() -> None:
+            text, means = table(jobs, run_jobs(jobs, devices))
+            print(text)
+            folder = Path(settings.output)
+            (folder / "results.md").write_text(text + "\n")
+            (folder / "results.json").write_text(json.dumps(means, indent=2) + "\n")
+
+        return work
+
+    run_command("mlm.glue", build)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import checkpoint
+from datasets import ignore_signals
+from engine import LOG_INTERVAL, agreed, autocast, without_sync
+from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
+from mlm.modeling import LionBertConfig, LionBertForMaskedLM
+from mlm.settings import check, override, read_yaml, typed
+from mlm.shards import Corpus, load_tokenizer
+from samplers import EpochSampler
+from utils import (
+    Journal,
+    Mean,
+    Progress,
+    StopSignal,
+    World,
+    init_distributed,
+    provenance,
+    run_command,
+    seed_everything,
+)
+
+# What a resumed run must share with the run that it goes on with.
+FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
+         "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The recipe; M2-BERT's by default."""
+
+    data: str  # folder of mlm.prepare
+    lr: float
+    model: dict[str, Any]  # of LionBertConfig; vocab_size is the data's
+    output: str = ""
+    length: int = 128
+    mask_share: float = 0.3
+    eval_mask_share: float = 0.15
+    separate_documents: bool = True  # tokens of different documents do not meet
+    global_batch: int = 4096
+    micro_batch: int = 128
+    steps: int = 70_000
+    warmup_share: float = 0.06
+    min_lr_share: float = 0.02
+    weight_decay: float = 1e-5  # at the peak learning rate, whatever that is
+    betas: list = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    precision: str = "bf16"  # on a GPU; fp32
+    compile: bool = False
+    workers: int = 2
+    seed: int = 17
+    eval_every: int = 2000  # steps, with a line in log.txt
+    save_every: int = 1000
+    device: str = "auto"
+    resume: str = ""  # auto: go on with the run in `output`
+    overwrite: bool = False
+    init_method: str = "env://"
+
+    def check(self) -> None:
+        """Raises ValueError for values that make no sense."""
+        for name in ("length", "global_batch", "micro_batch", "steps", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("mask_share", "eval_mask_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}.")
+        for name in ("warmup_share", "min_lr_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}.")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}.")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision must be bf16 or fp32, not {self.precision!r}.")
+        if self.resume not in ("", "auto"):
+            raise ValueError(f"resume must be auto or nothing, not {self.resume!r}.")
+        if self.resume and not self.output:
+            raise ValueError("resume=auto needs the output of the run.")
+        taken = self.output and Path(self.output, "checkpoint.pth").exists()
+        if taken and not (self.resume or self.overwrite):
+            raise ValueError(
+                f"{self.output} holds another run: go on with it by resume=auto, replace it by "
+                "overwrite=true, or choose another output."
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then linear down to `min_lr_share` of the peak."""
+        warmup = round(self.steps * self.warmup_share)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        left = (self.steps - step) / max(self.steps - warmup, 1)
+        return self.lr * (self.min_lr_share + (1 - self.min_lr_share) * left)
+
+
+def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionBertForMaskedLM:
+    """Raises ValueError for an unknown key, a value of another type or another vocabulary."""
+    options = check(LionBertConfig.__annotations__, settings.model, "the section model")
+    words = options.setdefault("vocab_size", len(tokenizer))
+    if words != len(tokenizer):
+        raise ValueError(
+            f"The model has a vocabulary of {words} words and the data one of {len(tokenizer)}: "
+            "leave out vocab_size, or prepare the data with the model's tokeniser."
+        )
+    config = LionBertConfig(**options, pad_token_id=tokenizer.pad_token_id)
+    if config.position_embeddings and settings.length > config.max_position_embeddings:
+        raise ValueError(
+            f"length {settings.length} is more than the {config.max_position_embeddings} positions "
+            "of the model: raise model.max_position_embeddings."
+        )
+    return LionBertForMaskedLM(config)
+
+
+def build_loaders(
+    settings: Settings, world: World, tokenizer: PreTrainedTokenizerFast, step: int
+) -> tuple[DataLoader, DataLoader]:
+    """Training windows from `step` on, without end, and the windows for evaluation."""
+    ranks = {"num_replicas": world.size, "rank": world.rank}
+    corpora = {split: Corpus(settings.data, split, settings.length) for split in ("train", "eval")}
+    shares = {"train": settings.mask_share, "eval": settings.eval_mask_share}
+    windows = {
+        split: MaskedWindows(
+            corpus,
+            tokenizer,
+            share=shares[split],
+            seed=settings.seed,
+            separate_documents=settings.separate_documents,
+        )
+        for split, corpus in corpora.items()
+    }
+    epochs = EpochSampler(len(windows["train"]), seed=settings.seed, **ranks)
+    samplers = {
+        "train": EndlessSampler(epochs, step * settings.global_batch // world.size),
+        "eval": EvalSampler(len(windows["eval"]), **ranks),
+    }
+    workers = min(settings.workers, os.cpu_count() or 1)
+    return tuple(
+        DataLoader(
+            windows[split],
+            settings.micro_batch,
+            sampler=samplers[split],
+            num_workers=workers if split == "train" else 0,
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+        for split in ("train", "eval")
+    )
+
+
+class Pretraining:
+    """A run: what a checkpoint saves and restores, and the steps."""
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        settings.check()
+        self.settings, self.world = settings, world
+        per_pass = settings.micro_batch * world.size
+        if settings.global_batch % per_pass:
+            raise ValueError(
+                f"global_batch {settings.global_batch} is no multiple of {per_pass} (micro_batch "
+                f"{settings.micro_batch} x {world.size} processes)."
+            )
+        self.accumulate = settings.global_batch // per_pass
+        self.tokenizer = load_tokenizer(Path(settings.data, "tokenizer"))
+        seed_everything(settings.seed)
+        self.model = build_model(settings, self.tokenizer).to(world.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.lr,
+            betas=tuple(settings.betas),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay / settings.lr,
+            fused=world.device.type == "cuda",
+        )
+        self.step = 0
+        self.saved_meters: list[tuple[float, int]] = []
+        if settings.resume:
+            self._restore()
+        self.loader, self.eval_loader = build_loaders(settings, world, self.tokenizer, self.step)
+        bf16 = settings.precision == "bf16" and world.device.type == "cuda"
+        self.dtype = torch.bfloat16 if bf16 else None
+
+    def _restore(self) -> None:
+        found = checkpoint.latest(self.settings.output)
+        if found is None:
+            return
+        saved, source = found
+        differing = checkpoint.difference(saved.get("args", {}), asdict(self.settings), FIXED)
+        if differing:
+            raise ValueError(f"{source} is of another run: {'; '.join(differing)}.")
+        checkpoint.load_weights(self.model, saved["model"], source)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.saved_meters = saved["step"], saved["meters"]
+
+    def save(self, meter: Mean) -> None:
+        """The checkpoint, and the model and its tokeniser as Hugging Face has them."""
+        meters = self.world.gather(meter.state())
+        if not (self.settings.output and self.world.is_main):
+            return
+        folder = Path(self.settings.output)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "meters": meters,
+            "args": asdict(self.settings),
+        }
+        checkpoint.save(state, folder / "checkpoint.pth")
+        temporary, final = folder / ".model.saving", folder / "model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+    def fit(self) -> None:
+        """The steps that are left. Saves before leaving on a signal."""
+        settings, world, stop = self.settings, self.world, StopSignal()
+        facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
+        folder = settings.output if world.is_main else None
+        journal = Journal(folder, facts, self.step + 1, clock="step")
+        model = self._wrapped()
+        first = self.saved_meters[world.rank] if len(self.saved_meters) == world.size else ()
+        meter = Mean(world.device, *first)
+        tokens = settings.global_batch * settings.length
+        progress = Progress("Step:", settings.steps, tokens, start=self.step, unit="tok",
+                            interval=LOG_INTERVAL, show=world.is_main)  # fmt: skip
+        batches = iter(self.loader)
+        while self.step < settings.steps:
+            due = progress.due(self.step)
+            loss, stopping = self._train_step(model, batches, due, stop)
+            meter.update(loss)
+            progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
+            self.step += 1
+            last = self.step == settings.steps
+            if last or self.step % settings.eval_every == 0:
+                journal.write(self._record(meter, progress))
+                meter = Mean(world.device)
+            if last or stopping or self.step % settings.save_every == 0:
+                with progress.paused():
+                    self.save(meter)
+            if stopping and not last:
+                progress.close()
+                print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
+                sys.exit(stop.exit_code)
+        progress.close()
+
+    def _wrapped(self) -> nn.Module:
+        if self.settings.compile:
+            self.model.lion.compile()
+        if self.world.size == 1:
+            return self.model
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=devices)
+
+    def _lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _train_step(
+        self, model: nn.Module, batches: Any, due: bool, stop: StopSignal
+    ) -> tuple[Tensor, bool]:
+        """One optimiser step; returns the loss times the processes, and whether to stop.
+
+        The mean loss of all processes is over the masked tokens of the whole global batch.
+        """
+        world, settings = self.world, self.settings
+        model.train()
+        seed_everything(settings.seed, self.step, world.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr_at(self.step)
+        parts = [self._moved(next(batches)) for _ in range(self.accumulate)]
+        asked = sum((part["labels"] >= 0).sum() for part in parts)
+        asked = world.reduce(asked).clamp(min=1) / world.size  # gradients are averaged over these
+        total = torch.zeros((), device=world.device)
+        for number, part in enumerate(parts, start=1):
+            with without_sync(model) if number < len(parts) else nullcontext():
+                with autocast(world.device, self.dtype):
+                    loss = model(**part, num_items_in_batch=asked).loss
+                loss.backward()
+            total += loss.detach()
+        stopping = False
+        if due or world.device.type == "cpu":
+            stopping, broken = agreed(world, bool(stop), ~total.isfinite())
+            if broken:
+                raise FloatingPointError(
+                    f"The loss is not finite (step {self.step}, rank {world.rank}); the last "
+                    "checkpoint is untouched. Try a lower lr."
+                )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, stopping
+
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+
+    def _record(self, meter: Mean, progress: Progress) -> dict[str, float]:
+        """A line of log.txt: losses, accuracy, speed and memory at this step."""
+        train_loss = meter.over(self.world)  # a GPU has done the steps then
+        speed, memory = progress.speed(self.step), 0
+        if self.world.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.world.device)
+        with progress.paused():
+            scores = self.evaluate()
+        record = {
+            "step": self.step,
+            "train_loss": train_loss,
+            "train_lr": self._lr(),
+            **{f"eval_{name}": value for name, value in scores.items()},
+            "tokens_per_second": speed,
+            "peak_memory_gib": memory / 2**30,
+        }
+        if self.world.is_main:
+            shown = ("train_loss", "eval_loss", "eval_accuracy")
+            print(f"Step {self.step}: " + "  ".join(f"{k} {record[k]:.4f}" for k in shown))
+        return record
+
+    @torch.inference_mode()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy (in %) over the masked tokens of the evaluation split."""
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        for batch in self.eval_loader:
+            batch = self._moved(batch)
+            with autocast(self.world.device, self.dtype):
+                result = self.model(**batch, num_items_in_batch=1)
+            labels = batch["labels"][batch["labels"] >= 0]
+            hits = (result.logits.argmax(1) == labels).sum()
+            sums += torch.stack([result.loss, hits, labels.new_tensor(len(labels))]).double()
+        loss, hits, count = self.world.reduce(sums).tolist()
+        return {"loss": loss / max(count, 1), "accuracy": 100 * hits / max(count, 1)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("mlm.pretrain", description=__doc__)
+    parser.add_argument("config", help="YAML file, such as mlm/configs/lion-s-base.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
+    args = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+
+    def build() -> Callable[[], None]:
+        values = override(read_yaml(args.config), args.settings)
+        settings = typed(Settings, values, args.config)
+        return Pretraining(settings, init_distributed(settings.device, settings.init_method)).fit
+
+    run_command("mlm.pretrain", build)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Settings of a command: a YAML file, and `key=value` arguments over it."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Raises ValueError if the file cannot be read or is no mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(getattr(error, "strerror", None) or error).replace("\n", " ")
+        raise ValueError(f"cannot read the settings {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The settings {path} are no mapping of keys to values.")
+    return content
+
+
+def override(settings: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """`settings` with `key=value` or `section.key=value` arguments put in."""
+    settings = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise ValueError(f"Settings are given as key=value, not {argument!r}.")
+        *sections, key = name.split(".")
+        place = settings
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{section} in {argument!r} is no section of settings.")
+        place[key] = yaml.safe_load(text)
+    return settings
+
+
+def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
+    """The dataclass `kind` from `values`: known keys and values of their types only."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    checked = check(get_type_hints(kind), values, source)
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [
+        name
+        for name, field in fields.items()
+        if (field.default, field.default_factory) == required and name not in checked
+    ]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}: give {missing[0]}=VALUE.")
+    return kind(**checked)
+
+
+def check(hints: dict[str, Any], values: dict[str, Any], source: str) -> dict[str, Any]:
+    """`values` as the types that `hints` give their keys."""
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"Unknown key {key!r} in {source}{_suggestion(key, hints)}")
+    return {key: _convert(value, hints[key], key, source) for key, value in values.items()}
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    return f": did you mean {close[0]}?" if close else "."
+
+
+def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in kinds]
+    if float in kinds and not isinstance(value, bool) and value is not None:
+        try:  # YAML takes 1e-5, without a point, for a word
+            return int(value) if int in kinds and int(value) == float(value) else float(value)
+        except (TypeError, ValueError):
+            pass
+    elif any(type(value) is kind for kind in kinds):
+        return value
+    elif value is None and type(None) in kinds:
+        return None
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{key} in {source} must be {names}, not {value!r}.")

@@ -1,0 +1,133 @@
+"""Token shards: written whole or not at all, memory-mapped, and bound to their tokeniser.
+
+A folder of shards holds `manifest.json`, `tokenizer/` and the shards of the splits `train` and
+`eval`. A shard is a header and its documents' tokens one after the other, each document
+`[CLS] ... [SEP]`.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+HEADER = struct.Struct("<8s32sQQB7x")  # magic, SHA-256 of the tokeniser, documents, tokens, bytes
+MAGIC = b"LIONMLM1"
+SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+def write_shard(path: Path, fingerprint: str, documents: Iterable[list[int]], vocab: int) -> None:
+    """Writes the documents' tokens so that `path` is a whole shard or not there."""
+    dtype = np.dtype("<u2" if vocab <= 2**16 else "<u4")
+    temporary = path.with_name(f".{path.name}.saving")
+    count = tokens = 0
+    with temporary.open("wb") as file:
+        file.write(bytes(HEADER.size))
+        for document in documents:
+            file.write(np.asarray(document, dtype).tobytes())
+            count, tokens = count + 1, tokens + len(document)
+        file.seek(0)
+        header = (MAGIC, bytes.fromhex(fingerprint), count, tokens, dtype.itemsize)
+        file.write(HEADER.pack(*header))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_header(path: Path, fingerprint: str) -> tuple[int, int, int]:
+    """Documents, tokens and bytes per token of a shard that is whole and of this tokeniser.
+
+    Raises ValueError if it is not.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+    except OSError as error:
+        raise ValueError(f"cannot read the shard {path}: {error.strerror}") from error
+    if len(header) < HEADER.size or header[:8] != MAGIC:
+        raise ValueError(f"{path} is no token shard, or cut off: prepare the text again.")
+    _, written_by, documents, tokens, width = HEADER.unpack(header)
+    if written_by.hex() != fingerprint:
+        raise ValueError(
+            f"The shard {path} was written with another tokeniser than that of its folder: "
+            "prepare the text again."
+        )
+    expected, size = HEADER.size + tokens * width, path.stat().st_size
+    if size != expected:
+        raise ValueError(
+            f"The shard {path} is truncated or damaged ({size} bytes, not {expected}): "
+            "prepare the text again."
+        )
+    return documents, tokens, width
+
+
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of the tokeniser in a folder."""
+    try:
+        return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"There is no tokeniser in {folder}: {error.strerror}.") from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokeniser in a folder; ValueError if it lacks BERT's special tokens."""
+    fingerprint_of(folder)  # a folder that is not there would be looked for on the hub
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"cannot load the tokeniser in {folder}: {error}") from error
+    missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise ValueError(f"The tokeniser in {folder} has no {', '.join(missing)}.")
+    return tokenizer
+
+
+class Corpus:
+    """Windows of `length` tokens of one split of a prepared folder.
+
+    Raises ValueError if the folder is not whole.
+    """
+
+    def __init__(self, folder: str | Path, split: str, length: int) -> None:
+        self.folder, self.length = Path(folder), length
+        manifest = read_manifest(self.folder)
+        self.fingerprint = fingerprint_of(self.folder / "tokenizer")
+        self.shards = []
+        for name in manifest["splits"][split]["shards"]:
+            path = self.folder / name
+            _, tokens, width = read_header(path, self.fingerprint)
+            if tokens >= length:
+                self.shards.append(
+                    np.memmap(path, f"<u{width}", "r", offset=HEADER.size, shape=tokens)
+                )
+        self.ends = np.cumsum([len(shard) // length for shard in self.shards])
+        if not self.shards:
+            raise ValueError(
+                f"The {split} split of {folder} has no window of {length} tokens: "
+                "prepare more text, or lower the length."
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Window `index`, int64 `[length]`."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        start = (index - (self.ends[shard - 1] if shard else 0)) * self.length
+        return self.shards[shard][start : start + self.length].astype(np.int64)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot read {folder}/manifest.json: {reason}; make the folder with "
+            "python -m mlm.prepare."
+        ) from error

@@ -1,0 +1,124 @@
+"""Sentence tasks: their settings, their TSV files and their metrics."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+logger = logging.getLogger(__name__)
+
+METRICS: dict[str, Callable[[list, list], float]] = {
+    "accuracy": accuracy_score,
+    "f1": f1_score,
+    "matthews": matthews_corrcoef,
+    "spearman": lambda labels, outputs: float(spearmanr(labels, outputs).statistic),
+}
+LEAST_WHOLE = 0.99  # share of a file's rows; with less, the file is another than the settings say
+REGRESSION = ("spearman",)  # metrics of tasks whose labels are numbers
+
+
+@dataclass(frozen=True)
+class Task:
+    """One sentence task; `start` names the task whose model it starts from."""
+
+    train: str
+    eval: list
+    text: list  # columns, one or two
+    label: str  # column
+    metrics: list
+    batch: int
+    epochs: int
+    weight_decay: float
+    seeds: list
+    header: list = field(default_factory=list)  # names of the columns, where the files have none
+    start: str | None = None
+    precision: str = "bf16"
+
+    def check(self, name: str) -> None:
+        """Raises ValueError for values that make no sense."""
+        unknown = [metric for metric in self.metrics if metric not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(
+                f"Unknown metrics {unknown} of {name}: choose from {', '.join(METRICS)}."
+            )
+        if len(self.text) not in (1, 2):
+            raise ValueError(f"{name} must have one or two text columns, not {len(self.text)}.")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision of {name} must be bf16 or fp32, not {self.precision!r}.")
+        if min(self.batch, self.epochs, len(self.eval), len(self.seeds)) < 1:
+            raise ValueError(f"batch, epochs, eval and seeds of {name} must not be 0 or empty.")
+
+    @property
+    def regression(self) -> bool:
+        return any(metric in REGRESSION for metric in self.metrics)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts, one or two each, and labels: numbers of `classes`, or values if there are none."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[float]
+    classes: list[str]
+
+
+def read_examples(folder: Path, name: str, task: Task, classes: list[str] | None) -> Examples:
+    """The examples of a TSV file; `classes` None takes the labels in it for the classes.
+
+    Raises ValueError if a column or value is missing or wrong.
+    """
+    path = folder / name
+    header, rows = _read_rows(path, task.header)
+    missing = [column for column in (*task.text, task.label) if column not in header]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(map(repr, missing))}, only: {', '.join(header)}."
+        )
+    places, place = [header.index(column) for column in task.text], header.index(task.label)
+    whole = [row for row in rows if len(row) > max(*places, place)]
+    if len(whole) < LEAST_WHOLE * len(rows) or not whole:
+        raise ValueError(
+            f"{path} has {len(whole)} whole examples in {len(rows)} rows: the others have too few "
+            "columns."
+        )
+    if len(whole) < len(rows):  # there are such in QQP
+        logger.warning("%s: %d rows with too few columns left out", path, len(rows) - len(whole))
+    texts = [tuple(row[p] for p in places) for row in whole]
+    labels = [row[place] for row in whole]
+    if task.regression:
+        return Examples(texts, [_number(label, path) for label in labels], [])
+    classes = sorted(set(labels)) if classes is None else classes
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise ValueError(f"{path} has labels that the training file lacks: {', '.join(unknown)}.")
+    return Examples(texts, [classes.index(label) for label in labels], classes)
+
+
+def _read_rows(path: Path, header: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows; quotes mean nothing in GLUE's files."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read the examples {path}: {reason}") from error
+    if header:
+        return header, rows
+    if not rows:
+        raise ValueError(f"{path} is empty.")
+    return rows[0], rows[1:]
+
+
+def _number(label: str, path: Path) -> float:
+    try:
+        return float(label)
+    except ValueError as error:
+        raise ValueError(f"{path} has the label {label!r}, which is no number.") from error
+
+
+def score(task: Task, labels: list[float], outputs: list[float]) -> dict[str, float]:
+    """The task's metrics in %: of numbers of classes, or values."""
+    return {metric: 100 * float(METRICS[metric](labels, outputs)) for metric in task.metrics}

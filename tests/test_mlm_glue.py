@@ -1,0 +1,219 @@
+"""Fine-tuning: metrics, the tasks of GLUE, transfer from MNLI, and bad files."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from transformers import AutoModelForSequenceClassification
+
+from mlm import glue
+from mlm.modeling import LionBertConfig, LionBertForMaskedLM
+from mlm.settings import read_yaml, typed
+from mlm.shards import load_tokenizer
+from mlm.tasks import Task, read_examples, score
+
+CONFIG = ROOT / "mlm" / "configs" / "glue.yaml"
+TASKS = {n: typed(Task, v, n) for n, v in read_yaml(CONFIG)["tasks"].items()}
+# The headers of GLUE's files: text columns and label stand at these places.
+COLUMNS = {
+    "MNLI": (12, (8, 9), 11),
+    "QQP": (6, (3, 4), 5),
+    "QNLI": (4, (1, 2), 3),
+    "SST-2": (2, (0,), 1),
+    "CoLA": (4, (3,), 1),
+    "MRPC": (5, (3, 4), 0),
+    "STS-B": (10, (7, 8), 9),
+    "RTE": (4, (1, 2), 3),
+}
+GOOD = ["help", "list", "string", "define", "call"]
+BAD = ["error", "raise", "exception", "fail", "break"]
+WORDS = ["the", "a", "of", "python", "object", "function", "class", "module", "value", "is", "to"]
+
+
+def example(generator: random.Random, positive: bool) -> str:
+    words = generator.choices(WORDS, k=6) + generator.choices(GOOD if positive else BAD, k=3)
+    generator.shuffle(words)
+    return " ".join(words)
+
+
+def write_task(folder: Path, name: str, count: int) -> None:
+    """Files with the columns of a GLUE task; the label is told by the first text alone."""
+    task, (width, texts, label) = TASKS[name], COLUMNS[name]
+    header = [f"other{i}" for i in range(width)]
+    for place, column in zip((*texts, label), (*task.text, task.label), strict=True):
+        header[place] = column
+    generator = random.Random(name)
+    for file in (task.train, *task.eval):
+        rows = [] if task.header else [header]
+        for i in range(count):
+            row = [f'"{i}'] * width  # a quote that is never closed
+            for place in texts:
+                row[place] = example(generator, i % 2 == 1)
+            numbers = ("1.25", "4.75") if name == "STS-B" else ("no", "yes")
+            row[label] = numbers[i % 2]
+            rows.append(row)
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join("\t".join(row) for row in rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    for name in TASKS:
+        write_task(folder, name, 192)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    torch.manual_seed(0)
+    config = LionBertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    LionBertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def call(data: Path, model: Path, output: Path, *arguments: str) -> None:
+    settings = (f"data={data}", f"output={output}", "device=cpu", "lr=0.005")
+    glue.main([str(CONFIG), "--model", str(model), *settings, *arguments])
+
+
+def test_settings_are_those_of_the_recipe():
+    table = {n: (t.batch, t.epochs, t.weight_decay, len(t.seeds)) for n, t in TASKS.items()}
+    assert table == {
+        "MNLI": (48, 3, 5e-6, 1),
+        "QQP": (16, 5, 3e-6, 1),
+        "QNLI": (16, 10, 1e-6, 1),
+        "SST-2": (16, 3, 3e-6, 3),
+        "CoLA": (32, 10, 1e-6, 4),
+        "MRPC": (32, 10, 8e-6, 5),
+        "STS-B": (32, 8, 3e-6, 5),
+        "RTE": (16, 2, 1e-11, 5),
+    }
+    assert {n for n, t in TASKS.items() if t.start == "MNLI"} == {"RTE", "MRPC", "STS-B"}
+    assert TASKS["STS-B"].precision == "fp32" and TASKS["STS-B"].regression
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_columns_of_every_task(name, data):
+    task = TASKS[name]
+    for file in (task.train, *task.eval):
+        examples = read_examples(data, file, task, None)
+        assert len(examples.labels) == 192 and len(examples.texts[0]) == len(task.text)
+        assert examples.labels[:2] == ([1.25, 4.75] if name == "STS-B" else [0, 1])
+        assert set(examples.texts[1][0].split()) & set(GOOD)
+
+
+def test_metrics_by_their_definitions():
+    labels, outputs = [1, 1, 0, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 0, 1, 0]
+    tp, fp, fn, tn = 3, 1, 2, 2
+    task = {"train": "", "eval": [""], "text": [""], "label": "", "batch": 1, "epochs": 1,
+            "weight_decay": 0.0, "seeds": [0]}  # fmt: skip
+    scores = score(Task(**task, metrics=["accuracy", "f1", "matthews"]), labels, outputs)
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    assert scores == pytest.approx({
+        "accuracy": 100 * 5 / 8,
+        "f1": 100 * 2 * tp / (2 * tp + fp + fn),
+        "matthews": 100 * (tp * tn - fp * fn) / product**0.5,
+    })  # fmt: skip
+    values, others = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 40.0]
+    squares = 1 + 1  # of rank differences
+    spearman = score(Task(**task, metrics=["spearman"]), values, others)["spearman"]
+    assert spearman == pytest.approx(100 * (1 - 6 * squares / (4 * 15)))
+
+
+def test_transfer_regression_seeds_over_two_devices_and_what_is_done_stays(
+    data, model, ending, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(glue, "devices_for", lambda _: ["cpu", "cpu"])
+    arguments = (data, model, tmp_path, "--tasks", "MNLI,STS-B,CoLA")
+    small = ("tasks.MNLI.batch=16", "tasks.MNLI.epochs=6", "tasks.STS-B.seeds=[1, 2]",
+             "tasks.STS-B.epochs=4", "tasks.CoLA.seeds=[1]")  # fmt: skip
+    ended = ending(call, *arguments, *small)
+    assert ended.code == 0, ended.err
+    rows = [line for line in ended.out.splitlines() if line.startswith("|")]
+    assert re.match(r"\| MNLI \| 1 \| dev_matched accuracy \d+\.\d+, dev_mismatched acc", rows[2])
+    assert re.match(r"\| STS-B \| 2 \| dev spearman", rows[3])
+    means = json.loads((tmp_path / "results.json").read_text())
+    assert means["MNLI"] > 90 and means["STS-B"] > 80 and means["CoLA"] > 80
+    assert means["mean"] == pytest.approx(np.mean([means[n] for n in ("MNLI", "STS-B", "CoLA")]))
+    job = json.loads((tmp_path / "STS-B-2" / "result.json").read_text())["job"]
+    assert job["model"] == str(tmp_path / "MNLI-19")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "STS-B-2")
+    assert loaded.config.num_labels == 1
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
+    assert ending(call, *arguments, *small).out.endswith("\n".join(rows) + "\n")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_training_is_shuffled_and_repeatable(data, model, monkeypatch, tmp_path):
+    orders, batches = [], glue.batches
+
+    def recorded(examples, order, *rest):
+        orders.append(order.tolist())
+        return batches(examples, order, *rest)
+
+    monkeypatch.setattr(glue, "batches", recorded)
+    task = TASKS["SST-2"]
+    scores = []
+    for run in ("a", "b"):
+        job = glue.Job("SST-2", task, 1, str(model), str(data), str(tmp_path / run), 32, 1e-3)
+        scores.append(glue.fine_tune(job, torch.device("cpu")))
+    assert scores[0] == scores[1] and orders[:4] == orders[4:]
+    for order in orders[:3]:
+        assert sorted(order) == list(range(192)) != order
+    assert orders[0] != orders[1] and orders[3] == list(range(192))
+
+
+def refused(ended, message: str) -> None:
+    assert ended.code == 2, ended
+    assert re.match(rf"mlm\.glue: error: .*{message}", ended.err.splitlines()[-1]), ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sentence\tstars\nx\t1\n", "SST-2/train.tsv has no column 'label', only: sentence, stars"),
+        ("sentence\tlabel\nx\nx\t1\n", "train.tsv has 1 whole examples in 2 rows"),
+        ("sentence\tlabel\n", "has 0 whole examples in 0 rows"),
+        ("", "train.tsv is empty"),
+        ("sentence\tlabel\nx\tyes\n", "dev.tsv has labels that the training file lacks: no"),
+        (None, "cannot read the examples .*train.tsv: No such file"),
+    ],
+    ids=["column", "rows", "header", "empty", "labels", "absent"],
+)
+def test_bad_tsv(content, message, model, ending, tmp_path):
+    write_task(tmp_path, "SST-2", 8)
+    path = tmp_path / "SST-2" / "train.tsv"
+    path.unlink() if content is None else path.write_text(content)
+    output = tmp_path / "output"
+    refused(ending(call, tmp_path, model, output, "--tasks", "SST-2"), message)
+    assert not output.exists()
+
+
+def test_bad_settings(data, model, ending, tmp_path):
+    arguments = (data, model, tmp_path / "output")
+    refused(ending(call, *arguments, "--tasks", "WNLI"), "has no task WNLI")
+    refused(ending(call, *arguments, "--tasks", "RTE"), "RTE starts from MNLI, which must be a")
+    refused(ending(call, *arguments, "tasks.RTE.seed=1"), "Unknown key 'seed' in the task RTE of")
+    refused(ending(call, *arguments, "tasks.RTE.metrics=[x]"), r"Unknown metrics \['x'\] of RTE")
+    refused(ending(call, data, tmp_path, tmp_path / "output"), "There is no model in")
+    config = json.loads((model / "config.json").read_text())
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    message = r"has a vocabulary of 7 words and its tokeniser one of \d+: they do not belong"
+    refused(ending(call, data, tmp_path, tmp_path / "output"), message)
+    assert not (tmp_path / "output").exists()

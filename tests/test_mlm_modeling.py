@@ -1,0 +1,252 @@
+"""Masks, packing, formats and the Hugging Face interface of the language models."""
+
+import pytest
+import torch
+from helpers import same
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
+
+from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM, SoftmaxAttention
+from models_lion import FEATURE_MAPS, LionAttention
+
+RUNS = [("Attention", 1), ("RNN", 1), ("Chunk", 1), ("Chunk", 5), ("Chunk", 64)]
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+# name -> for each sequence of a batch its runs: (document, tokens); document -1 is padding
+LAYOUTS = {
+    "one sequence": [[(0, 13)]],
+    "right padding": [[(0, 13)], [(0, 6), (-1, 7)], [(0, 1), (-1, 12)]],
+    "left padding": [[(-1, 5), (0, 8)], [(0, 13)], [(-1, 12), (0, 1)]],
+    "both": [[(-1, 3), (0, 6), (-1, 4)]],
+    "packed": [[(0, 5), (1, 1), (2, 7)], [(0, 6), (1, 7)]],
+    "packed and padded": [[(-1, 2), (3, 4), (1, 5), (-1, 2)], [(7, 12), (-1, 1)]],
+}
+
+
+def masks(layout):
+    """`valid` and `documents` of a layout, and the (row, slice) of every document."""
+    rows = [[doc for doc, count in runs for _ in range(count)] for runs in layout]
+    documents = torch.tensor(rows)
+    places = []
+    for row, runs in enumerate(layout):
+        start = 0
+        for doc, count in runs:
+            if doc >= 0:
+                places.append((row, slice(start, start + count)))
+            start += count
+    valid = None if (documents >= 0).all() else documents >= 0
+    packed = any(len({doc for doc, _ in runs if doc >= 0}) > 1 for runs in layout)
+    return valid, documents if packed else None, places
+
+
+def small_model(mixer, **options):
+    torch.manual_seed(0)
+    model = LionBertForMaskedLM(LionBertConfig(mixer=mixer, **{**SMALL, **options})).eval()
+    for parameter in model.parameters():  # gates, biases and norms away from their start
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def outputs_and_gradients(layer, x, places, dtype, together, **kwargs):
+    """Outputs at the documents' tokens and gradients, from one call or one per document."""
+    layer = layer.to(dtype)
+    x = x.to(dtype).requires_grad_()
+    if together:
+        y = layer(x, **kwargs)
+        outputs = [y[row, span] for row, span in places]
+    else:
+        outputs = [layer(x[row : row + 1, span])[0] for row, span in places]
+    y = torch.cat(outputs)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(dtype)
+    return [y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", FEATURE_MAPS)
+def test_formats_agree_under_masks(mask, layout, heads):
+    valid, documents, places = masks(LAYOUTS[layout])
+    torch.manual_seed(0)
+    layer = LionAttention(8, heads, mask_type=mask, num_prefix_tokens=0).double()
+    x = torch.randn(len(LAYOUTS[layout]), 13, 8, dtype=torch.float64)
+    expected = outputs_and_gradients(layer, x, places, torch.float64, together=False)
+    for format, size in RUNS:
+        layer.set_format(format, size)
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+            actual = outputs_and_gradients(
+                layer, x, places, dtype, together=True, valid=valid, documents=documents
+            )
+            for a, b in zip(actual, expected, strict=True):
+                error = (a - b).abs().max() / b.abs().max().clamp(min=1)
+                assert error < tolerance, f"{format} {size} {dtype}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mask", FEATURE_MAPS)
+@pytest.mark.parametrize("options", [{}, {"normalise": False, "feature_map": False}])
+def test_padding_in_the_middle_counts_as_nothing(mask, options):
+    torch.manual_seed(0)
+    layer = LionAttention(8, 2, mask_type=mask, num_prefix_tokens=0, **options).double()
+    x = torch.randn(1, 13, 8, dtype=torch.float64)
+    valid = torch.ones(1, 13, dtype=torch.bool)
+    valid[:, 4:7] = False
+    expected = layer(x[valid][None])
+    for format, size in RUNS:
+        layer.set_format(format, size)
+        assert torch.allclose(layer(x, valid=valid)[valid][None], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["paper", "published"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padded_packed_and_alone_are_the_same(mixer, published):
+    model = small_model(mixer, normalize=not published, feature_map=not published)
+    model.config.pad_token_id = None
+    generator = torch.Generator().manual_seed(1)
+    for layout in LAYOUTS.values():
+        valid, documents, places = masks(layout)
+        ids = torch.randint(50, (len(layout), 13), generator=generator)
+        with torch.inference_mode():
+            alone = [model(ids[row : row + 1, span]).logits[0] for row, span in places]
+            for format, size in RUNS if mixer != "softmax" else RUNS[:1]:
+                model.set_format(format, size)
+                together = model(ids, attention_mask=valid, document_ids=documents).logits
+                for (row, span), expected in zip(places, alone, strict=True):
+                    error = (together[row, span] - expected).abs().max() / expected.abs().max()
+                    assert error < 1e-6, f"{format} {size}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_stands_at_padding_changes_nothing(mixer):
+    model = small_model(mixer)
+    valid, documents, _ = masks(LAYOUTS["packed and padded"])
+    for format, size in RUNS:
+        model.set_format(format, size)
+        ids = torch.randint(50, valid.shape, generator=torch.Generator().manual_seed(1))
+        before = model(ids, attention_mask=valid, document_ids=documents).logits
+        after = model(
+            torch.where(valid, ids, (ids + 7) % 50), attention_mask=valid, document_ids=documents
+        ).logits
+        assert before[valid].equal(after[valid])
+        assert before.isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", ["lion-d", "lion-s", "softmax"])
+def test_every_output_depends_on_both_sides(mixer):
+    model = small_model(mixer)
+    ids = torch.arange(9)[None]
+    base = model(ids).logits[0]
+    for place in (0, 8):
+        changed = ids.clone()
+        changed[0, place] = 40
+        assert (model(changed).logits[0] - base).abs().amax(1).min() > 1e-6
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_save_and_load_through_the_auto_classes_is_bit_equal(mixer, tmp_path):
+    model = small_model(mixer, format="Chunk", chunk_size=4)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.to_diff_dict() == model.config.to_diff_dict()
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert same(loaded.state_dict(), model.state_dict())
+    assert loaded.head.decoder.weight is loaded.lion.embeddings.words.weight
+    ids = torch.arange(20)[None]
+    assert loaded(ids).logits.equal(model(ids).logits)
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert same(encoder.state_dict(), model.lion.state_dict())
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert same(classifier.lion.state_dict(), model.lion.state_dict())
+    assert classifier(ids).logits.shape == (1, 3)
+
+
+def test_loss_is_that_of_the_labelled_tokens_alone():
+    model = small_model("lion-s")
+    ids = torch.arange(24).view(2, 12)
+    labels = torch.full_like(ids, -100)
+    labels[0, 3], labels[1, 0], labels[1, 11] = 7, 8, 9
+    result = model(ids, labels=labels)
+    logits = model(ids).logits[labels != -100]
+    assert result.logits.shape == (3, 50) and torch.allclose(result.logits, logits, atol=1e-5)
+    losses = -logits.log_softmax(1)[torch.arange(3), torch.tensor([7, 8, 9])]
+    assert result.loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    summed = model(ids, labels=labels, num_items_in_batch=12).loss
+    assert summed.item() == pytest.approx(losses.sum().item() / 12, rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_parameter_learns_with_and_without_checkpointing(mixer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model(mixer, hidden_dropout_prob=0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.arange(24).view(2, 12)
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(g is not None and g.abs().max() > 0 for g in gradients[0])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classifier_reads_the_first_token_that_is_not_padding(side, tmp_path):
+    small_model("lion-s").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    ids = torch.arange(1, 8)[None]
+    alone = model(ids, labels=torch.tensor([0.5]))
+    assert alone.loss.item() == pytest.approx((alone.logits.item() - 0.5) ** 2, rel=1e-5)
+    pads = (3, 0) if side == "left" else (0, 3)
+    padded, mask = (torch.nn.functional.pad(t, pads) for t in (ids, torch.ones_like(ids)))
+    assert torch.allclose(model(padded, mask).logits, alone.logits, atol=1e-6)
+
+
+def test_published_form_is_the_bare_masked_product():
+    torch.manual_seed(0)
+    layer = LionAttention(
+        8, 2, mask_type="Decay", num_prefix_tokens=0, normalise=False, feature_map=False
+    ).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    q, k, v = layer.qkv(x)[0].view(6, 3, 2, 4).permute(1, 2, 0, 3)
+    steps = torch.arange(6)
+    mask = layer.a_i.sigmoid()[:, None, None] ** (steps[:, None] - steps).abs()
+    mixed = (q @ k.mT / 2 * mask) @ v
+    assert torch.allclose(layer(x), layer.proj(mixed.transpose(0, 1).reshape(1, 6, 8)))
+
+
+def test_the_gates_start_as_the_paper_has_them():
+    torch.manual_seed(0)
+    config = LionBertConfig(mixer="lion-d", **{**SMALL, "hidden_size": 128, "num_hidden_layers": 8,
+                            "num_attention_heads": 128})  # fmt: skip
+    gates = torch.cat([layer.attn.a_i for layer in LionBertForMaskedLM(config).lion.layers])
+    assert abs(gates.mean()) < 0.1 and abs(gates.std() - 1) < 0.1
+
+
+def test_mixers_are_what_they_are_called():
+    kinds = {name: type(build(LionBertConfig(**SMALL))) for name, build in MIXERS.items()}
+    assert kinds.pop("softmax") is SoftmaxAttention
+    assert set(kinds.values()) == {LionAttention}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixer": "lion"}, "Unknown mixer 'lion': choose one of softmax, lion-lit"),
+        ({"format": "rnn"}, "Unknown format 'rnn': choose one of Attention, RNN, Chunk"),
+    ],
+)
+def test_unknown_choices(options, message):
+    with pytest.raises(ValueError, match=message):
+        LionBertConfig(**options)
+
+
+def test_too_long_for_the_positions():
+    with pytest.raises(ValueError, match="65 tokens are more than the 64 positions"):
+        small_model("softmax")(torch.zeros(1, 65, dtype=torch.long))

@@ -1,0 +1,270 @@
+"""Pre-training: what it learns, that it resumes bit for bit, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, Ranks, rendezvous, same
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+import checkpoint
+from mlm import prepare, pretrain
+from mlm.data import IGNORED, MaskedWindows
+from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM
+from mlm.settings import override, read_yaml, typed
+from mlm.shards import HEADER, Corpus, load_tokenizer
+
+CONFIGS = ROOT / "mlm" / "configs"
+TINY = CONFIGS / "tiny.yaml"
+# Dropout and several epochs, so that a resumed run needs its seeds and its place.
+SHORT = {"steps": 12, "length": 16, "micro_batch": 4, "global_batch": 8, "eval_every": 4,
+         "save_every": 5, "model.hidden_size": 16, "model.intermediate_size": 16,
+         "model.hidden_dropout_prob": 0.1, "model.num_hidden_layers": 1, "workers": 0}  # fmt: skip
+
+
+def pretraining(corpus: Path, **settings: object) -> None:
+    """mlm.pretrain with the tiny configuration."""
+    values = {"data": corpus, "device": "cpu", **settings}
+    pretrain.main([str(TINY), *(f"{name}={value}" for name, value in values.items())])
+
+
+def short(corpus: Path, output: Path, **settings: object) -> None:
+    pretraining(corpus, output=output, **{**SHORT, **settings})
+
+
+def rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -> None:
+    short(corpus, output, init_method=rendezvous(folder), **settings)
+
+
+def interrupted(monkeypatch, call: int) -> None:
+    """This process receives SIGTERM in the given step, counted from 1."""
+    step, calls = pretrain.Pretraining._train_step, 0
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(pretrain.Pretraining, "_train_step", counted)
+
+
+def interrupted_rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -> None:
+    if _rank == 1:
+        interrupted(pytest.MonkeyPatch(), 7)
+    rank(_rank, folder, corpus, output, settings)
+
+
+def records(folder: Path) -> list[dict]:
+    """log.txt without what depends on the clock."""
+    lines = (folder / "log.txt").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+            for line in lines]  # fmt: skip
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    saved, expected = (checkpoint.load(f / "checkpoint.pth") for f in (folder, other))
+    assert all(same(saved[key], expected[key]) for key in ("model", "optimizer", "step", "meters"))
+    assert records(folder) == records(other)
+    loaded = AutoModelForMaskedLM.from_pretrained(folder / "model")
+    assert same(loaded.state_dict(), saved["model"])
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    short(corpus, folder)
+    return folder
+
+
+@pytest.mark.parametrize("mixer", ["lion-d", "lion-s"])
+def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
+    pretraining(corpus, output=tmp_path, steps=150, eval_every=150, **{"model.mixer": mixer})
+    tokens = np.concatenate(Corpus(corpus, "eval", 64).shards)
+    share = np.bincount(tokens)[np.bincount(tokens) > 0] / len(tokens)
+    entropy = -(share * np.log(share)).sum()  # of this text itself: no unigram model does better
+    (record,) = records(tmp_path)
+    assert record["eval_loss"] < entropy - 0.2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("help")["input_ids"][0] == tokenizer.cls_token_id
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    workers, whole, corpus, ending, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupted(patch, 7)
+        ended = ending(short, corpus, tmp_path / "run", workers=workers[0])
+    assert ended.code == 128 + signal.SIGTERM
+    assert "Stopped at step 7: go on by resume=auto\n" in ended.out
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["step"] == 7
+    ended = ending(short, corpus, tmp_path / "run", workers=workers[1], resume="auto")
+    assert ended.code == 0, ended.err
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_two_ranks_go_on_bit_for_bit(corpus, tmp_path):
+    settings = {"workers": 0}
+    ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, function=interrupted_rank)
+    assert ranks.wait() == [143, 143], ranks.errors()
+    settings = {"workers": 2, "resume": "auto"}
+    ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, function=rank)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_passes_and_ranks_share_one_loss(corpus, tmp_path):
+    exact = {"model.hidden_dropout_prob": 0, "steps": 4, "eval_every": 4}
+    short(corpus, tmp_path / "one", micro_batch=8, **exact)
+    short(corpus, tmp_path / "passes", micro_batch=2, **exact)
+    ranks = Ranks(tmp_path, corpus, tmp_path / "ranks", exact, function=rank)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    (expected,) = records(tmp_path / "one")
+    for other in ("passes", "ranks"):
+        (record,) = records(tmp_path / other)
+        assert record == pytest.approx(expected, rel=1e-4)
+
+
+def test_masks_are_keyed_by_their_draw_alone(corpus):
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    windows = MaskedWindows(
+        Corpus(corpus, "train", 128), tokenizer, share=0.3, seed=1, separate_documents=True
+    )
+    assert same(windows[3, 5], windows[3, 5]) and not same(windows[3, 5], windows[3, 6])
+    items = [windows[i, i] for i in range(len(windows))]
+    inputs, labels = (torch.cat([item[name] for item in items]) for name in ("input_ids", "labels"))
+    original = torch.from_numpy(np.concatenate([windows.corpus[i] for i in range(len(windows))]))
+    asked = labels != IGNORED
+    special = torch.isin(original, torch.tensor(tokenizer.all_special_ids))
+    assert original[asked].equal(labels[asked]) and original[~asked].equal(inputs[~asked])
+    assert not (asked & special).any()
+    assert abs(asked[~special].double().mean() - 0.3) < 0.01
+    assert abs((inputs[asked] == tokenizer.mask_token_id).double().mean() - 0.8) < 0.01
+    assert abs((inputs[asked] == labels[asked]).double().mean() - 0.1) < 0.01
+    documents = items[0]["document_ids"]
+    starts = windows.corpus[0] == tokenizer.cls_token_id
+    assert np.array_equal(np.diff(documents.numpy()) == 1, starts[1:])
+
+
+def test_the_schedule_is_the_recipes():
+    settings = pretrain.Settings(data="", lr=8e-4, model={})
+    assert settings.lr_at(0) == pytest.approx(8e-4 / 4200)
+    assert settings.lr_at(4199) == settings.lr_at(4200) == 8e-4
+    assert settings.lr_at(37100) == pytest.approx(8e-4 * 0.51)
+    assert settings.lr_at(70000) == pytest.approx(8e-4 * 0.02)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_configs_build_what_they_name(path):
+    settings = typed(pretrain.Settings, override(read_yaml(path), ["data=none"]), str(path))
+    settings.check()
+    name, size = path.stem.rsplit("-", 1)
+    with torch.device("meta"):
+        model = LionBertForMaskedLM(LionBertConfig(**settings.model))
+        mixer = MIXERS["softmax" if name == "bert" else name](model.config)
+    assert all(type(layer.attn) is type(mixer) for layer in model.lion.layers)
+    masks = {getattr(layer.attn, "mask_type", None) for layer in model.lion.layers}
+    assert masks == {getattr(mixer, "mask_type", None)}
+    width, depth, heads = {"base": (768, 12, 12), "large": (1024, 24, 16)}[size]
+    # words, types, norms and biases; then blocks; then the head with the decoder's bias
+    count = 30522 * width + 2 * width + 2 * width + depth * (12 * width**2 + 13 * width)
+    count += width**2 + width + 2 * width + 30522
+    extra = {"bert": 512 * width, "lion-lit": 512 * width, "lion-d": depth * heads,
+             "lion-s": depth * heads * (width + 1)}  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == count + extra[name]
+    assert settings.lr == {"base": 8e-4, "large": 2e-4}[size]
+    assert settings.weight_decay / settings.lr == pytest.approx(
+        {"base": 0.0125, "large": 0.05}[size]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stpes": 5}, r"Unknown key 'stpes' in .*tiny.yaml: did you mean steps\?"),
+        ({"model.mixr": "lion-s"}, r"Unknown key 'mixr' in the section model: did you mean mixer"),
+        ({"model.mixer": "lion"}, "Unknown mixer 'lion': choose one of"),
+        ({"model.hidden_size": "wide"}, "hidden_size in the section model must be int, not 'wide'"),
+        ({"model.hidden_size": 15}, "width 15 is not divisible by 2 heads"),
+        ({"model.vocab_size": 30522}, "model has a vocabulary of 30522 words and the data one of"),
+        ({"lr": "fast"}, "lr in .* must be float, not 'fast'"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"global_batch": 33}, "global_batch 33 is no multiple of 32"),
+        ({"mask_share": 2}, "mask_share must be between 0 and 1"),
+        ({"data": "absent"}, "no tokeniser in absent/tokenizer: No such file"),
+        ({"length": 10**6}, "split of .* has no window of 1000000 tokens"),
+        ({"device": "abacus"}, "no device 'abacus'"),
+        ({"resume": "auto"}, "resume=auto needs the output"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings, message, corpus, ending):
+    refused(ending(pretraining, corpus, **settings), message)
+
+
+def refused(ended, message: str, command: str = "mlm.pretrain") -> None:
+    assert ended.code == 2, ended
+    sentence = ended.err.splitlines()[-1]
+    assert re.match(rf"{command}: error: .*({message})", sentence), ended.err
+    assert "Traceback" not in ended.err and ended.err.count("error:") == 1
+
+
+def test_bad_files(corpus, ending, tmp_path):
+    refused(ending(pretrain.main, ["absent.yaml"]), "cannot read the settings absent.yaml: No such")
+    (tmp_path / "list.yaml").write_text("- 1")
+    refused(ending(pretrain.main, [str(tmp_path / "list.yaml")]), "no mapping of keys to values")
+    refused(ending(pretrain.main, [str(TINY)]), "tiny.yaml lacks data: give data=VALUE")
+    refused(ending(pretrain.main, [str(TINY), "steps"]), "given as key=value, not 'steps'")
+
+
+def test_another_run_is_neither_replaced_nor_mixed(whole, corpus, ending):
+    before = (whole / "checkpoint.pth").read_bytes()
+    refused(ending(short, corpus, whole), "holds another run: go on with it by resume=auto")
+    ended = ending(short, corpus, whole, resume="auto", seed=3, lr=1)
+    refused(ended, r"is of another run: lr: checkpoint 0.005, now 1.0; seed: checkpoint 17, now 3")
+    assert (whole / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-2], r"shard .*train-.* is truncated or damaged \(\d+ bytes, not"),
+        (lambda data: data[:20], "is no token shard, or cut off"),
+        (lambda data: data[:8] + bytes(32) + data[40:], "was written with another tokeniser"),
+    ],
+    ids=["truncated", "header", "tokeniser"],
+)
+def test_bad_shard(damage, message, corpus, ending, tmp_path):
+    for path in corpus.rglob("*"):
+        if path.is_file():
+            target = tmp_path / path.relative_to(corpus)
+            target.parent.mkdir(exist_ok=True)
+            data = path.read_bytes()
+            target.write_bytes(damage(data) if path.name.startswith("train-") else data)
+    refused(ending(pretraining, tmp_path), message)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(corpus, ending, tmp_path):
+    ended = ending(short, corpus, tmp_path, lr=1e30, warmup_share=0)
+    assert ended.code == 1 and re.search("loss is not finite .step", ended.err)
+
+
+def test_header_is_64_bytes_and_says_what_it_holds(corpus):
+    (path,) = corpus.glob("train-*.bin")
+    magic, _, documents, tokens, width = struct.unpack("<8s32sQQB7x", path.read_bytes()[:64])
+    assert (HEADER.size, magic, width) == (64, b"LIONMLM1", 2)
+    manifest = json.loads((corpus / "manifest.json").read_text())["splits"]["train"]
+    assert (manifest["documents"], manifest["tokens"]) == (documents, tokens)
+    assert tokens * width + 64 == path.stat().st_size
+    assert prepare.read_header(path, json.loads(
+        (corpus / "manifest.json").read_text())["tokenizer"]) == (documents, tokens, 2)  # fmt: skip
