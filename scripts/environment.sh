@@ -1,5 +1,5 @@
 # Source this: it makes .venv in the repository root, or renews it when the requirements, Python or
-# the folder have changed, and activates it.
+# the folder have changed, and activates it. A .venv that is a link is used as it is: it is another's.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -10,7 +10,8 @@ fi
 
 environment="$(python3 --version) in $repository with
 $(cat "$repository/requirements.txt" "$repository/mlm/requirements.txt")"
-if [ "$environment" != "$(cat "$repository/.venv/installed" 2> /dev/null)" ]; then
+if [ ! -L "$repository/.venv" ] &&
+    [ "$environment" != "$(cat "$repository/.venv/installed" 2> /dev/null)" ]; then
     echo "Making the environment $repository/.venv: about 6 GB, a few minutes ..."
     if ! python3 -m venv --clear "$repository/.venv"; then
         echo "error: python3 cannot make an environment: install its venv module" \
