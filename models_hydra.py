@@ -68,24 +68,42 @@ class HydraMixer(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        valid: Tensor | None = None,
     ) -> Tensor:
+        """`valid`, bool `[B, N]`, is False for padding at the end: nothing of it is mixed."""
         z, mixed, dt = self.in_proj(x).split(self.split_projected, -1)
+        if valid is not None:
+            mixed = mixed * valid.unsqueeze(-1)
         mixed = F.silu(self.conv(mixed.mT).mT)
         x, *gates = mixed.split(self.split_mixed, -1)
         diagonal = self.fc_D(x) + self.D
         x = x.unflatten(-1, (self.heads, -1))
         with torch.autocast(x.device.type, enabled=False):  # steps and sums keep float32
-            y = self._both_directions(x, dt, *gates)
+            y = self._both_directions(x, dt, *gates, valid=valid)
         y = (y + x * diagonal.unsqueeze(-1)).flatten(2)
         return self.proj_drop(self.out_proj(self.norm(y) * F.silu(z)))
 
     def _both_directions(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, b_back: Tensor, c_back: Tensor
+        self,
+        x: Tensor,
+        dt: Tensor,
+        b: Tensor,
+        c: Tensor,
+        b_back: Tensor,
+        c_back: Tensor,
+        *,
+        valid: Tensor | None,
     ) -> Tensor:
         """What each token `[B, N, H, P]` gets from the tokens before and after it."""
         dt = _with_flipped(*dt.chunk(2, -1))
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
+        if valid is not None:  # no step: no decay and no input
+            dt = dt * _with_flipped(valid, valid).unsqueeze(-1)
         y = semiseparable_product(
             _with_flipped(x, x) * dt.to(x.dtype).unsqueeze(-1),
             -self.A_log.to(dt.dtype).exp() * dt,

@@ -1,4 +1,4 @@
-"""BERT-shaped encoders with LION in place of attention, as Hugging Face models.
+"""BERT-shaped encoders with LION or Hydra in place of attention, as Hugging Face models.
 
 Importing this module registers them with the Auto classes. Shapes: `B` batch, `N` tokens, `C`
 width. Every model takes padding (`attention_mask`, on either side) and packed documents
@@ -31,7 +31,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from models_hydra import HydraMixer
 from models_lion import FORMATS, LionAttention
+from state_space import draw_step_bias
 
 
 class SoftmaxAttention(nn.Module):
@@ -66,6 +68,28 @@ class SoftmaxAttention(nn.Module):
         return together & mask | itself  # no softmax over nothing, even at padding
 
 
+class HydraAttention(HydraMixer):
+    """Hydra's mixer, to which every document is handed alone, in a row of its own."""
+
+    def forward(
+        self, x: Tensor, *, valid: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        if valid is None and documents is None:
+            return super().forward(x)
+        if valid is None:
+            valid = torch.ones_like(documents, dtype=torch.bool)
+        column = positions(valid, documents)[valid]
+        row = (column == 0).cumsum(0) - 1
+        filled = valid.new_zeros(int((column == 0).sum()), x.shape[1])
+        filled[row, column] = True
+        rows = x.new_zeros(*filled.shape, x.shape[2])
+        rows[row, column] = x[valid]
+        mixed = super().forward(rows, valid=filled)
+        y = mixed.new_zeros(x.shape)
+        y[valid] = mixed[row, column]
+        return y
+
+
 def _lion(mask_type: str, config: "LionBertConfig") -> LionAttention:
     return LionAttention(
         config.hidden_size,
@@ -85,6 +109,7 @@ MIXERS: dict[str, Callable[["LionBertConfig"], nn.Module]] = {
     "lion-lit": partial(_lion, "Lit"),
     "lion-d": partial(_lion, "Decay"),
     "lion-s": partial(_lion, "Selective"),
+    "hydra": lambda config: HydraAttention(config.hidden_size, config.num_attention_heads),
 }
 ORDER_BLIND = ("softmax", "lion-lit")  # mixers that tell no position from another by themselves
 
@@ -183,7 +208,7 @@ class LionBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LionBertLayer"]
 
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
-        """Computes the same function as `Attention`, `RNN` or `Chunk`; softmax has one format."""
+        """Computes LION's function as `Attention`, `RNN` or `Chunk`; the others have one format."""
         for module in self.modules():
             if isinstance(module, LionAttention):
                 module.set_format(format, chunk_size)
@@ -204,6 +229,10 @@ class LionBertPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.bias)
         elif isinstance(module, LionAttention) and module.mask_type == "Decay":
             initialization.normal_(module.a_i)
+        elif isinstance(module, HydraMixer):
+            initialization.copy_(module.dt_bias, draw_step_bias(module.heads))
+            initialization.zeros_(module.A_log)
+            initialization.ones_(module.D)
 
 
 class LionBertModel(LionBertPreTrainedModel):
@@ -238,7 +267,8 @@ class LionBertModel(LionBertPreTrainedModel):
         """
         valid = None if attention_mask is None else attention_mask.bool()
         if position_ids is None:
-            position_ids = positions(input_ids, valid, document_ids)
+            counted = torch.ones_like(input_ids) if valid is None else valid
+            position_ids = positions(counted, document_ids)
         x = self.embeddings(input_ids, token_type_ids, position_ids)
         for layer in self.layers:
             x = layer(x, valid, document_ids)
@@ -337,13 +367,12 @@ class LionBertForSequenceClassification(LionBertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def positions(input_ids: Tensor, valid: Tensor | None, document_ids: Tensor | None) -> Tensor:
+def positions(valid: Tensor, documents: Tensor | None) -> Tensor:
     """Number of each token `[B, N]` in its document, padding not counted."""
-    counted = torch.ones_like(input_ids) if valid is None else valid.long()
-    count = counted.cumsum(1) - counted  # tokens before
-    if document_ids is None:
+    count = valid.cumsum(1) - valid.long()  # tokens before
+    if documents is None:
         return count
-    starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     return count - (count * starts).cummax(1).values
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import same
+from reference_baselines import hydra_mixer
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -10,7 +11,13 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM, SoftmaxAttention
+from mlm.modeling import (
+    MIXERS,
+    HydraAttention,
+    LionBertConfig,
+    LionBertForMaskedLM,
+    SoftmaxAttention,
+)
 from models_lion import FEATURE_MAPS, LionAttention
 
 RUNS = [("Attention", 1), ("RNN", 1), ("Chunk", 1), ("Chunk", 5), ("Chunk", 64)]
@@ -91,6 +98,24 @@ def test_formats_agree_under_masks(mask, layout, heads):
                 assert error < tolerance, f"{format} {size} {dtype}: {error:.1e}"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hydra_keeps_padding_and_documents_apart(layout):
+    """Outputs and gradients are those of the token-by-token definition, of each document alone."""
+    valid, documents, places = masks(LAYOUTS[layout])
+    torch.manual_seed(0)
+    layer = HydraAttention(8, 2, state_size=4).double()
+    x = torch.randn(len(LAYOUTS[layout]), 13, 8, dtype=torch.float64)
+    expected = outputs_and_gradients(layer, x, places, torch.float64, together=False)
+    defined = torch.cat([hydra_mixer(layer, x[row, span]) for row, span in places])
+    assert torch.allclose(expected[0], defined, rtol=1e-10, atol=1e-10)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        actual = outputs_and_gradients(
+            layer, x, places, dtype, together=True, valid=valid, documents=documents
+        )
+        for a, b in zip(actual, expected, strict=True):
+            assert (a - b).abs().max() / b.abs().max().clamp(min=1) < tolerance
+
+
 @pytest.mark.parametrize("mask", FEATURE_MAPS)
 @pytest.mark.parametrize("options", [{}, {"normalise": False, "feature_map": False}])
 def test_padding_in_the_middle_counts_as_nothing(mask, options):
@@ -116,7 +141,7 @@ def test_padded_packed_and_alone_are_the_same(mixer, published):
         ids = torch.randint(50, (len(layout), 13), generator=generator)
         with torch.inference_mode():
             alone = [model(ids[row : row + 1, span]).logits[0] for row, span in places]
-            for format, size in RUNS if mixer != "softmax" else RUNS[:1]:
+            for format, size in RUNS if mixer.startswith("lion") else RUNS[:1]:
                 model.set_format(format, size)
                 together = model(ids, attention_mask=valid, document_ids=documents).logits
                 for (row, span), expected in zip(places, alone, strict=True):
@@ -128,7 +153,7 @@ def test_padded_packed_and_alone_are_the_same(mixer, published):
 def test_what_stands_at_padding_changes_nothing(mixer):
     model = small_model(mixer)
     valid, documents, _ = masks(LAYOUTS["packed and padded"])
-    for format, size in RUNS:
+    for format, size in RUNS if mixer.startswith("lion") else RUNS[:1]:
         model.set_format(format, size)
         ids = torch.randint(50, valid.shape, generator=torch.Generator().manual_seed(1))
         before = model(ids, attention_mask=valid, document_ids=documents).logits
@@ -139,7 +164,7 @@ def test_what_stands_at_padding_changes_nothing(mixer):
         assert before.isfinite().all()
 
 
-@pytest.mark.parametrize("mixer", ["lion-d", "lion-s", "softmax"])
+@pytest.mark.parametrize("mixer", ["lion-d", "lion-s", "softmax", "hydra"])
 def test_every_output_depends_on_both_sides(mixer):
     model = small_model(mixer)
     ids = torch.arange(9)[None]
@@ -208,17 +233,28 @@ def test_classifier_reads_the_first_token_that_is_not_padding(side, tmp_path):
     assert torch.allclose(model(padded, mask).logits, alone.logits, atol=1e-6)
 
 
-def test_published_form_is_the_bare_masked_product():
+@pytest.mark.parametrize("mask_type", FEATURE_MAPS)
+def test_published_form_is_the_bare_masked_product(mask_type):
     torch.manual_seed(0)
     layer = LionAttention(
-        8, 2, mask_type="Decay", num_prefix_tokens=0, normalise=False, feature_map=False
+        8, 2, mask_type=mask_type, num_prefix_tokens=0, normalise=False, feature_map=False
     ).double()
     x = torch.randn(1, 6, 8, dtype=torch.float64)
     q, k, v = layer.qkv(x)[0].view(6, 3, 2, 4).permute(1, 2, 0, 3)
-    steps = torch.arange(6)
-    mask = layer.a_i.sigmoid()[:, None, None] ** (steps[:, None] - steps).abs()
-    mixed = (q @ k.mT / 2 * mask) @ v
-    assert torch.allclose(layer(x), layer.proj(mixed.transpose(0, 1).reshape(1, 6, 8)))
+    decay = {
+        "Lit": lambda: torch.ones(2, 6),
+        "Decay": lambda: layer.a_i.sigmoid()[:, None].expand(2, 6),
+        "Selective": lambda: (1 - layer.a_i(x[0]).sigmoid()).T,
+    }[mask_type]()
+    mask = torch.ones(2, 6, 6, dtype=torch.float64)
+    for i in range(6):
+        for j in range(6):
+            between = slice(j, i) if i >= j else slice(i + 1, j + 1)
+            mask[:, i, j] = decay[:, between].prod(1)
+    mixed = (((q @ k.mT) / 2 * mask) @ v).transpose(0, 1).reshape(1, 6, 8)
+    if mask_type == "Lit":
+        mixed = torch.nn.functional.layer_norm(mixed, (8,))
+    assert torch.allclose(layer(x), layer.proj(mixed))
 
 
 def test_the_gates_start_as_the_paper_has_them():
@@ -229,9 +265,19 @@ def test_the_gates_start_as_the_paper_has_them():
     assert abs(gates.mean()) < 0.1 and abs(gates.std() - 1) < 0.1
 
 
+def test_hydra_starts_as_on_the_vision_side():
+    model = LionBertForMaskedLM(LionBertConfig(mixer="hydra", **SMALL))
+    for layer in model.lion.layers:
+        steps = torch.nn.functional.softplus(layer.attn.dt_bias)
+        assert (steps >= 9e-5).all() and (steps <= 0.11).all()
+        assert not layer.attn.A_log.any() and (layer.attn.D == 1).all()
+        assert layer.attn.in_proj.weight.std() < 0.03
+
+
 def test_mixers_are_what_they_are_called():
     kinds = {name: type(build(LionBertConfig(**SMALL))) for name, build in MIXERS.items()}
     assert kinds.pop("softmax") is SoftmaxAttention
+    assert kinds.pop("hydra") is HydraAttention
     assert set(kinds.values()) == {LionAttention}
 
 

@@ -179,8 +179,12 @@ def test_configs_build_what_they_name(path):
     # words, types, norms and biases; then blocks; then the head with the decoder's bias
     count = 30522 * width + 2 * width + 2 * width + depth * (12 * width**2 + 13 * width)
     count += width**2 + width + 2 * width + 30522
+    mixed = 2 * width + 4 * 64  # of Hydra: what its convolution of 7 tokens sees
+    hydra = width * (2 * width + mixed + 4 * heads) + 8 * mixed + 6 * heads
+    hydra += 2 * width * (2 * heads + 1 + width)
     extra = {"bert": 512 * width, "lion-lit": 512 * width, "lion-d": depth * heads,
-             "lion-s": depth * heads * (width + 1)}  # fmt: skip
+             "lion-s": depth * heads * (width + 1),
+             "hydra": depth * (hydra - 4 * width**2 - 4 * width)}  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) == count + extra[name]
     assert settings.lr == {"base": 8e-4, "large": 2e-4}[size]
     assert settings.weight_decay / settings.lr == pytest.approx(
