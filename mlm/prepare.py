@@ -2,7 +2,7 @@
 
 A file's documents: `.txt`, separated by blank lines; `.jsonl` or `.json`, an object per line;
 `.parquet`, a row each; the first two also with `.gz`. Called again, it goes on at the first file
-whose shards are not there.
+whose shards are not there. Files of C4 are on the disk one at a time.
 """
 
 import argparse
@@ -10,8 +10,11 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,10 +24,11 @@ from tokenizers.trainers import WordPieceTrainer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mlm.shards import SPECIAL_TOKENS, fingerprint_of, load_tokenizer, read_header, write_shard
+from mlm.shards import SPECIAL_TOKENS, fingerprint_of, load_tokenizer, read_header, shard_writer
 from utils import run_command
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # as SPECIAL_TOKENS
+SPLITS = ("train", "eval")
 BATCH = 256  # documents that are tokenised side by side
 C4_FILES = 1024
 
@@ -95,8 +99,20 @@ def _rows(path: Path, field: str) -> Iterator[str]:
         raise ValueError(f"cannot read {field!r} of {path}: {error}") from error
 
 
-def c4_files(span: str) -> list[Callable[[], Path]]:
-    """Functions that download the files FIRST-LAST of English C4 to the cache of the hub."""
+@dataclass(frozen=True)
+class Source:
+    """A file of documents: what tells it from others, and the file itself while it is read."""
+
+    facts: tuple
+    file: Callable[[], AbstractContextManager[Path]]
+
+
+def local_source(path: Path) -> Source:
+    return Source((path.name, path.stat().st_size), lambda: nullcontext(path))
+
+
+def c4_sources(span: str, output: Path) -> list[Source]:
+    """The files FIRST-LAST of English C4."""
     first, _, last = span.partition("-")
     try:
         numbers = range(int(first), int(last or first) + 1)
@@ -104,17 +120,29 @@ def c4_files(span: str) -> list[Callable[[], Path]]:
         numbers = range(0)
     if not numbers or numbers[-1] >= C4_FILES:
         raise ValueError(f"--c4 takes FIRST-LAST of 0 to {C4_FILES - 1}, not {span!r}.")
-    return [partial(_download_c4, number) for number in numbers]
+    names = [f"en/c4-train.{number:05d}-of-{C4_FILES:05d}.json.gz" for number in numbers]
+    return [Source((name,), partial(_c4_file, name, output / ".download")) for name in names]
 
 
-def _download_c4(number: int) -> Path:
+@contextmanager
+def _c4_file(name: str, folder: Path) -> Iterator[Path]:
+    """Downloads a file, or the rest of it, and removes it after the block."""
     import huggingface_hub
 
-    name = f"en/c4-train.{number:05d}-of-{C4_FILES:05d}.json.gz"
     try:
-        return Path(huggingface_hub.hf_hub_download("allenai/c4", name, repo_type="dataset"))
+        path = huggingface_hub.hf_hub_download(
+            "allenai/c4", name, repo_type="dataset", local_dir=folder
+        )
     except Exception as error:  # of HTTP, of the hub, of the disk
         raise ValueError(f"cannot download {name} of allenai/c4: {error}") from error
+    yield Path(path)
+    shutil.rmtree(folder)
+
+
+def read_sources(sources: Iterable[Source], field: str) -> Iterator[str]:
+    for source in sources:
+        with source.file() as path:
+            yield from read_documents(path, field)
 
 
 # ------------------------------------------------------------------------------------- tokenisers
@@ -161,13 +189,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 # ----------------------------------------------------------------------------------------- shards
 
 
-def tokenise(documents: Iterable[str], tokenizer: Tokenizer, bar: tqdm) -> Iterator[list[int]]:
-    documents = iter(documents)
-    while batch := list(islice(documents, BATCH)):
-        yield from (encoding.ids for encoding in tokenizer.encode_batch_fast(batch))
-        bar.update(len(batch))
-
-
 def held_out(document: str, share: float) -> bool:
     """Whether a document is for evaluation, decided by its text alone."""
     return zlib.crc32(document.encode()) < share * 2**32
@@ -177,32 +198,31 @@ def write_shards(
     path: Path, stem: str, output: Path, tokenizer: Tokenizer, args: argparse.Namespace
 ) -> None:
     """Both splits of one input file."""
-    fingerprint = fingerprint_of(output / "tokenizer")
-    with tqdm(desc=path.name, unit="doc", unit_scale=True) as bar:
-        for split in ("eval", "train"):
-            chosen = (
-                text
-                for text in read_documents(path, args.text_field)
-                if held_out(text, args.eval_share) == (split == "eval") and text.strip()
-            )
-            write_shard(
-                output / f"{split}-{stem}.bin",
-                fingerprint,
-                tokenise(chosen, tokenizer, bar),
-                tokenizer.get_vocab_size(),
-            )
+    facts = (fingerprint_of(output / "tokenizer"), tokenizer.get_vocab_size())
+    texts = filter(str.strip, read_documents(path, args.text_field))
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(desc=path.name, unit="doc", unit_scale=True))
+        add_train, add_eval = (
+            stack.enter_context(shard_writer(output / f"{split}-{stem}.bin", *facts))
+            for split in SPLITS
+        )
+        while batch := list(islice(texts, BATCH)):
+            for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch), strict=True):
+                add = add_eval if held_out(text, args.eval_share) else add_train
+                add(encoding.ids)
+            bar.update(len(batch))
 
 
-def stem_of(number: int, path: Path, args: argparse.Namespace) -> str:
+def stem_of(number: int, source: Source, args: argparse.Namespace) -> str:
     """Name of a file's shards, another one for other text or settings."""
-    facts = (path.name, path.stat().st_size, args.text_field, args.eval_share)
+    facts = (*source.facts, args.text_field, args.eval_share)
     return f"{number:05d}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
 
 def is_done(stem: str, output: Path) -> bool:
     fingerprint = fingerprint_of(output / "tokenizer")
     try:
-        for split in ("train", "eval"):
+        for split in SPLITS:
             read_header(output / f"{split}-{stem}.bin", fingerprint)
     except ValueError:
         return False
@@ -212,7 +232,7 @@ def is_done(stem: str, output: Path) -> bool:
 def write_manifest(output: Path, stems: list[str], words: int) -> dict[str, dict]:
     fingerprint = fingerprint_of(output / "tokenizer")
     splits = {}
-    for split in ("train", "eval"):
+    for split in SPLITS:
         names = [f"{split}-{stem}.bin" for stem in stems]
         counts = [read_header(output / name, fingerprint) for name in names]
         splits[split] = {
@@ -243,11 +263,11 @@ def build(args: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(f"--train-tokenizer must be above {len(WORDS)}.")
     if args.tokenizer and not args.tokenizer.exists():
         raise ValueError(f"The tokeniser {args.tokenizer} does not exist.")
-    sources = c4_files(args.c4) if args.c4 else [partial(Path, path) for path in args.files]
-    return prepare(args, sources)
+    files = map(local_source, args.files)
+    return prepare(args, c4_sources(args.c4, args.output) if args.c4 else list(files))
 
 
-def prepare(args: argparse.Namespace, sources: list[Callable[[], Path]]) -> Callable[[], None]:
+def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], None]:
     """Makes the shards. Text that cannot be read is the user's error, as bad arguments are."""
     folder = args.output / "tokenizer"
     args.output.mkdir(parents=True, exist_ok=True)
@@ -257,15 +277,15 @@ def prepare(args: argparse.Namespace, sources: list[Callable[[], Path]]) -> Call
         else:
             save_tokenizer(read_vocabulary(args.tokenizer), folder)
     elif not (folder / "tokenizer.json").exists():
-        texts = (text for get in sources for text in read_documents(get(), args.text_field))
+        texts = read_sources(sources, args.text_field)
         save_tokenizer(train_tokenizer(texts, args.train_tokenizer), folder)
     tokenizer = load_tokenizer(folder).backend_tokenizer
     stems = []
-    for number, get in enumerate(sources):
-        path = get()
-        stems.append(stem_of(number, path, args))
+    for number, source in enumerate(sources):
+        stems.append(stem_of(number, source, args))
         if not is_done(stems[-1], args.output):
-            write_shards(path, stems[-1], args.output, tokenizer, args)
+            with source.file() as path:
+                write_shards(path, stems[-1], args.output, tokenizer, args)
     splits = write_manifest(args.output, stems, tokenizer.get_vocab_size())
 
     def report() -> None:

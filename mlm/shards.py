@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,24 @@ MAGIC = b"LIONMLM1"
 SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
-def write_shard(path: Path, fingerprint: str, documents: Iterable[list[int]], vocab: int) -> None:
-    """Writes the documents' tokens so that `path` is a whole shard or not there."""
+@contextmanager
+def shard_writer(path: Path, fingerprint: str, vocab: int) -> Iterator[Callable[[list[int]], None]]:
+    """Gives a function that adds a document's tokens; `path` is a whole shard after the block.
+
+    It is not there if the block fails.
+    """
     dtype = np.dtype("<u2" if vocab <= 2**16 else "<u4")
     temporary = path.with_name(f".{path.name}.saving")
     count = tokens = 0
+
+    def add(document: list[int]) -> None:
+        nonlocal count, tokens
+        file.write(np.asarray(document, dtype).tobytes())
+        count, tokens = count + 1, tokens + len(document)
+
     with temporary.open("wb") as file:
         file.write(bytes(HEADER.size))
-        for document in documents:
-            file.write(np.asarray(document, dtype).tobytes())
-            count, tokens = count + 1, tokens + len(document)
+        yield add
         file.seek(0)
         header = (MAGIC, bytes.fromhex(fingerprint), count, tokens, dtype.itemsize)
         file.write(HEADER.pack(*header))

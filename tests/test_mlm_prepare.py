@@ -107,20 +107,28 @@ def test_goes_on_at_the_first_file_that_is_not_done(tmp_path, monkeypatch):
     assert np.array_equal(tokens(tmp_path / "out", "train"), whole)
 
 
-def test_c4_is_taken_file_by_file(expected, tmp_path, monkeypatch):
-    asked = []
+def test_c4_is_streamed_file_by_file(expected, tmp_path, monkeypatch):
+    """A file is loaded once, even over two calls, and on the disk only while it is read."""
+    asked, broken = [], True
 
-    def download(repository, name, repo_type):
+    def download(repository, name, repo_type, local_dir):
         asked.append((repository, name, repo_type))
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        return write(tmp_path / name)
+        if broken and len(asked) == 2:
+            raise ConnectionError("lost")
+        assert not list(local_dir.rglob("*.json.gz"))
+        (local_dir / name).parent.mkdir(parents=True)
+        return str(write(local_dir / name))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     arguments = ("--c4", "7-8", "--output", tmp_path / "out", "--tokenizer", expected / "tokenizer")
+    with pytest.raises(SystemExit, match="2"):
+        call(*arguments)
+    broken = False
     call(*arguments)
-    names = [f"en/c4-train.0000{i}-of-01024.json.gz" for i in (7, 8)]
+    names = [f"en/c4-train.0000{i}-of-01024.json.gz" for i in (7, 8, 8)]
     assert asked == [("allenai/c4", name, "dataset") for name in names]
     assert len(list((tmp_path / "out").glob("train-*.bin"))) == 2
+    assert not list((tmp_path / "out").rglob("*.json.gz"))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def places(tmp_path_factory, corpus) -> Path:
     return root
 
 
+def download(repository: str, name: str, local_dir: Path, **_: str) -> str:
+    (local_dir / name).parent.mkdir(parents=True)
+    (local_dir / name).write_bytes(gzip.compress(b'{"text": "a text of the hub"}\n' * 9))
+    return str(local_dir / name)
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, places, monkeypatch):
     monkeypatch.chdir(places)
@@ -65,9 +71,7 @@ def test_command(line, places, monkeypatch):
     if program == "mlm.prepare":
         files = [f for word in arguments for f in (sorted(map(str, places.glob(word)))
                  if "*" in word else [word])]  # fmt: skip
-        monkeypatch.setattr(
-            huggingface_hub, "hf_hub_download", lambda *_, **__: "text/corpus/a.jsonl"
-        )
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
         prepare.main([word.replace("text/shards", "new") for word in files])
     elif words[0] == "torchrun":
         arguments = [*arguments, *SMALL, *([] if "resume=auto" in line else ["overwrite=true"])]
