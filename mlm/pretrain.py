@@ -126,6 +126,23 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionB
     return LionBertForMaskedLM(config)
 
 
+def build_optimizer(
+    settings: Settings, model: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=tuple(settings.betas),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay / settings.lr,
+        fused=device.type == "cuda",
+    )
+
+
+def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
+    return torch.bfloat16 if settings.precision == "bf16" and device.type == "cuda" else None
+
+
 def build_loaders(
     settings: Settings, world: World, tokenizer: PreTrainedTokenizerFast, step: int
 ) -> tuple[DataLoader, DataLoader]:
@@ -178,21 +195,13 @@ class Pretraining:
         self.tokenizer = load_tokenizer(Path(settings.data, "tokenizer"))
         seed_everything(settings.seed)
         self.model = build_model(settings, self.tokenizer).to(world.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=settings.lr,
-            betas=tuple(settings.betas),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay / settings.lr,
-            fused=world.device.type == "cuda",
-        )
+        self.optimizer = build_optimizer(settings, self.model, world.device)
         self.step = 0
         self.saved_meters: list[tuple[float, int]] = []
         if settings.resume:
             self._restore()
         self.loader, self.eval_loader = build_loaders(settings, world, self.tokenizer, self.step)
-        bf16 = settings.precision == "bf16" and world.device.type == "cuda"
-        self.dtype = torch.bfloat16 if bf16 else None
+        self.dtype = amp_dtype(settings, world.device)
 
     def _restore(self) -> None:
         found = checkpoint.latest(self.settings.output)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import ROOT, torchrun
 
-from mlm import glue, prepare, pretrain
+from mlm import benchmark, glue, prepare, pretrain
 from mlm.shards import load_tokenizer
 from scripts import collect_text
 
@@ -81,6 +81,9 @@ def test_command(line, places, monkeypatch):
         assert done.returncode == 0, done.stdout + done.stderr
     elif program == "mlm.pretrain":
         pretrain.main([*arguments, *SMALL])
+    elif program == "mlm.benchmark":
+        arguments = arguments[: arguments.index("--lengths")]
+        benchmark.main([*arguments, *SMALL, "--lengths", "8", "--tokens", "8", "--seconds", "0"])
     else:
         small = ["tasks.MR.seeds=[1]"] if "mr.yaml" in line else ["--tasks", "SST-2"]
         glue.main([*arguments, *small, "device=cpu"])
