@@ -196,6 +196,7 @@ class Progress:
         self.header, self.steps, self.images, self.start = header, steps, images, start
         self.interval, self.unit = interval, unit
         self.began = time.perf_counter()
+        self.lap_start, self.lap_began = start, self.began
         self.bar = tqdm(
             desc=header,
             total=steps * images,
@@ -232,11 +233,20 @@ class Progress:
         """The block's time does not count."""
         began = time.perf_counter()
         yield
-        self.began += time.perf_counter() - began
+        pause = time.perf_counter() - began
+        self.began += pause
+        self.lap_began += pause
 
     def speed(self, done: int) -> float:
         """Images/s since the start, after `done` steps."""
         return (done - self.start) * self.images / (time.perf_counter() - self.began)
+
+    def lap(self, done: int) -> float:
+        """Images/s since the last lap, or the start, after `done` steps."""
+        now = time.perf_counter()
+        speed = (done - self.lap_start) * self.images / (now - self.lap_began)
+        self.lap_start, self.lap_began = done, now
+        return speed
 
     def close(self) -> float:
         """Ends the display; returns images/s since the start."""

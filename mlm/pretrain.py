@@ -317,9 +317,9 @@ class Pretraining:
         return {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
 
     def _record(self, meter: Mean, progress: Progress) -> dict[str, float]:
-        """A line of log.txt: losses, accuracy, speed and memory at this step."""
+        """A line of log.txt: losses, accuracy, memory, and speed since the line before."""
         train_loss = meter.over(self.world)  # a GPU has done the steps then
-        speed, memory = progress.speed(self.step), 0
+        speed, memory = progress.lap(self.step), 0
         if self.world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.world.device)
         with progress.paused():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, Ranks, rendezvous, same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import checkpoint
@@ -121,6 +122,20 @@ def test_two_ranks_go_on_bit_for_bit(corpus, tmp_path):
     ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, function=rank)
     assert ranks.wait() == [0, 0], ranks.errors()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_a_run_shows_and_leaves(corpus, ending, tmp_path):
+    output = ending(short, corpus, tmp_path, steps=21).out
+    eta = r"Step:  \[20/21\]  eta: 0:00:00  loss: \d+\.\d+  lr: \S+  tok/s: \d+\.\d"
+    assert re.search(eta, output) and re.search(r"Step 20: train_loss .* eval_accuracy", output)
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 21]
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("train_loss", "eval_accuracy", "tokens_per_second"):
+        scalars = events.Scalars(name.replace("_", "/", 1))
+        logged = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+        assert [(scalar.step, scalar.value) for scalar in scalars] == logged
 
 
 def test_passes_and_ranks_share_one_loss(corpus, tmp_path):
