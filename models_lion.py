@@ -371,21 +371,49 @@ class LionAttention(nn.Module):
         `valid`, bool `[B, N]`, is False for padding: keys that count nowhere, with a decay of 1.
         `documents`, integers `[B, N]`, keeps packed documents apart, as in the formats.
         """
+        if self._has_kernel(x) and valid is None and documents is None:
+            return self.proj_drop(self.proj(self.norm(self._mix_by_kernel(x, attn_mask))))
         qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
         curves = None if self.mask_type == "Lit" else attn_mask
         with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
-            log_decay = self.log_decay(x)
-            if self._has_kernel(qkv) and valid is None and documents is None:
-                lit = self.mask_type == "Lit"
-                y = kernels.mix(
-                    qkv, log_decay, curves, lit=lit, eps=self.eps, normalise=self.normalise
-                )
-            else:
-                y = self._mix(qkv, log_decay, curves, valid, documents).to(qkv.dtype)
+            y = self._mix(qkv, self.log_decay(x), curves, valid, documents).to(qkv.dtype)
         return self.proj_drop(self.proj(self.norm(y)))
 
-    def _has_kernel(self, qkv: Tensor) -> bool:
-        return self.format != "RNN" and self.feature_map is not None and kernels.available(qkv)
+    def _has_kernel(self, x: Tensor) -> bool:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dim = self.qkv.in_features // self.num_heads
+        return (
+            self.format != "RNN"
+            and self.feature_map is not None
+            and kernels.available(x.device, dtype, dim)
+        )
+
+    def _mix_by_kernel(self, x: Tensor, curves: Tensor | None) -> Tensor:
+        """The gates of LION-S are further columns of the projection, so that one product does."""
+        gates = [getattr(self, name) for name in ("a_i", "a2_i") if hasattr(self, name)]
+        weight, bias, decay = self.qkv.weight, self.qkv.bias, None
+        if self.mask_type == "Selective":
+            count = len(gates) * self.num_heads
+            padding = kernels.padded_gates(count) - count
+            weight = torch.cat([weight, *(gate.weight for gate in gates)])
+            weight = F.pad(weight, (0, 0, 0, padding))
+            if bias is None:
+                bias = weight.new_zeros(self.qkv.out_features)
+            bias = F.pad(torch.cat([bias, *(gate.bias for gate in gates)]), (0, padding))
+        elif self.mask_type == "Decay":
+            decay = torch.stack(gates).float()
+        return kernels.mix(
+            F.linear(x, weight, bias),
+            decay,
+            curves if gates else None,
+            heads=self.num_heads,
+            dim=self.qkv.in_features // self.num_heads,
+            scans=max(1, len(gates)),
+            prefix=self.num_prefix_tokens,
+            lit=not gates,
+            eps=self.eps,
+            normalise=self.normalise,
+        )
 
     def _mix(
         self,

@@ -11,35 +11,47 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENABLED = os.environ.get("LION_KERNELS", "1") != "0" and importlib.util.find_spec("triton")
 
 
-def available(qkv: Tensor) -> bool:
-    """Whether there are kernels for `qkv`, `[B, N, 3, H, D]`: its device, head width and dtype."""
-    return bool(ENABLED) and qkv.is_cuda and qkv.shape[4] in HEAD_DIMS and qkv.dtype in DTYPES
+def available(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether there are kernels for a device, a dtype and heads of width `dim`."""
+    return bool(ENABLED) and device.type == "cuda" and dim in HEAD_DIMS and dtype in DTYPES
+
+
+def padded_gates(count: int) -> int:
+    """Columns that `count` gates take, so that rows of `projected` stay aligned."""
+    return -(-count // 16) * 16
 
 
 def mix(
-    qkv: Tensor,
-    log_decay: Tensor | None = None,
+    projected: Tensor,
+    decay: Tensor | None = None,
     curves: Tensor | None = None,
     *,
-    lit: bool,
+    heads: int,
+    dim: int,
+    scans: int = 1,
+    prefix: int = 0,
+    lit: bool = False,
     eps: float = 1e-6,
     normalise: bool = True,
 ) -> Tensor:
     """`num / (den + eps)` of LION (arXiv 2502.16249), or `num` alone if not `normalise`.
 
-    Feature maps (`elu + 1` if `lit`, else normalised `silu + 0.5`) and the scale `D**-0.5` of `q`
-    are applied inside. Sums are float32; work and memory are linear in N; the result is bitwise
-    repeatable.
+    Feature maps (`elu + 1` if `lit`, else normalised `silu + 0.5`) and the scale `D**-0.5` of the
+    queries are applied inside. Sums are float32; the result is bitwise repeatable. One block of
+    pairs up to 256 tokens, from there on states between blocks: work linear in N.
 
-    - `qkv`: `[B, N, 3, H, D]`, D one of 16, 32, 64, 128, as the Linear layer wrote it.
-    - `log_decay`: `[C, B or 1, H, N]`, float32, token order; None is a decay of 1.
-    - `curves`: `[C, N]`, int64; None is token order, for C = 1.
+    - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
+      columns; for LION-S the logits z of its gates, `C * H` columns for decays `1 - sigmoid(z)`;
+      then what aligns the rows (`padded_gates`). H is `heads` and D, one of 16, 32, 64, 128, `dim`.
+    - `decay`: LION-D's `[C, H]`, float32, logits w of the decays `sigmoid(w)`; else None.
+    - `curves`: `[C, N]`, int64; None is token order, for C = 1. C is `scans`.
+    - `prefix`: the first tokens, whose decay is 1 in LION-S.
 
-    Returns `[B, N, H * D]` in the dtype of `qkv`. Raises ValueError for another head width.
+    Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width.
     """
     from kernels.ops import mix_operator
 
-    b, n, _, heads, dim = qkv.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"The kernels have heads of width 16, 32, 64 or 128, not {dim}.")
-    return mix_operator(qkv, log_decay, curves, lit, eps, normalise)[0].view(b, n, heads * dim)
+    options = (heads, dim, scans, prefix, lit, eps, normalise)
+    return mix_operator(projected, decay, curves, *options)[0]

@@ -1,7 +1,7 @@
-"""What the kernels share: feature maps, their gradients, and loads of rows.
+"""What the kernels share: rows of tokens, feature maps, masks, and the gradients of both.
 
 Masks are kept as two running sums of the log2 decays along a curve, `x` (exclusive) and `y`
-(inclusive): `M_ij = 2^min(x_i - x_j, y_j - y_i)`.
+(inclusive), local to a block of tokens: `M_ij = 2^min(x_i - x_j, y_j - y_i)` inside the block.
 """
 
 import triton
@@ -9,24 +9,35 @@ import triton.language as tl
 
 
 @triton.jit
-def feature_map(t, LIT: tl.constexpr):
+def _sigmoid(t, FAST: tl.constexpr):
+    """`FAST` is the hardware's tanh, right to 2^-11: enough for half precision."""
+    if FAST:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * t], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 * tanh + 0.5
+    return tl.sigmoid(t)
+
+
+@triton.jit
+def feature_map(t, LIT: tl.constexpr, FAST: tl.constexpr):
     """phi of float32 rows `[R, D]`: elu + 1, or silu + 0.5 normalised over D."""
     if LIT:
         return tl.where(t > 0, t + 1, tl.exp(tl.minimum(t, 0.0)))
-    f = t * tl.sigmoid(t) + 0.5
+    f = t * _sigmoid(t, FAST) + 0.5
     return f * tl.rsqrt(tl.maximum(tl.sum(f * f, 1), 1e-24))[:, None]
 
 
 @triton.jit
-def feature_map_grad(t, grad, LIT: tl.constexpr):
+def feature_map_grad(t, grad, LIT: tl.constexpr, FAST: tl.constexpr):
     """Gradient with respect to `t` of `sum(feature_map(t) * grad)`."""
     if LIT:
         return grad * tl.where(t > 0, 1.0, tl.exp(tl.minimum(t, 0.0)))
-    s = tl.sigmoid(t)
+    s = _sigmoid(t, FAST)
     f = t * s + 0.5
-    inverse = tl.rsqrt(tl.maximum(tl.sum(f * f, 1), 1e-24))[:, None]
-    unit = f * inverse
-    return (grad - unit * tl.sum(unit * grad, 1)[:, None]) * inverse * s * (1 + t * (1 - s))
+    inverse = tl.rsqrt(tl.maximum(tl.sum(f * f, 1), 1e-24))
+    along = tl.sum(f * grad, 1) * inverse * inverse
+    return (grad - f * along[:, None]) * inverse[:, None] * (s + t * (s - s * s))
 
 
 @triton.jit
@@ -37,10 +48,23 @@ def load_rows(pointer, rows, valid, stride, D: tl.constexpr):
 
 
 @triton.jit
+def load_features(
+    pointer, rows, valid, stride, D: tl.constexpr, LIT: tl.constexpr, FAST: tl.constexpr
+):
+    """phi of rows `[R, D]` in float32."""
+    return feature_map(load_rows(pointer, rows, valid, stride, D).to(tl.float32), LIT, FAST)
+
+
+@triton.jit
 def store_rows(pointer, rows, valid, stride, value, D: tl.constexpr):
     columns = tl.arange(0, D)
     address = pointer + rows[:, None] * stride + columns
     tl.store(address, value.to(pointer.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def load_square(pointer, D: tl.constexpr):
+    return tl.load(pointer + tl.arange(0, D)[:, None] * D + tl.arange(0, D))
 
 
 @triton.jit
@@ -62,3 +86,15 @@ def output_grad(
         scale = weight / tl.load(R + rows, mask=valid, other=1.0)
         return grad * scale[:, None], -tl.sum(grad * out, 1) * scale
     return grad * weight, tl.zeros_like(rows).to(tl.float32)
+
+
+@triton.jit
+def key_sums(X, Y, steps, valid):
+    """Sums of keys; what lies beyond the last one gets the weight 0 from every query."""
+    return tl.load(X + steps, mask=valid, other=1e30), tl.load(Y + steps, mask=valid, other=0.0)
+
+
+@triton.jit
+def decay_mask(x_i, y_i, x_j, y_j):
+    """`M_ij` of sums that are broadcast against each other."""
+    return tl.exp2(tl.minimum(x_i - x_j, y_j - y_i))

@@ -1,160 +1,279 @@
 """The custom operator `lion::mix` and its gradient: what `torch.compile` and export see."""
 
-import math
+import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels.chunked import backward_kernel, forward_kernel
+from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
+from kernels.states import (
+    carry_kernel,
+    crossing_kernel,
+    gates_kernel,
+    local_states_kernel,
+    sums_kernel,
+)
 
-
-def chunk_size(qkv: Tensor) -> int:
-    """Tokens per chunk: 64, or what fits into shared memory for wide heads."""
-    return max(16, min(64, 8192 // (qkv.shape[4] * qkv.element_size())))
-
-
-def _sums(log_decay: Tensor, curves: Tensor | None, size: int) -> Tensor:
-    """Chunk-local sums x and y of log2 decays, along the curves: `[2, C, B or 1, H, M * size]`."""
-    n = log_decay.shape[3]
-    if curves is not None:
-        log_decay = log_decay.gather(3, curves[:, None, None].expand_as(log_decay))
-    # A decay of 2^-32 is none, and larger sums would round those of the open gates beside it.
-    decays = (log_decay * math.log2(math.e)).clamp(min=-32)
-    steps = F.pad(decays, (0, -n % size)).unflatten(3, (-1, size))
-    y = steps.cumsum(4)
-    return torch.stack([y - steps, y]).flatten(4)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _sweeps(qkv: Tensor, log_decay: Tensor | None, curves: Tensor | None, lit: bool, **extra):
-    """Grid, and for each curve the arguments that both directions share."""
-    b, n, _, heads, dim = qkv.shape
-    size = chunk_size(qkv)
-    chunks = triton.cdiv(n, size)
-    options = {
-        "D": dim, "BLOCK": size, "LIT": lit, "DECAY": log_decay is not None,
-        "PRECISION": precision(qkv), **extra,
-    }  # fmt: skip
-    common = {"n": n, "heads": heads, "stride_b": qkv.stride(0), "stride_n": qkv.stride(1),
-              "scale": dim**-0.5}  # fmt: skip
-    if log_decay is None:
-        sums, sums_b, scans = qkv.new_empty(2, 1, 0, dtype=torch.float32), 0, 1
+@dataclass(frozen=True)
+class Plan:
+    """How a sequence is cut: tokens per block; rows, tiles and warps of each kernel."""
+
+    block: int
+    carried: bool
+    states: dict[str, int]
+    forward: dict[str, int]
+    queries: dict[str, int]
+    keys: dict[str, int]
+
+
+def make_plan(n: int, dim: int, itemsize: int, scans: int, lit: bool) -> Plan:
+    """Short sequences are one block; LION-Lit has no pairs.
+
+    Blocks are short in float32: sums of decays near closed gates are large and round the others.
+    """
+    size = 64 if dim * itemsize <= 256 else 32 if dim * itemsize <= 512 else 16
+    carried = lit or n > (256 if itemsize == 2 else 64)
+    if not carried:
+        block = triton.cdiv(n, size) * size
+    elif lit:
+        block = 256
     else:
-        sums = _sums(log_decay, curves, size)
-        scans, sums_b = log_decay.shape[0], heads * chunks * size if log_decay.shape[1] > 1 else 0
-    for c in range(scans):
-        curve = sums if curves is None or log_decay is None else curves[c]
-        yield c, (qkv, sums[0, c], sums[1, c], curve), {
-            **common, **options, "sums_b": sums_b, "CURVED": curve is not sums, "ADD": c > 0,
-            "WEIGHT": 1 / scans,
+        block = 128 if itemsize == 2 else 64
+    warps = 4 if dim < 128 else 8
+    tiles = {"ROWS": size, "TILE": size, "num_warps": warps, "num_stages": 1}
+    return Plan(block, carried, {"ROWS": size, "num_warps": warps}, tiles, tiles, tiles)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of the operator: what the launches of its kernels share.
+
+    - `projected`: `[B, N, W]`, W at least 3 * H * D: queries, keys and values, then, if `gated`,
+      the logits of C gates per head.
+    - `decay`: `[C, H]`, LION-D's logits, or None.
+    - `curves`: int64 `[C, N]`, or None.
+    """
+
+    projected: Tensor
+    decay: Tensor | None
+    curves: Tensor | None
+    heads: int
+    dim: int
+    scans: int
+    prefix: int
+    lit: bool
+    eps: float
+    normalise: bool
+
+    def __post_init__(self) -> None:
+        b, n, width = self.projected.shape
+        plan = make_plan(n, self.dim, self.projected.element_size(), self.scans, self.lit)
+        blocks = triton.cdiv(n, plan.block)
+        derived = {"b": b, "n": n, "width": width, "plan": plan, "blocks": blocks,
+                   "length": blocks * plan.block, "gated": not self.lit and self.decay is None,
+                   "curved": self.curves is not None and not self.lit,
+                   "by_token": not plan.carried}  # fmt: skip
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.projected.new_empty(shape, dtype=dtype)
+
+    def logits(self) -> tuple[Tensor, dict[str, Any]]:
+        """Where the gates' logits are, and arguments of the kernels that read them."""
+        options = {
+            "n": self.n, "block": self.plan.block, "heads": self.heads, "prefix": self.prefix,
+            "stride_b": self.n * self.width, "stride_n": self.width,
+            "curve_c": self.n if self.curved else 0, "GATED": self.gated, "CURVED": self.curved,
+            "BY_TOKEN": self.by_token, "WIDTH": triton.next_power_of_2(self.plan.block),
+            "num_warps": 1 if self.plan.block <= 256 else 4,
+        }  # fmt: skip
+        if self.gated:
+            return self.projected[..., 3 * self.heads * self.dim :], options
+        return self.decay, {**options, "prefix": 0}
+
+    def sums(self) -> tuple[Tensor | None, Tensor]:
+        """Sums of log2 decays `[2, C, B or 1, H, blocks * block]`, and steps of tokens `[C, N]`."""
+        steps = self.empty(self.scans, self.n, dtype=torch.int32)
+        if self.lit:
+            return None, steps
+        images = self.b if self.gated else 1
+        sums = self.empty(2, self.scans, images, self.heads, self.length)
+        logits, options = self.logits()
+        sums_kernel[(self.blocks, self.scans * images * self.heads)](
+            logits, self.curves if self.curved else sums, *sums, steps, images=images, **options
+        )
+        return sums, steps
+
+    def launches(self, sums: Tensor | None):
+        """For each launch, the number of its curve, its tensors and its arguments."""
+        launches = self.scans if self.plan.carried and not self.lit else 1
+        per_image = 0 if sums is None or sums.shape[2] == 1 else self.heads * self.length
+        options = {
+            "n": self.n, "block": self.plan.block, "heads": self.heads,
+            "stride_b": self.n * self.width, "stride_n": self.width, "sums_b": per_image,
+            "scale": self.dim**-0.5, "weight": 1 / launches, "D": self.dim, "LIT": self.lit,
+            "CURVED": self.curved and self.plan.carried, "NORMALISE": self.normalise,
+            "PRECISION": self.precision(), "FAST": self.fast(),
+        }  # fmt: skip
+        for c in range(launches):
+            x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
+            curve = self.curves[c] if self.curved else x
+            yield c, (self.projected, x, y, curve), options
+
+    def of_pairs(self, c: int, sums: Tensor | None) -> dict[str, Any]:
+        """Further arguments of the kernels in `blocks`."""
+        return {
+            "sums_c": 0 if sums is None else sums.stride(1),
+            "unit": float(self.n) if self.lit and not self.normalise else 1.0,
+            "CARRIED": self.plan.carried, "ADD": c > 0,
+            "TWO": not self.plan.carried and self.scans == 2,
         }  # fmt: skip
 
+    def states(self, tensors, options, out, row_sums, grad=None) -> tuple[Tensor, Tensor]:
+        """States that enter each block (LION-Lit: of all tokens), and those of the row sums."""
+        if not self.plan.carried:
+            return self.projected, row_sums
+        sides, programs = 1 if self.lit else 2, 1 if grad is None else 2
+        kinds, grid = sides * programs, (self.blocks, self.b * self.heads)
+        states = self.empty(*grid, kinds, self.dim, self.dim, dtype=self.projected.dtype)
+        vectors = self.empty(*grid, kinds, self.dim)
+        totals, vector_totals = states, vectors
+        if self.lit:
+            totals = states.new_empty(self.b * self.heads, kinds, self.dim, self.dim)
+            vector_totals = vectors.new_empty(self.b * self.heads, kinds, self.dim)
+        local_states_kernel[(*grid, programs)](
+            *tensors, out, row_sums, out if grad is None else grad, states, vectors,
+            **options, **self.plan.states,
+        )  # fmt: skip
+        part = min(self.dim**2, 1024)
+        carry_kernel[(self.b * self.heads, kinds, self.dim**2 // part + 1)](
+            states, vectors, totals, vector_totals, tensors[2], self.plan.block, self.blocks,
+            self.heads, options["sums_b"], D=self.dim, PART=part, LIT=self.lit, num_warps=4,
+        )  # fmt: skip
+        return totals, vector_totals
 
-def precision(qkv: Tensor) -> str:
-    """Of matrix products: three tf32 products in float32, but wide heads have no room for them."""
-    if qkv.dtype != torch.float32:
-        return "tf32"
-    return "tf32x3" if qkv.shape[4] <= 64 else "ieee"
+    def fast(self) -> bool:
+        return self.projected.dtype != torch.float32 and not INTERPRETED
 
-
-def _packed(qkv: Tensor) -> Tensor:
-    dim, heads = qkv.shape[4], qkv.shape[3]
-    return qkv if qkv.stride()[2:] == (heads * dim, dim, 1) else qkv.contiguous()
-
-
-def _states(qkv: Tensor, decay: bool, count: int) -> tuple[Tensor, Tensor]:
-    b, n, _, heads, dim = qkv.shape
-    chunks = triton.cdiv(n, chunk_size(qkv)) if decay else 0
-    return (
-        qkv.new_empty(b, heads, chunks, count, dim, dim),
-        qkv.new_empty(b, heads, chunks, count, dim, dtype=torch.float32),
-    )
-
-
-def _resources(qkv: Tensor, backward: bool) -> dict[str, int]:
-    wide = qkv.shape[4] > 64 or qkv.dtype == torch.float32
-    return {"num_warps": 8 if wide or backward else 4, "num_stages": 1}
+    def precision(self) -> str:
+        """Of products: three tf32 products in float32, but wide heads have no room for them."""
+        if self.projected.dtype != torch.float32:
+            return "tf32"
+        return "tf32x3" if self.dim <= 64 else "ieee"
 
 
 @torch.library.custom_op("lion::mix", mutates_args=())
 def mix_operator(
-    qkv: Tensor,
-    log_decay: Tensor | None,
+    projected: Tensor,
+    decay: Tensor | None,
     curves: Tensor | None,
+    heads: int,
+    dim: int,
+    scans: int,
+    prefix: int,
     lit: bool,
     eps: float,
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, N, H, D]` and the row sums plus eps, float32 `[B, H, N]`."""
-    qkv = _packed(qkv)
-    b, n, _, heads, dim = qkv.shape
-    out = qkv.new_empty(b, n, heads, dim)
-    sums = qkv.new_empty(b, heads, n if normalise else 0, dtype=torch.float32)
-    states = _states(qkv, log_decay is not None, 1)
-    for _, tensors, options in _sweeps(qkv, log_decay, curves, lit, NORMALISE=normalise):
-        forward_kernel[(b * heads,)](
-            *tensors, *states, out, sums, eps=eps, **options, **_resources(qkv, False)
-        )
-    return out, sums
+    """Output `[B, N, H * D]` and the row sums plus eps, float32 `[B, H, N]`."""
+    projected = projected.contiguous()
+    task = Task(projected, decay, curves, heads, dim, scans, prefix, lit, eps, normalise)
+    out = task.empty(task.b, task.n, heads * dim, dtype=projected.dtype)
+    row_sums = task.empty(task.b, heads, task.n if normalise else 0)
+    sums, _ = task.sums()
+    for c, tensors, options in task.launches(sums):
+        states = task.states(tensors, options, out, row_sums)
+        forward_kernel[(triton.cdiv(task.n, task.plan.forward["ROWS"]), task.b * heads)](
+            *tensors, *states, out, row_sums, eps=eps / task.n if lit else eps,
+            **options, **task.of_pairs(c, sums), **task.plan.forward,
+        )  # fmt: skip
+    return out, row_sums
 
 
 @mix_operator.register_fake
-def _(qkv, log_decay, curves, lit, eps, normalise):
-    b, n, _, heads, dim = qkv.shape
-    sums = qkv.new_empty(b, heads, n if normalise else 0, dtype=torch.float32)
-    return qkv.new_empty(b, n, heads, dim), sums
+def _(projected, decay, curves, heads, dim, scans, prefix, lit, eps, normalise):
+    b, n, _ = projected.shape
+    row_sums = projected.new_empty(b, heads, n if normalise else 0, dtype=torch.float32)
+    return projected.new_empty(b, n, heads * dim), row_sums
 
 
 @torch.library.custom_op("lion::mix_backward", mutates_args=())
 def mix_backward(
     grad: Tensor,
-    qkv: Tensor,
-    log_decay: Tensor | None,
+    projected: Tensor,
+    decay: Tensor | None,
     curves: Tensor | None,
     out: Tensor,
-    sums: Tensor,
+    row_sums: Tensor,
+    heads: int,
+    dim: int,
+    scans: int,
+    prefix: int,
     lit: bool,
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `qkv`, packed, and of the log decays, `[C, B, H, N]` (empty without decay)."""
-    qkv, grad = _packed(qkv), grad.contiguous()
-    b, n, _, heads, _ = qkv.shape
-    scans = 0 if log_decay is None else log_decay.shape[0]
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    flux = qkv.new_empty(scans, b, heads, n, dtype=torch.float32)
-    states = _states(qkv, log_decay is not None, 2)
-    for c, tensors, options in _sweeps(qkv, log_decay, curves, lit, NORMALISE=normalise):
-        backward_kernel[(b * heads,)](
-            *tensors, *states, out, sums, grad, dqkv, flux[c] if scans else flux,
-            **options, **_resources(qkv, True),
+    """Gradients of `projected`, and of `decay` by image and block `[C, B, H, blocks]`."""
+    projected, grad = projected.contiguous(), grad.contiguous()
+    task = Task(projected, decay, curves, heads, dim, scans, prefix, lit, 0.0, normalise)
+    plan, b = task.plan, task.b
+    sums, steps = task.sums()
+    dprojected = torch.empty_like(projected)
+    used = 3 * heads * dim + (scans * heads if task.gated else 0)
+    dprojected[..., used:] = 0
+    flux = task.empty(scans, 4, 0 if lit else b, heads, task.length)
+    crossing = flux.new_zeros(scans, b, heads, task.blocks)
+    sides = {"flux_side": flux.stride(1), "flux_c": flux.stride(0)}
+    for c, tensors, options in task.launches(sums):
+        states = task.states(tensors, options, out, row_sums, grad)
+        for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
+            kernel[(triton.cdiv(task.n, tiles["ROWS"]), b * heads)](
+                *tensors[:4], steps, *states, out, row_sums, grad, dprojected, flux[c],
+                **sides, **options, **task.of_pairs(c, sums), **tiles,
+            )  # fmt: skip
+        if plan.carried and not lit:
+            crossing_kernel[(task.blocks, b * heads)](*states, crossing[c], D=dim, num_warps=4)
+    ddecay = task.empty(*(crossing.shape if decay is not None else (0,)))
+    if not lit:
+        logits, options = task.logits()
+        gate_grads = dprojected[..., 3 * heads * dim :] if task.gated else ddecay
+        gates_kernel[(task.blocks, scans * b * heads)](
+            flux, crossing, logits, curves if task.curved else flux, gate_grads, images=b,
+            **sides, **options,
         )  # fmt: skip
-    return dqkv, flux
+    return dprojected, ddecay
 
 
 @mix_backward.register_fake
-def _(grad, qkv, log_decay, curves, out, sums, lit, normalise):
-    b, n, _, heads, _ = qkv.shape
-    scans = 0 if log_decay is None else log_decay.shape[0]
-    return qkv.new_empty(qkv.shape), qkv.new_empty(scans, b, heads, n, dtype=torch.float32)
+def _(grad, projected, decay, curves, out, row_sums, heads, dim, scans, prefix, lit, normalise):
+    b, n, _ = projected.shape
+    plan = make_plan(n, dim, projected.element_size(), scans, lit)
+    shape = (0,) if decay is None else (scans, b, heads, -(-n // plan.block))
+    return torch.empty_like(projected), projected.new_empty(shape, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    qkv, log_decay, curves, ctx.lit, _, ctx.normalise = inputs
-    ctx.save_for_backward(qkv, log_decay, curves, *output)
+    projected, decay, curves, *ctx.options, _, ctx.normalise = inputs
+    ctx.save_for_backward(projected, decay, curves, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad, _):
-    qkv, log_decay, curves, out, sums = ctx.saved_tensors
     if grad is None:
-        return (None,) * 6
-    dqkv, flux = mix_backward(grad, qkv, log_decay, curves, out, sums, ctx.lit, ctx.normalise)
-    if log_decay is None:
-        return dqkv, None, None, None, None, None
-    if log_decay.shape[1] == 1 < flux.shape[1]:
-        flux = flux.sum(1, keepdim=True)
-    return dqkv, flux, None, None, None, None
+        return (None,) * 10
+    projected, decay, *others = ctx.saved_tensors
+    dprojected, ddecay = mix_backward(
+        grad, projected, decay, *others, *ctx.options, ctx.normalise
+    )
+    if decay is not None:
+        ddecay = ddecay.sum((1, 3)).to(decay.dtype)
+    return dprojected, ddecay if decay is not None else None, *(None,) * 8
 
 
 mix_operator.register_autograd(_gradients, setup_context=_save)

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernels.chunked import backward_kernel, forward_kernel
+from kernels.blocks import backward_kernel, forward_kernel
 from kernels.ops import chunk_size, precision
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block can have

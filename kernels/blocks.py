@@ -1,0 +1,418 @@
+"""Pairs of tokens inside a block, and the states that other blocks hand in.
+
+A program has some rows of a block, queries or keys, and goes through the tiles of their partners.
+A short sequence is one block, the quadratic form. Beside the rows themselves the mask is a product
+of what decays before and after the edge of the rows: `M_ij = 2^(x_i - x_e) 2^(x_e - x_j)` for
+earlier keys, `2^(y_e - y_i) 2^(y_j - y_e)` for later ones, with every exponent at most 0. `TWO`
+averages two curves in one pass, over one block in the order of tokens, with the mask as it stands.
+
+With `CARRIED`, states come in from the earlier and the later blocks of the curve; LION-Lit has
+nothing but one state, of all tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.common import (
+    decay_mask,
+    feature_map_grad,
+    key_sums,
+    load_features,
+    load_rows,
+    load_square,
+    output_grad,
+    store_rows,
+    visited,
+)
+
+
+@triton.jit
+def _add_flux(below, above, flux, i, j):
+    """Adds row sums of `flux` over the pairs on either side of the diagonal: i > j and i < j."""
+    below += tl.sum(tl.where(i > j, flux, 0.0), 1)
+    return below, above + tl.sum(tl.where(i < j, flux, 0.0), 1)
+
+
+@triton.jit
+def forward_kernel(
+    QKV, X, Y, CURVE, STATES, VECTORS, OUT, R, n, block, heads, stride_b, stride_n, sums_b, sums_c,
+    eps, scale, weight, unit,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
+    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    dtype = QKV.dtype.element_ty
+    Q = QKV + b * stride_b + h * D
+    K = Q + heads * D
+    V = K + heads * D
+    blocks = tl.cdiv(n, block)
+    X += b * sums_b + h * blocks * block
+    Y += b * sums_b + h * blocks * block
+    OUT += (b * n * heads + h) * D
+    R += bh * n
+    first = tl.program_id(0) * ROWS
+    place = first // block
+    end = tl.minimum(place * block + block, n)
+    steps = first + tl.arange(0, ROWS)
+    valid = steps < n
+    rows = visited(CURVE, steps, valid, CURVED)
+    q = load_features(Q, rows, valid, stride_n, D, LIT, FAST) * scale
+    q_t = q.to(dtype)
+    out = tl.zeros((ROWS, D), tl.float32)
+    r = tl.zeros((ROWS,), tl.float32)
+    if not LIT:
+        x_i, y_i = tl.load(X + steps), tl.load(Y + steps)
+    if CARRIED:
+        dims = tl.arange(0, D)
+        state = bh if LIT else (bh * blocks + place) * 2
+        out += tl.dot(q_t, load_square(STATES + state * D * D, D), input_precision=PRECISION)
+        r += tl.sum(q * tl.load(VECTORS + state * D + dims), 1)
+        if not LIT:
+            fade = tl.exp2(x_i)
+            out *= fade[:, None]
+            r *= fade
+            fade = tl.exp2(tl.load(Y + place * block + block - 1) - y_i)
+            later = load_square(STATES + (state + 1) * D * D, D)
+            out += tl.dot(q_t, later, input_precision=PRECISION) * fade[:, None]
+            r += tl.sum(q * tl.load(VECTORS + (state + 1) * D + dims), 1) * fade
+    if not LIT and not TWO:
+        for side in tl.static_range(2):
+            if side == 0:
+                edge, low, high = tl.load(X + first), place * block, first
+                fade = tl.exp2(x_i - edge)
+            else:
+                edge, low, high = tl.load(Y + first + ROWS - 1), first + ROWS, end
+                fade = tl.exp2(edge - y_i)
+            far = tl.zeros((ROWS, D), tl.float32)
+            far_r = tl.zeros((ROWS,), tl.float32)
+            for start in range(low, high, TILE):
+                keys = start + tl.arange(0, TILE)
+                there = keys < n
+                tokens = visited(CURVE, keys, there, CURVED)
+                k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+                v = load_rows(V, tokens, there, stride_n, D)
+                if side == 0:
+                    fade_j = tl.exp2(edge - tl.load(X + keys))
+                else:
+                    fade_j = tl.where(there, tl.exp2(tl.load(Y + keys) - edge), 0.0)
+                w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION) * fade_j[None, :]
+                far_r += tl.sum(w, 1)
+                far += tl.dot(w.to(dtype), v, input_precision=PRECISION)
+            out += far * fade[:, None]
+            r += far_r * fade
+    if not LIT:
+        if TWO:  # 2^-1 M of each curve
+            x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
+            x_i, y_i = x_i - 1.0, y_i + 1.0
+            low, high = 0, n
+        else:
+            low, high = first, tl.minimum(first + ROWS, n)
+        for start in range(low, high, TILE):
+            keys = start + tl.arange(0, TILE)
+            there = keys < n
+            tokens = visited(CURVE, keys, there, CURVED)
+            k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+            v = load_rows(V, tokens, there, stride_n, D)
+            x_j, y_j = key_sums(X, Y, keys, there)
+            w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
+            mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+            if TWO:
+                x_j, y_j = key_sums(X + sums_c, Y + sums_c, keys, there)
+                mask += decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
+            w *= mask
+            r += tl.sum(w, 1)
+            out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
+    out *= weight
+    r = (r + eps) * weight
+    if ADD:  # the second curve adds to the first one's result
+        before = load_rows(OUT, rows, valid, heads * D, D).to(tl.float32)
+        if NORMALISE:
+            r_before = tl.load(R + rows, mask=valid, other=1.0)
+            before *= r_before[:, None]
+            r += r_before
+        out += before
+    if NORMALISE:
+        out *= (1 / r)[:, None]
+        tl.store(R + rows, r, mask=valid)
+    else:
+        out *= unit
+    store_rows(OUT, rows, valid, heads * D, out, D)
+
+
+@triton.jit
+def query_grad_kernel(
+    QKV, X, Y, CURVE, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
+    n, block, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
+    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    dtype = QKV.dtype.element_ty
+    Q = QKV + b * stride_b + h * D
+    K = Q + heads * D
+    V = K + heads * D
+    DQ = DQKV + b * n * stride_n + h * D
+    blocks = tl.cdiv(n, block)
+    X += b * sums_b + h * blocks * block
+    Y += b * sums_b + h * blocks * block
+    first = tl.program_id(0) * ROWS
+    place = first // block
+    end = tl.minimum(place * block + block, n)
+    steps = first + tl.arange(0, ROWS)
+    valid = steps < n
+    rows = visited(CURVE, steps, valid, CURVED)
+    q = load_features(Q, rows, valid, stride_n, D, LIT, FAST) * scale
+    q_t = q.to(dtype)
+    grad, grad_r = output_grad(
+        DOUT + (b * n * heads + h) * D, OUT + (b * n * heads + h) * D, R + bh * n,
+        rows, valid, heads * D, weight, D, NORMALISE,
+    )  # fmt: skip
+    grad = grad.to(dtype)
+    dq = tl.zeros((ROWS, D), tl.float32)
+    below = tl.zeros((ROWS,), tl.float32)
+    above = tl.zeros((ROWS,), tl.float32)
+    if not LIT:
+        x_i, y_i = tl.load(X + steps), tl.load(Y + steps)
+    if CARRIED:
+        dims = tl.arange(0, D)
+        state = bh * 2 if LIT else (bh * blocks + place) * 4
+        earlier = load_square(STATES + state * D * D, D)
+        dq += tl.dot(grad, tl.trans(earlier), input_precision=PRECISION)
+        dq += grad_r[:, None] * tl.load(VECTORS + state * D + dims)
+        if not LIT:
+            dq *= tl.exp2(x_i)[:, None]
+            below += tl.sum(q * dq, 1)
+            later = load_square(STATES + (state + 1) * D * D, D)
+            part = tl.dot(grad, tl.trans(later), input_precision=PRECISION)
+            part += grad_r[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
+            part *= tl.exp2(tl.load(Y + place * block + block - 1) - y_i)[:, None]
+            above += tl.sum(q * part, 1)
+            dq += part
+    if not LIT and not TWO:
+        for side in tl.static_range(2):
+            if side == 0:
+                edge, low, high = tl.load(X + first), place * block, first
+                fade = tl.exp2(x_i - edge)
+            else:
+                edge, low, high = tl.load(Y + first + ROWS - 1), first + ROWS, end
+                fade = tl.exp2(edge - y_i)
+            far = tl.zeros((ROWS, D), tl.float32)
+            flux = tl.zeros((ROWS,), tl.float32)
+            for start in range(low, high, TILE):
+                keys = start + tl.arange(0, TILE)
+                there = keys < n
+                tokens = visited(CURVE, keys, there, CURVED)
+                k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+                v = load_rows(V, tokens, there, stride_n, D)
+                if side == 0:
+                    fade_j = tl.exp2(edge - tl.load(X + keys))
+                else:
+                    fade_j = tl.where(there, tl.exp2(tl.load(Y + keys) - edge), 0.0)
+                dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                dw = (dw + grad_r[:, None]) * fade_j[None, :]
+                flux += tl.sum(tl.dot(q_t, tl.trans(k), input_precision=PRECISION) * dw, 1)
+                far += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
+            dq += far * fade[:, None]
+            if side == 0:
+                below += flux * fade
+            else:
+                above += flux * fade
+    if not LIT:
+        if TWO:
+            x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
+            x_i, y_i = x_i - 1.0, y_i + 1.0
+            below_2 = tl.zeros((ROWS,), tl.float32)
+            above_2 = tl.zeros((ROWS,), tl.float32)
+            i = tl.load(STEPS + steps, mask=valid, other=0)
+            i_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
+            low, high = 0, n
+        else:
+            low, high = first, tl.minimum(first + ROWS, n)
+        for start in range(low, high, TILE):
+            keys = start + tl.arange(0, TILE)
+            there = keys < n
+            tokens = visited(CURVE, keys, there, CURVED)
+            k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+            v = load_rows(V, tokens, there, stride_n, D)
+            x_j, y_j = key_sums(X, Y, keys, there)
+            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
+            s = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
+            mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+            if TWO:
+                s *= dw
+                j = tl.load(STEPS + keys, mask=there, other=0)
+                below, above = _add_flux(below, above, s * mask, i[:, None], j[None, :])
+                x_j, y_j = key_sums(X + sums_c, Y + sums_c, keys, there)
+                mask_2 = decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
+                j = tl.load(STEPS + n + keys, mask=there, other=0)
+                below_2, above_2 = _add_flux(
+                    below_2, above_2, s * mask_2, i_2[:, None], j[None, :]
+                )
+                dw *= mask + mask_2
+            else:
+                dw *= mask
+                below, above = _add_flux(below, above, s * dw, steps[:, None], keys[None, :])
+            dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
+        FLUX += bh * blocks * block + steps
+        tl.store(FLUX, below)
+        tl.store(FLUX + flux_side, above)
+        if TWO:
+            tl.store(FLUX + flux_c, below_2)
+            tl.store(FLUX + flux_c + flux_side, above_2)
+    q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
+    dq = feature_map_grad(q_in, dq * (scale * unit), LIT, FAST)
+    if ADD:
+        dq += load_rows(DQ, rows, valid, stride_n, D).to(tl.float32)
+    store_rows(DQ, rows, valid, stride_n, dq, D)
+
+
+@triton.jit
+def key_grad_kernel(
+    QKV, X, Y, CURVE, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
+    n, block, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
+    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    dtype = QKV.dtype.element_ty
+    Q = QKV + b * stride_b + h * D
+    K = Q + heads * D
+    V = K + heads * D
+    DK = DQKV + b * n * stride_n + (heads + h) * D
+    DV = DK + heads * D
+    DOUT += (b * n * heads + h) * D
+    OUT += (b * n * heads + h) * D
+    R += bh * n
+    blocks = tl.cdiv(n, block)
+    X += b * sums_b + h * blocks * block
+    Y += b * sums_b + h * blocks * block
+    first = tl.program_id(0) * ROWS
+    place = first // block
+    end = tl.minimum(place * block + block, n)
+    steps = first + tl.arange(0, ROWS)
+    valid = steps < n
+    rows = visited(CURVE, steps, valid, CURVED)
+    k = load_features(K, rows, valid, stride_n, D, LIT, FAST)
+    k_t = k.to(dtype)
+    v = load_rows(V, rows, valid, stride_n, D)
+    dk = tl.zeros((ROWS, D), tl.float32)
+    dv = tl.zeros((ROWS, D), tl.float32)
+    below = tl.zeros((ROWS,), tl.float32)
+    above = tl.zeros((ROWS,), tl.float32)
+    if not LIT:
+        x_j, y_j = tl.load(X + steps), tl.load(Y + steps)
+    if CARRIED:
+        dims = tl.arange(0, D)
+        state = bh * 2 + 1 if LIT else (bh * blocks + place) * 4 + 3
+        late = load_square(STATES + state * D * D, D)
+        dk += tl.dot(v, tl.trans(late), input_precision=PRECISION)
+        dk += tl.load(VECTORS + state * D + dims)
+        dv += tl.dot(k_t, late, input_precision=PRECISION)
+        if not LIT:
+            fade = tl.exp2(tl.load(Y + place * block + block - 1) - x_j)[:, None]
+            dk *= fade
+            dv *= fade
+            below += tl.sum(k * dk, 1)
+            early = load_square(STATES + (state - 1) * D * D, D)
+            fade = tl.exp2(y_j)[:, None]
+            part = tl.dot(v, tl.trans(early), input_precision=PRECISION)
+            part = (part + tl.load(VECTORS + (state - 1) * D + dims)) * fade
+            above += tl.sum(k * part, 1)
+            dk += part
+            dv += tl.dot(k_t, early, input_precision=PRECISION) * fade
+    if not LIT and not TWO:
+        for side in tl.static_range(2):
+            if side == 0:  # later queries
+                edge, low, high = tl.load(Y + first + ROWS - 1), first + ROWS, end
+                fade = tl.exp2(edge - x_j)
+            else:
+                edge, low, high = tl.load(X + first), place * block, first
+                fade = tl.exp2(y_j - edge)
+            far_k = tl.zeros((ROWS, D), tl.float32)
+            far_v = tl.zeros((ROWS, D), tl.float32)
+            flux = tl.zeros((ROWS,), tl.float32)
+            for start in range(low, high, TILE):
+                queries = start + tl.arange(0, TILE)
+                there = queries < n
+                tokens = visited(CURVE, queries, there, CURVED)
+                q = (load_features(Q, tokens, there, stride_n, D, LIT, FAST) * scale).to(dtype)
+                grad, grad_r = output_grad(
+                    DOUT, OUT, R, tokens, there, heads * D, weight, D, NORMALISE
+                )
+                grad = grad.to(dtype)
+                if side == 0:
+                    fade_i = tl.exp2(tl.load(X + queries) - edge)
+                else:
+                    fade_i = tl.exp2(edge - tl.load(Y + queries))
+                s = tl.dot(k_t, tl.trans(q), input_precision=PRECISION) * fade_i[None, :]
+                dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + grad_r[None, :]
+                flux += tl.sum(s * dw, 1)
+                far_v += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
+                dw *= fade_i[None, :]
+                far_k += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
+            dk += far_k * fade[:, None]
+            dv += far_v * fade[:, None]
+            if side == 0:
+                below += flux * fade
+            else:
+                above += flux * fade
+    if not LIT:
+        if TWO:
+            x_2, y_2 = tl.load(X + sums_c + steps) + 1.0, tl.load(Y + sums_c + steps) - 1.0
+            x_j, y_j = x_j + 1.0, y_j - 1.0
+            below_2 = tl.zeros((ROWS,), tl.float32)
+            above_2 = tl.zeros((ROWS,), tl.float32)
+            j = tl.load(STEPS + steps, mask=valid, other=0)
+            j_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
+            low, high = 0, n
+        else:
+            low, high = first, tl.minimum(first + ROWS, n)
+        for start in range(low, high, TILE):
+            queries = start + tl.arange(0, TILE)
+            there = queries < n
+            tokens = visited(CURVE, queries, there, CURVED)
+            q = (load_features(Q, tokens, there, stride_n, D, LIT, FAST) * scale).to(dtype)
+            grad, grad_r = output_grad(DOUT, OUT, R, tokens, there, heads * D, weight, D, NORMALISE)
+            grad = grad.to(dtype)
+            x_i, y_i = tl.load(X + queries), tl.load(Y + queries)
+            s = tl.dot(k_t, tl.trans(q), input_precision=PRECISION)
+            dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + grad_r[None, :]
+            mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+            if TWO:
+                flux = s * dw
+                i = tl.load(STEPS + queries, mask=there, other=0)
+                below, above = _add_flux(below, above, flux * mask, i[None, :], j[:, None])
+                x_i, y_i = tl.load(X + sums_c + queries), tl.load(Y + sums_c + queries)
+                mask_2 = decay_mask(x_i[None, :], y_i[None, :], x_2[:, None], y_2[:, None])
+                i = tl.load(STEPS + n + queries, mask=there, other=0)
+                below_2, above_2 = _add_flux(
+                    below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
+                )
+                mask += mask_2
+            s *= mask
+            if not TWO:
+                below, above = _add_flux(below, above, s * dw, queries[None, :], steps[:, None])
+            dw *= mask
+            dv += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
+            dk += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
+        FLUX += bh * blocks * block + steps
+        tl.store(FLUX + 2 * flux_side, below)
+        tl.store(FLUX + 3 * flux_side, above)
+        if TWO:
+            tl.store(FLUX + flux_c + 2 * flux_side, below_2)
+            tl.store(FLUX + flux_c + 3 * flux_side, above_2)
+    k_in = load_rows(K, rows, valid, stride_n, D).to(tl.float32)
+    dk = feature_map_grad(k_in, dk * unit, LIT, FAST)
+    dv *= unit
+    if ADD:
+        dk += load_rows(DK, rows, valid, stride_n, D).to(tl.float32)
+        dv += load_rows(DV, rows, valid, stride_n, D).to(tl.float32)
+    store_rows(DK, rows, valid, stride_n, dk, D)
+    store_rows(DV, rows, valid, stride_n, dv, D)
