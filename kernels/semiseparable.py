@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
-WARPS = {"forward": 4, "backward": 8}
+WARPS = {"forward": 4, "backward": 4}
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # A decay of 2^-32 is none, and larger sums would round those of the other tokens of a chunk.

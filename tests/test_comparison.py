@@ -47,7 +47,7 @@ def test_paper_table(tmp_path):
         step = float(row["step"])
         assert line[3:6] == [f"{step * 1e3:.1f}", f"{step / explicit:.2f}", f"{step / sdpa:.2f}"]
         assert float(line[6]) > 0 and line[7] == f"{int(row['bytes']) / 2**20:,.0f}"
-        assert int(row["bytes"]) > 4 * int(row["parameters"]), "the weights count"
+        assert int(row["bytes"]) >= 4 * int(row["parameters"]), "the weights count"
     assert [line[8:] for line in table[2:]] == [["1", "72.2"]] * 2 + [["", ""], ["3.83", "73.5"]]
     assert [line[2] for line in table[-2:]] == ["7,267,456", "5,693,488"]
 
