@@ -1,10 +1,12 @@
 """Time and peak memory of inference against the resolution of the images.
 
 Memory is the weights and the most that inference holds beside them. A model that has run out of
-memory, or would take longer than its time, is not run at larger resolutions.
+memory, has met an operation that takes no tensor so large, or would take longer than its time, is
+not run at larger resolutions.
 """
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ from scripts.comparison import (
 )
 from utils import init_distributed, peak_memory
 
+logger = logging.getLogger(__name__)
 LIONS = [label for label in MODELS if label.startswith("LION")]
 OUT_OF_MEMORY = "out of memory"
 # GB of base models for 64 images on an A100 of 80 GB; resolutions here are multiples of 16.
@@ -80,7 +83,11 @@ def sweep(cases: Sequence[Case], model: nn.Module, setting: argparse.Namespace) 
         elif previous and previous.seconds * case.tokens / previous.tokens > setting.seconds:
             case.note = f"longer than {setting.seconds:g} s"
         else:
-            measure(case, model, setting)
+            try:
+                measure(case, model, setting)
+            except RuntimeError as error:  # often "only tensors of less than 2^31 elements"
+                logger.warning("%s, %d px: %s", case.label, case.pixels, error)
+                case.note = "an operation fails"
         previous = case
 
 
@@ -95,7 +102,7 @@ def measure(case: Case, model: nn.Module, setting: argparse.Namespace) -> None:
             taken = [seconds(run, device)]
         while len(taken) <= setting.repeats and sum(taken) + taken[-1] <= setting.seconds:
             taken.append(seconds(run, device))
-    if math.isnan(taken[-1]):
+    if math.isnan(taken[0]):
         case.note = OUT_OF_MEMORY
         return
     counted = taken[1:] or taken

@@ -85,7 +85,14 @@ def test_larger_images_are_not_run_without_memory_or_time(monkeypatch):
 
     def swept(*taken):
         remaining = iter(taken)
-        monkeypatch.setattr(memory_vs_resolution, "seconds", lambda *_: next(remaining))
+
+        def seconds(*_):
+            now = next(remaining)
+            if now is None:
+                raise RuntimeError("too many elements")
+            return now
+
+        monkeypatch.setattr(memory_vs_resolution, "seconds", seconds)
         cases = [memory_vs_resolution.Case("ViT", "", pixels) for pixels in setting.sizes]
         memory_vs_resolution.sweep(cases, model, setting)
         assert next(remaining, None) is None
@@ -95,6 +102,7 @@ def test_larger_images_are_not_run_without_memory_or_time(monkeypatch):
     assert swept(0.1, 0.1, 0.2, 0.2, 0.6) == [(3, ""), (1, ""), late]
     assert swept(0.1, 0.2, 0.3, 0.3, nan)[1:] == [(0, "out of memory")] * 2
     assert swept(3.0) == [(1, ""), late, late]
+    assert swept(None) == [(0, "an operation fails")] * 3
 
 
 def test_no_time_without_memory():
