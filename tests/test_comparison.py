@@ -53,7 +53,7 @@ def test_paper_table(tmp_path):
 
 
 def test_memory_vs_resolution(tmp_path):
-    options = "--sizes 64 32 --repeats 1 --lion LION-D --chunk-size 4"
+    options = "--sizes 64 32 --repeats 1 --lion LION-D --chunk-size 4 --seconds 100"
     printed, rows = called("memory_vs_resolution", tmp_path, options)
     labels = ["ViT, SDPA", "ViT, explicit softmax", "Hydra", "Vim",
               *(f"LION-D, {format}" for format in ("Attention", "RNN", "Chunk"))]  # fmt: skip
