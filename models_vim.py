@@ -50,11 +50,11 @@ class VimScan(nn.Module):
         projected = self.x_proj(x)
         with torch.autocast(x.device.type, enabled=False):  # steps and states keep float32
             wide = torch.promote_types(x.dtype, torch.float32)
-            delta, b, c = projected.to(wide).split(self.split_projected, -1)
+            delta, b, c = projected.split(self.split_projected, -1)
             weight, bias = self.dt_proj.weight.to(wide), self.dt_proj.bias.to(wide)
-            delta = F.softplus(F.linear(delta, weight, bias))
-            y = selective_scan(x.to(wide), delta, -self.A_log.to(wide).exp(), b, c)
-        return (y.to(x.dtype) + self.D.to(x.dtype) * x) * F.silu(z)
+            delta = F.softplus(F.linear(delta.to(wide), weight, bias))
+            y = selective_scan(x, delta, -self.A_log.to(wide).exp(), b, c)
+        return (y + self.D.to(x.dtype) * x) * F.silu(z)
 
 
 class VimMixer(nn.Module):

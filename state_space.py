@@ -1,7 +1,8 @@
 """The recurrences of state space models as pure functions: what Hydra and Vim mix tokens with.
 
 Both read tokens in order, so a direction is chosen by the order of the tokens handed over. Time and
-memory are linear in N, backward included; states are float32 or wider.
+memory are linear in N, backward included; states are float32 or wider. On a GPU they are Triton
+kernels (`kernels/semiseparable.py`, `kernels/scan.py`), which choose their chunks themselves.
 """
 
 import math
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+import kernels
 
 
 def semiseparable_product(
@@ -25,6 +28,10 @@ def semiseparable_product(
 
     Returns `[B, N, H, P]` in the dtype of `x`.
     """
+    if has_kernels(x) and {x.shape[3], b.shape[2]} <= set(kernels.HEAD_DIMS):
+        from kernels.semiseparable import semiseparable_product
+
+        return semiseparable_product(x, log_decay, b, c)
     n = x.shape[1]
     size = min(chunk_size, n)
     padding = -n % size  # at the end, where no token reads it
@@ -50,11 +57,16 @@ def selective_scan(
     Every channel and state has its own decay, so there is no matrix product: one multiplication and
     addition per token on all states. Backward computes the states of each chunk again.
 
-    - `x`, `delta`: `[B, N, C]`; `a`: `[C, S]`, negative; `b`, `c`: `[B, N, S]`; all of one dtype,
-      float32 or wider.
+    - `x`, `delta`: `[B, N, C]`; `a`: `[C, S]`, negative; `b`, `c`: `[B, N, S]`; of any dtypes.
 
-    Returns `[B, N, C]`.
+    Returns `[B, N, C]` in the dtype of `x`.
     """
+    if has_kernels(x):
+        from kernels.scan import selective_scan
+
+        return selective_scan(x, delta, a, b, c)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, delta, a, b, c = (t.to(wide) for t in (x, delta, a, b, c))
     state = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for chunk in zip(*(t.split(chunk_size, 1) for t in (x, delta, b, c)), strict=True):
@@ -65,7 +77,12 @@ def selective_scan(
         else:
             state, y = _scan_chunk(state, a, *chunk)
         outputs.append(y)
-    return torch.cat(outputs, 1)
+    return torch.cat(outputs, 1).to(dtype)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for tensors like `x`."""
+    return bool(kernels.ENABLED) and x.is_cuda and x.dtype in kernels.DTYPES
 
 
 def draw_step_bias(

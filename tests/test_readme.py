@@ -19,6 +19,7 @@ COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.s
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
          "--device", "cpu", "--mixup", "0", "--cutmix", "0")  # fmt: skip
+TIMED = ("--device", "cpu", "--size", "tiny", "--batch-size", "1", "--repeats", "1")
 SUBMITIT = """
 class AutoExecutor:
     def __init__(self, **_): pass
@@ -74,6 +75,10 @@ def test_command(line, places, tmp_path):
     words = shlex.split(line)
     if "benchmark" in line:
         words += ["--sizes", "32", "--masks", "Selective-S", "--repeats", "1"]
+    elif "paper_table" in line:
+        words += [*TIMED, "--image-size", "32", "--models", "LION-S♮"]
+    elif "memory_vs_resolution" in line:
+        words += [*TIMED, "--sizes", "32"]
     elif "plot_log" not in line:
         words += SMALL
     if words[0] == "bash":  # compiled for speed on GPUs

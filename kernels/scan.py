@@ -1,0 +1,262 @@
+"""Vim's selective scan for GPUs: the custom operator `lion::selective_scan` and its gradient.
+
+A program has a block of channels of one image and walks the tokens in chunks. What belongs to a
+token of the chunk stays in registers, one vector over the channels for each token; the states, of
+which no two meet, take turns. The forward pass stores the states after each chunk, from which the
+backward pass computes those inside again.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 8  # tokens
+BLOCK = 64  # channels of a program, which is one warp: its sums over channels cross no other
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _tokens(pointer, first, n, stride, inside, CHUNK: tl.constexpr):
+    """For each token of a chunk the vector over the channels, float32; 0 beyond the last token."""
+    vectors = ()
+    for t in tl.static_range(CHUNK):
+        valid = inside & (first + t < n)
+        vector = tl.load(pointer + (first + t) * stride, mask=valid, other=0.0)
+        vectors = vectors + (vector.to(tl.float32),)
+    return vectors
+
+
+@triton.jit
+def _scalars(pointer, CHUNK: tl.constexpr):
+    """For each token of a chunk its number."""
+    numbers = ()
+    for t in tl.static_range(CHUNK):
+        numbers = numbers + (tl.load(pointer + t),)
+    return numbers
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    vectors = ()
+    for _ in tl.static_range(CHUNK):
+        vectors = vectors + (tl.zeros((BLOCK,), tl.float32),)
+    return vectors
+
+
+@triton.jit
+def _products(first, second, CHUNK: tl.constexpr):
+    products = ()
+    for t in tl.static_range(CHUNK):
+        products = products + (first[t] * second[t],)
+    return products
+
+
+@triton.jit
+def forward_kernel(
+    X, DELTA, A, B, C, STATES, Y, n, channels, states, kept,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < channels
+    X += image * n * channels + column
+    DELTA += image * n * channels + column
+    Y += image * n * channels + column
+    A += column
+    chunks = tl.cdiv(n, CHUNK)
+    B += image * states * chunks * CHUNK
+    C += image * states * chunks * CHUNK
+    STATES += image * kept * states * channels + column
+    for m in range(0, chunks):
+        first = m * CHUNK
+        before = STATES + (m - 1) % kept * states * channels
+        after = STATES + m % kept * states * channels
+        deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
+        inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
+        outputs = _zeros(BLOCK, CHUNK)
+        for s in range(0, states):
+            a = tl.load(A + s * channels, mask=inside, other=0.0) * LOG2E
+            b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
+            c = _scalars(C + s * chunks * CHUNK + first, CHUNK)
+            state = tl.load(before + s * channels, mask=inside & (m > 0), other=0.0)
+            sums = ()
+            for t in tl.static_range(CHUNK):
+                state = tl.exp2(deltas[t] * a) * state + inputs[t] * b[t]
+                sums = sums + (outputs[t] + state * c[t],)
+            outputs = sums
+            tl.store(after + s * channels, state, mask=inside)
+        for t in tl.static_range(CHUNK):
+            y = outputs[t].to(Y.dtype.element_ty)
+            tl.store(Y + (first + t) * channels, y, mask=inside & (first + t < n))
+        tl.debug_barrier()  # the next chunk loads states that other threads may have stored
+
+
+@triton.jit
+def backward_kernel(
+    X, DELTA, A, B, C, STATES, DY, DX, DDELTA, DA, DB, DC, DSTATE, n, channels, states,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < channels
+    block = tl.program_id(0) * tl.num_programs(1) + image
+    X += image * n * channels + column
+    DELTA += image * n * channels + column
+    DY += image * n * channels + column
+    DX += image * n * channels + column
+    DDELTA += image * n * channels + column
+    A += column
+    DA += image * states * channels + column
+    DSTATE += image * states * channels + column
+    chunks = tl.cdiv(n, CHUNK)
+    B += image * states * chunks * CHUNK
+    C += image * states * chunks * CHUNK
+    DB += block * states * chunks * CHUNK
+    DC += block * states * chunks * CHUNK
+    STATES += image * chunks * states * channels + column
+    for i in range(0, chunks):
+        m = chunks - 1 - i
+        first = m * CHUNK
+        deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
+        inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
+        grads = _tokens(DY, first, n, channels, inside, CHUNK)
+        dinputs = _zeros(BLOCK, CHUNK)
+        ddeltas = _zeros(BLOCK, CHUNK)
+        for s in range(0, states):
+            a = tl.load(A + s * channels, mask=inside, other=0.0)
+            b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
+            c = _scalars(C + s * chunks * CHUNK + first, CHUNK)
+            before = STATES + ((m - 1) * states + s) * channels
+            state = tl.load(before, mask=inside & (m > 0), other=0.0)
+            decays = ()
+            decayed = ()  # what each token leaves of the state before it
+            for t in tl.static_range(CHUNK):
+                decays = decays + (tl.exp2(deltas[t] * (a * LOG2E)),)
+                decayed = decayed + (decays[t] * state,)
+                state = decayed[t] + inputs[t] * b[t]
+            dstate = tl.load(DSTATE + s * channels, mask=inside & (i > 0), other=0.0)
+            da = tl.load(DA + s * channels, mask=inside & (i > 0), other=0.0)
+            dinput_sums = ()
+            ddelta_sums = ()
+            row = s * chunks * CHUNK + first
+            for t in tl.static_range(CHUNK - 1, -1, -1):
+                dc = tl.sum(grads[t] * (decayed[t] + inputs[t] * b[t]), 0)
+                dstate += grads[t] * c[t]
+                db = tl.sum(dstate * inputs[t], 0)
+                tl.store(DB + row + t, db)
+                tl.store(DC + row + t, dc)
+                dlog = dstate * decayed[t]
+                da += dlog * deltas[t]
+                dinput_sums = (dinputs[t] + dstate * b[t],) + dinput_sums
+                ddelta_sums = (ddeltas[t] + dlog * a,) + ddelta_sums
+                dstate *= decays[t]
+            dinputs = dinput_sums
+            ddeltas = ddelta_sums
+            tl.store(DSTATE + s * channels, dstate, mask=inside)
+            tl.store(DA + s * channels, da, mask=inside)
+        xs = _tokens(X, first, n, channels, inside, CHUNK)
+        for t in tl.static_range(CHUNK):
+            valid = inside & (first + t < n)
+            row = (first + t) * channels
+            dx = dinputs[t] * deltas[t]
+            ddelta = ddeltas[t] + dinputs[t] * xs[t]
+            tl.store(DX + row, dx.to(DX.dtype.element_ty), mask=valid)
+            tl.store(DDELTA + row, ddelta.to(DDELTA.dtype.element_ty), mask=valid)
+        tl.debug_barrier()  # as in the forward pass, for the gradient of the state
+
+
+def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """As that of `state_space`: `x`, `delta` `[B, N, C]`; `a` `[C, S]`; `b`, `c` `[B, N, S]`.
+
+    Each of them may be float32, bfloat16 or float16; states and sums are float32. Returns
+    `[B, N, C]` in the dtype of `x`; bitwise repeatable, as are the gradients.
+    """
+    inputs = (x, delta, a, b, c)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return scan_operator(*inputs, keep)[0]
+
+
+@torch.library.custom_op("lion::selective_scan", mutates_args=())
+def scan_operator(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and the states after each chunk, `[B, M, S, C]` (M = 1, for scratch, unless `keep`).
+
+    `keep` is needed for gradients.
+    """
+    x, delta = x.contiguous(), delta.contiguous()
+    y, states = _outputs(x, a, keep)
+    forward_kernel[_grid(x)](
+        x, delta, *_by_state(a, b, c), states, y, *_sizes(x, a), states.shape[1],
+        CHUNK, BLOCK, num_warps=1,
+    )  # fmt: skip
+    return y, states
+
+
+@scan_operator.register_fake
+def _(x, delta, a, b, c, keep):
+    return _outputs(x, a, keep)
+
+
+@torch.library.custom_op("lion::selective_scan_backward", mutates_args=())
+def scan_backward(
+    grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five inputs, in their dtypes."""
+    grad, x, delta = (t.contiguous() for t in (grad, x, delta))
+    a_rows, b_rows, c_rows = _by_state(a, b, c)
+    dx, ddelta = torch.empty_like(x), torch.empty_like(delta)
+    da, dstate = (a_rows.new_empty(x.shape[0], *a_rows.shape) for _ in range(2))
+    db, dc = (b_rows.new_empty(_grid(x)[0], *b_rows.shape) for _ in range(2))
+    backward_kernel[_grid(x)](
+        x, delta, a_rows, b_rows, c_rows, states, grad, dx, ddelta, da, db, dc, dstate,
+        *_sizes(x, a), CHUNK, BLOCK, num_warps=1,
+    )  # fmt: skip
+    db, dc = (t.sum(0).mT[:, : x.shape[1]].to(b.dtype) for t in (db, dc))
+    return dx, ddelta, da.sum(0).mT.to(a.dtype), db, dc
+
+
+@scan_backward.register_fake
+def _(grad, x, delta, a, b, c, states):
+    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
+    return dx, ddelta, da.mT, db.mT, dc.mT
+
+
+def _outputs(x: Tensor, a: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    chunks = triton.cdiv(x.shape[1], CHUNK) if keep else 1
+    states = x.new_empty(x.shape[0], chunks, a.shape[1], a.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), states
+
+
+def _by_state(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`a` `[S, C]`; `b`, `c` `[B, S, M * CHUNK]`, padded to whole chunks; float32."""
+    padded = (F.pad(t, (0, 0, 0, -t.shape[1] % CHUNK)) for t in (b, c))
+    return tuple(t.float().mT.contiguous() for t in (a, *padded))
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return triton.cdiv(x.shape[2], BLOCK), x.shape[0]
+
+
+def _sizes(x: Tensor, a: Tensor) -> tuple[int, int, int]:
+    return x.shape[1], *a.shape
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
+    return *scan_backward(grad, *ctx.saved_tensors), None
+
+
+scan_operator.register_autograd(_gradients, setup_context=_save)
