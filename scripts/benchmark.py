@@ -24,7 +24,6 @@ from scripts.bench.measure import choose_backend, measure
 from utils import init_distributed, provenance
 
 COMPILE = {"none": "", "blocks": "blocks", "model": "model"}
-OUT_OF_TIME = "no time left"
 # What is measured of each device by default: scale, masks, turns, seconds for a case.
 EFFORT = {"cpu": ("tiny", ("Decay-Normal", "Selective-S"), 10, 60),
           "cuda": ("base", VARIANTS, 15, 3)}  # fmt: skip
@@ -78,16 +77,13 @@ def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, str
     """Measures the groups and writes what there is after each of them."""
     device = cases[0].device
     repeats, seconds = EFFORT[device][2:]
-    began = time.perf_counter()
+    deadline = time.perf_counter() + options.stop_after
     for group in [list(group) for _, group in groupby(cases, key=lambda case: case.group)]:
         start = time.perf_counter()
-        if start - began > options.stop_after:
-            for case in group:
-                case.note = OUT_OF_TIME
-            continue
-        if group[0].compiled:
+        if group[0].compiled and start < deadline:
             choose_backend(group)
-        measure(group, options.repeats or repeats, options.seconds or seconds)
+        seconds = options.seconds if options.seconds is not None else seconds
+        measure(group, options.repeats or repeats, seconds, deadline)
         taken = time.perf_counter() - start
         print(f"{report.title_of(group[0])}, {group[0].tokens} tokens: {taken:.1f} s",
               file=sys.stderr)  # fmt: skip
@@ -106,7 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     options = parser.parse_args(arguments)
     try:
-        if min(options.chunk_size, options.threads, options.repeats or 1) < 1:
+        if (
+            min(
+                options.chunk_size,
+                options.threads,
+                1 if options.repeats is None else options.repeats,
+            )
+            < 1
+        ):
             raise ValueError("chunk size, threads and repeats must be at least 1")
         device = init_distributed(options.device).device
         cases = choose_cases(options, device.type)

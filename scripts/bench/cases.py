@@ -59,7 +59,7 @@ DEFAULTS = {
 @dataclass
 class Case:
     device: str  # cpu or cuda
-    precision: str  # float32, bfloat16 (weights too), or amp: bfloat16 where autocast takes it
+    precision: str  # float32, bfloat16 (weights, too), or amp: bfloat16 by autocast
     step: str  # of PARTS
     scale: str  # of HEADS
     pixels: int  # 0 for the mixer
@@ -95,7 +95,7 @@ def parse_size(text: str) -> tuple[int, int | None]:
         numbers = int(size), int(batch) if batch else None
     except ValueError as error:
         raise ValueError(f"a size is SIZE or SIZExBATCH, not {text!r}") from error
-    if size == "0" or numbers[0] < 1 or numbers[1] == 0:
+    if min(numbers[0], 1 if numbers[1] is None else numbers[1]) < 1:
         raise ValueError(f"a size and its batch must be at least 1, not {text!r}")
     return numbers
 
@@ -120,7 +120,7 @@ def make_cases(
     formats = formats or defaults.formats
     if part == "mixer" and device == "cuda":
         formats = ("kernels",)
-    if part == "training" or part == "mixer":
+    if part != "inference":
         formats = [f for f in formats if f != "RNN"]  # its backward holds a state for each token
     models = [(SOFTMAX, backend) for backend in backends]
     models += [(NO_MIXING, "")] if part == "training" else []

@@ -6,6 +6,7 @@ measured in a process for each case.
 """
 
 import gc
+import math
 import multiprocessing
 import time
 import traceback
@@ -19,12 +20,14 @@ from statistics import median
 import torch
 
 from scripts.bench.cases import BACKWARD, PATCH, SOFTMAX, Case
-from scripts.bench.steps import Step, prepare
+from scripts.bench.steps import Step, images, prepare
 from utils import peak_memory
 
 TURN = 0.02  # seconds that a turn takes at least: short cases get several iterations
-OUT_OF_MEMORY, UNAVAILABLE = "out of memory", "not available"
+OUT_OF_MEMORY, UNAVAILABLE, OUT_OF_TIME = "out of memory", "not available", "no time left"
 ONLY_FASTEST = "slower alone, not compiled"
+# What scaled_dot_product_attention says of a backend that the device or the shape rules out.
+NO_KERNEL = ("No available kernel", "No viable backend")
 
 # Forks processes from one that has imported the libraries and done nothing else.
 processes = multiprocessing.get_context("forkserver")
@@ -45,15 +48,22 @@ class Turns:
         return not self.case.note and sum(self.taken) + turn <= budget
 
 
-def measure(cases: Sequence[Case], repeats: int, budget: float) -> None:
+def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float = math.inf) -> None:
     """Fills in the results of a group of cases.
 
     Time is the median of `repeats` turns, or of as many as fit into `budget` seconds for each case.
-    Where not even one fits, it is that of the first run.
+    Where not even one fits, it is that of the first run. No case is begun after `deadline`, as
+    `time.perf_counter` counts.
     """
-    turns = [first_run(case) for case in cases if not case.note]
-    take_turns([t for t in turns if t], repeats, budget)
+    turns = []
+    for case in cases:
+        if time.perf_counter() > deadline:
+            case.note = case.note or OUT_OF_TIME
+        if not case.note:
+            turns += filter(None, [first_run(case)])
+    take_turns(turns, repeats, budget)
     turns.clear()
+    images.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -113,7 +123,7 @@ def begin(case: Case, step: Step) -> Callable[[], float]:
 
 
 def warm_up(case: Case, step: Step) -> None:
-    """On a GPU, or where it compiles, the step itself; else one on a few patches, as it is quick."""
+    """The step itself on a GPU, or where it compiles; else a quick one, on a few patches."""
     if case.device == "cpu" and not case.compiled:
         few = {"pixels": 2 * PATCH} if case.pixels else {}
         step = prepare(replace(case, batch=1, tokens=5, **few))
@@ -147,7 +157,7 @@ def noting_failure(case: Case) -> Iterator[None]:
     except Exception as error:
         if "can't allocate memory" in str(error):
             case.note = OUT_OF_MEMORY
-        elif case.variant == SOFTMAX and "No available kernel" in str(error):
+        elif any(words in str(error) for words in NO_KERNEL):
             case.note = UNAVAILABLE
         else:
             traceback.print_exc()

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from scripts.bench.cases import NAMES, SOFTMAX, Case
 from scripts.bench.targets import verdicts
@@ -15,7 +17,7 @@ COLOURS = {
     SOFTMAX: "0.2", "no mixing": "0.6", "Lit": "#e69f00", "Decay-Normal": "#56b4e9",
     "Decay-S": "#0072b2", "Selective-Normal": "#8fd175", "Selective-S": "#007a5a",
 }  # fmt: skip
-STYLES = {"Attention": ":", "RNN": "--"}  # the rest is drawn solid
+STYLES = {"Attention": ":", "RNN": "--", "cudnn": "--", "efficient": ":", "math": "-."}
 
 
 def baselines(cases: Iterable[Case]) -> dict[tuple, Case]:
@@ -96,17 +98,18 @@ def summary(cases: Sequence[Case]) -> str:
 
 
 def targets_table(cases: Sequence[Case]) -> str:
-    """Of targets for what was measured; empty if there are none."""
-    lines = []
+    """Of targets for what was measured, a line for several sizes; empty if there are none."""
+    found = {}
     for verdict in verdicts(cases):
-        case, target = verdict.case, verdict.target
-        bounds = [f"at least {target.low:.3g}"] if target.low else []
-        bounds += [f"at most {target.high:.3g}"] if math.isfinite(target.high) else []
-        what = f"{name_of(case)} {case.format}".strip()
-        cells = (title_of(case), size_of(case), what, verdict.text, ", ".join(bounds))
-        lines.append([*cells, "met" if verdict.met else "**missed**"])
-    header = ("step", " size", "model", "measured", "target", "verdict")
-    return rows(header, lines) if lines else ""
+        case = verdict.case
+        model = f"{name_of(case)} {case.format}".strip()
+        found.setdefault((title_of(case), model, verdict.target.text), []).append(verdict)
+    lines = []
+    for key, group in found.items():
+        missed = [size_of(v.case) for v in group if not v.met]
+        values = ", ".join(f"{size_of(v.case)}: {v}" for v in group)
+        lines.append([*key, values, f"**missed** at {', '.join(missed)}" if missed else "met"])
+    return rows(("step", "model", "in", "measured (target)", "verdict"), lines) if lines else ""
 
 
 def text(facts: dict[str, str], cases: Sequence[Case]) -> str:
@@ -129,32 +132,42 @@ def draw(cases: Sequence[Case]) -> Figure:
     titles = list(dict.fromkeys(map(title_of, cases)))
     size = (4.2 * len(titles) + 1.8, 7)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    grid = figure.subplots(2, len(titles), sharex="col", squeeze=False)
-    handles = {}
-    for (row, quantity), (column, title) in (
-        (a, b) for a in enumerate(("time", "peak memory")) for b in enumerate(titles)
-    ):
-        axes = grid[row][column]
-        series = {}
-        for case in cases:
-            if title_of(case) == title and not math.isnan(ratios(case, base)[row]):
-                series.setdefault((case.variant, case.format), []).append(case)
-        for (variant, format), points in series.items():
-            label = f"{name_of(points[0])} {format}".strip()
-            (line,) = axes.plot(
-                [case.tokens for case in points],
-                [ratios(case, base)[row] for case in points],
-                color=COLOURS[variant], linestyle=STYLES.get(format, "-"), marker=".",
-                alpha=0.5 if variant == SOFTMAX else 1,
-            )  # fmt: skip
-            handles.setdefault(label, line)
-        axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
-        axes.set(xscale="log", yscale="log", ylabel=f"{quantity} / softmax" if not column else "")
-        axes.grid(color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
-        if row == 0:
-            axes.set_title(title, loc="left", fontsize=10)
-        else:
-            axes.set_xlabel("tokens")
-    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=8)
+    lines = {}
+    for column, title in zip(figure.subplots(2, len(titles), squeeze=False).T, titles, strict=True):
+        shown = [case for case in cases if title_of(case) == title]
+        for row, axes in enumerate(column):
+            lines |= draw_panel(axes, shown, [ratios(case, base)[row] for case in shown])
+        column[0].set_title(title, loc="left", fontsize=10)
+        column[1].set_xlabel("tokens")
+        if title == titles[0]:
+            column[0].set_ylabel("time / fastest softmax")
+            column[1].set_ylabel("peak memory / fastest softmax")
+    figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def draw_panel(axes: Axes, cases: Sequence[Case], values: Sequence[float]) -> dict[str, object]:
+    """A line for each model and format; returns them by what they show."""
+    series = {}
+    for case, value in zip(cases, values, strict=True):
+        if not math.isnan(value):
+            points = series.setdefault((case.variant, case.format), [])
+            points.append((case.tokens, value))
+    lines = {}
+    for (variant, format), points in series.items():
+        label = f"{'softmax' if variant == SOFTMAX else NAMES[variant]} {format}".strip()
+        style = {"linestyle": STYLES.get(format, "-"), "color": COLOURS[variant], "marker": "."}
+        (lines[label],) = axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xscale="log", yscale="log")
+    ticks = sorted({case.tokens for case in cases})
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks], rotation=30, fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.7), max(high, 1.4))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return lines

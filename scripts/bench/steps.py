@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import isqrt
 
 import timm
@@ -153,7 +153,8 @@ def build(case: Case) -> nn.Module:
 
 def prepare_training(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
     """Forward, backward and fused AdamW on random images."""
-    model, x = build(case).train(), images(case)
+    model = build(case).train()
+    x = images(case.batch, case.pixels, case.device, case.precision)
     labels = torch.randint(1000, (case.batch,), device=case.device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():  # so that the optimizer has its state
@@ -175,7 +176,8 @@ def prepare_training(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
 
 
 def prepare_inference(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
-    model, x = build(case).eval(), images(case)
+    model = build(case).eval()
+    x = images(case.batch, case.pixels, case.device, case.precision)
     call = compiled(model, case.compiled)
 
     def run() -> Tensor:
@@ -186,9 +188,11 @@ def prepare_inference(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
     return run, [x, *tensors_of(model)]
 
 
-def images(case: Case) -> Tensor:
-    dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
-    return torch.randn(case.batch, 3, case.pixels, case.pixels, device=case.device, dtype=dtype)
+@lru_cache(maxsize=1)
+def images(batch: int, pixels: int, device: str, precision: str) -> Tensor:
+    """Random ones; the cases of a group share them, for they can take gigabytes."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
 
 
 def tensors_of(model: nn.Module) -> Iterable[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from scripts.bench.cases import (
     BACKWARD,
@@ -26,7 +26,7 @@ class Target:
 
     of: dict[str, object]
     to: dict[str, object] | None
-    text: str  # with the value in it
+    text: str  # what the quotient is in
     high: float
     low: float = 0
     quantity: str = "seconds"
@@ -49,7 +49,7 @@ PIXELS = (224, 384, 512, 1024)
 
 def training_targets() -> Iterator[Target]:
     step = BASE | {"step": "training"}
-    text = "time of the ViT's step: {:.2f}"
+    text = "time of the ViT's step"
     for variant, ratios in STEP_RATIOS.items():
         for pixels, high in zip(PIXELS, ratios, strict=True):
             yield Target(step | {"variant": variant, "pixels": pixels}, VIT, text, high)
@@ -58,11 +58,11 @@ def training_targets() -> Iterator[Target]:
         yield Target(of, VIT, text, floor + 0.03, floor - 0.03)
     for variant in VARIANTS:
         of = {"device": "cuda", "step": "training", "variant": variant}
-        yield Target(of, VIT, "memory of the ViT's step: {:.2f}", 1, quantity="bytes")
+        yield Target(of, VIT, "memory of the ViT's step", 1, quantity="bytes")
 
 
 def mixer_targets() -> Iterator[Target]:
-    text = "time of the fastest softmax attention: {:.3f}"
+    text = "time of the fastest softmax attention"
     for tokens, high in ((197, 1), (1025, 1 / 2), (4097, 1 / 4), (16385, 1 / 10)):
         for variant in ONE_MASK if tokens == 197 else VARIANTS:
             of = BASE | {"step": BACKWARD, "tokens": tokens, "variant": variant}
@@ -74,21 +74,21 @@ def mixer_targets() -> Iterator[Target]:
 
 def inference_targets() -> Iterator[Target]:
     rnn = BASE | {"step": "inference", "format": "RNN"}
-    yield Target(rnn, {"format": "Chunk"}, "time of Chunk: {:.2f}", 3)
+    yield Target(rnn, {"format": "Chunk"}, "time of Chunk", 3)
     for pixels, high in ((224, 0.62), (1024, 8.25), (2496, 49.0)):
         of = rnn | {"pixels": pixels, "batch": 64}
-        yield Target(of, None, "GB: {:.2f}", high, quantity="bytes", unit=1e9)
+        yield Target(of, None, "peak GB", high, quantity="bytes", unit=1e9)
 
 
 def cpu_targets() -> Iterator[Target]:
     def at(tokens: int, format: str) -> dict[str, object]:
         return {"device": "cpu", "step": "inference", "tokens": tokens, "format": format}
 
-    yield Target(at(4097, "Attention"), {"format": "Chunk"}, "time of Chunk: {:.1f}", math.inf, 4)
+    yield Target(at(4097, "Attention"), {"format": "Chunk"}, "time of Chunk", math.inf, 4)
     growth = {"tokens": 1025, "pixels": ANY}
-    yield Target(at(4097, "Chunk"), growth, "time at 1,025 tokens: {:.2f}", 5)
+    yield Target(at(4097, "Chunk"), growth, "time at 1,025 tokens", 5)
     attention = {"format": "Attention"}
-    text = "memory of Attention: {:.3f}"
+    text = "memory of Attention"
     yield Target(at(4097, "RNN"), attention, text, 0.25, quantity="bytes")
 
 
@@ -96,17 +96,21 @@ TARGETS = (*training_targets(), *mixer_targets(), *inference_targets(), *cpu_tar
 IDENTITY = ("device", "step", "scale", "pixels", "tokens", "batch", "variant", "format", "compiled")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verdict:
     case: Case
     target: Target
     value: float
-    text: str = field(init=False)
-    met: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.text = self.target.text.format(self.value)
-        self.met = self.target.low <= self.value <= self.target.high
+    @property
+    def met(self) -> bool:
+        return self.target.low <= self.value <= self.target.high
+
+    def __str__(self) -> str:
+        low, high = self.target.low, self.target.high
+        bounds = [f"≥ {low:.3g}"] if low else []
+        bounds += [f"≤ {high:.3g}"] if math.isfinite(high) else []
+        return f"{self.value:.3g} ({', '.join(bounds)})"
 
 
 def matches(case: Case, values: dict[str, object]) -> bool:
