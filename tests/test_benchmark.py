@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_ratios_are_those_of_the_csv(results):
 
 def test_picture(results):
     assert (results[1] / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path):
+    command = (
+        "--device cuda --parts mixer training inference --scales tiny --sizes 32x2 --repeats 2 "
+        f"--masks Selective-S --compile none blocks --output {tmp_path}"
+    )
+    benchmark.main(command.split())
+    with (tmp_path / "benchmark.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    measured = [r for r in records if not r["note"]]
+    found = {(r["step"], r["compiled"]) for r in measured if r["variant"] == "Selective-S"}
+    models = product(("training", "inference"), ("", "blocks"))
+    assert found == {(FORWARD, ""), (BACKWARD, ""), *models}
+    assert all(float(r["seconds"]) > 0 and int(r["bytes"]) > 0 for r in measured)
 
 
 def test_fastest_softmax_is_the_base():

@@ -73,7 +73,8 @@ def test_command(line, places, tmp_path):
     line = line.replace("curves.png", str(tmp_path / "curves.png"))
     words = shlex.split(line)
     if "benchmark" in line:
-        words += ["--sizes", "32", "--masks", "Selective-S", "--repeats", "1"]
+        words += ["--device", "cpu", "--scales", "tiny", "--sizes", "32", "--masks", "Selective-S"]
+        words += ["--repeats", "1", "--compile", "none"]
     elif "plot_log" not in line:
         words += SMALL
     if words[0] == "bash":  # compiled for speed on GPUs

@@ -67,7 +67,8 @@ def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    torch._dynamo.reset()
+    if cases and cases[0].compiled:
+        torch._dynamo.reset()
 
 
 def first_run(case: Case) -> Turns | None:

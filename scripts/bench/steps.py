@@ -1,13 +1,14 @@
 """How a case runs: its tensors and models, and one step of them as a function."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import isqrt
 
 import timm
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,11 +35,16 @@ class Step:
 
 def prepare(case: Case) -> Step:
     """Builds what the case needs, on its device."""
-    context = nullcontext
-    if case.variant == SOFTMAX:
-        context = partial(sdpa_kernel, SDPA[case.format])
+    context = partial(with_backend, case.format) if case.variant == SOFTMAX else nullcontext
     run, tensors = PREPARE[case.step](case)
     return Step(run, context, sum(t.nbytes for t in tensors))
+
+
+@contextmanager
+def with_backend(name: str) -> Iterator[None]:
+    """Without autograd's cache of compiled graphs, whose key does not tell the backend."""
+    with sdpa_kernel(SDPA[name]), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
 
 
 def dtype_of(case: Case) -> torch.dtype:
@@ -202,6 +208,7 @@ def tensors_of(model: nn.Module) -> Iterable[Tensor]:
 
 def compiled(model: nn.Module, how: str) -> nn.Module:
     """The whole model, or its blocks: these are alike and compile once."""
+    torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
     if how == "model":
         return torch.compile(model, dynamic=False)
     if how == "blocks":
