@@ -208,6 +208,13 @@ def test_failures_are_noted(monkeypatch, error, note):
     assert late[0].note == "no time left"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere freed memory hides peaks")
+def test_memory_holds_the_gradients():
+    case = make_case("training", "Lit")
+    weights = sum(p.nbytes for p in steps.build(case).parameters())
+    assert 3.9 * weights < measure.in_new_process(case) < 5 * weights
+
+
 def test_backend_that_the_cpu_lacks():
     case = make_case(FORWARD, SOFTMAX, "cudnn")
     with measure.noting_failure(case), (step := steps.prepare(case)).context():

@@ -61,7 +61,7 @@ def table(cases: Sequence[Case]) -> str:
             lines.append([*start, case.note, "", "", "", ""])
             continue
         time, memory = ratios(case, base)
-        results = (f"{case.seconds * 1e3:.{2 if case.seconds < 0.1 else 1}f}", f"{time:.2f}",
+        results = (f"{case.seconds * 1e3:.2f}", f"{time:.2f}",
                    case.runs, f"{case.bytes / 2**20:.1f}", f"{memory:.2f}")  # fmt: skip
         lines.append([*start, *results])
     return rows(header, lines)
