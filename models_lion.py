@@ -380,7 +380,11 @@ class LionAttention(nn.Module):
         return self.proj_drop(self.proj(self.norm(y)))
 
     def _has_kernel(self, x: Tensor) -> bool:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else x.dtype
+        )
         dim = self.qkv.in_features // self.num_heads
         return (
             self.format != "RNN"

@@ -249,9 +249,7 @@ def query_grad_kernel(
                 x_j, y_j = key_sums(X + sums_c, Y + sums_c, keys, there)
                 mask_2 = decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
                 j = tl.load(STEPS + n + keys, mask=there, other=0)
-                below_2, above_2 = _add_flux(
-                    below_2, above_2, s * mask_2, i_2[:, None], j[None, :]
-                )
+                below_2, above_2 = _add_flux(below_2, above_2, s * mask_2, i_2[:, None], j[None, :])
                 dw *= mask + mask_2
             else:
                 dw *= mask

@@ -268,9 +268,7 @@ def _gradients(ctx, grad, _):
     if grad is None:
         return (None,) * 10
     projected, decay, *others = ctx.saved_tensors
-    dprojected, ddecay = mix_backward(
-        grad, projected, decay, *others, *ctx.options, ctx.normalise
-    )
+    dprojected, ddecay = mix_backward(grad, projected, decay, *others, *ctx.options, ctx.normalise)
     if decay is not None:
         ddecay = ddecay.sum((1, 3)).to(decay.dtype)
     return dprojected, ddecay if decay is not None else None, *(None,) * 8

@@ -216,7 +216,9 @@ def gates_kernel(
     dx -= tl.load(FLUX + 2 * flux_side, mask=valid, other=0.0)
     dy = tl.load(FLUX + 3 * flux_side, mask=valid, other=0.0)
     dy -= tl.load(FLUX + flux_side, mask=valid, other=0.0)
-    grad = tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy + tl.load(CROSSING + cbh * blocks + place)
+    grad = (
+        tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy + tl.load(CROSSING + cbh * blocks + place)
+    )
     z = _logits(DECAY, c, b, h, tokens, valid, stride_b, stride_n, heads, GATED)
     grad *= -tl.sigmoid(z)
     if GATED:

@@ -74,7 +74,8 @@ def test_command(line, places, tmp_path):
     line = line.replace("curves.png", str(tmp_path / "curves.png"))
     words = shlex.split(line)
     if "benchmark" in line:
-        words += ["--sizes", "32", "--masks", "Selective-S", "--repeats", "1"]
+        words += ["--device", "cpu", "--scales", "tiny", "--sizes", "32", "--masks", "Selective-S"]
+        words += ["--repeats", "1", "--compile", "none"]
     elif "paper_table" in line:
         words += [*TIMED, "--image-size", "32", "--models", "LION-S♮"]
     elif "memory_vs_resolution" in line:

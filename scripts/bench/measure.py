@@ -1,0 +1,189 @@
+"""Time and peak memory of cases, each of which takes its turn in every round.
+
+So a machine that slows down slows them all. On a GPU time is that between two CUDA events around
+several iterations; the mixer's default inputs are larger than the L2 cache. On the CPU memory is
+measured in a process for each case.
+"""
+
+import ctypes
+import gc
+import math
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+
+from scripts.bench.cases import BACKWARD, PATCH, SOFTMAX, Case
+from scripts.bench.steps import Step, images, prepare
+from utils import peak_memory
+
+TURN = 0.02  # seconds that a turn takes at least: short cases get several iterations
+OUT_OF_MEMORY, UNAVAILABLE, OUT_OF_TIME = "out of memory", "not available", "no time left"
+ONLY_FASTEST = "slower alone, not compiled"
+# What scaled_dot_product_attention says of a backend that the device or the shape rules out.
+NO_KERNEL = ("No available kernel", "No viable backend")
+
+# Forks processes from one that has imported the libraries and done nothing else.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["timm", "torch.utils.tensorboard"])
+
+
+@dataclass
+class Turns:
+    """The turns that a case has taken, in seconds."""
+
+    case: Case
+    step: Step
+    taken: list[float] = field(default_factory=list)
+
+    def fits(self, budget: float) -> bool:
+        """Whether there is time for another one; the first run tells how long that takes."""
+        turn = self.taken[-1] if self.taken else self.case.seconds * self.case.iterations
+        return not self.case.note and sum(self.taken) + turn <= budget
+
+
+def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float = math.inf) -> None:
+    """Fills in the results of a group of cases.
+
+    Time is the median of `repeats` turns, or of as many as fit into `budget` seconds for each case.
+    Where not even one fits, it is that of the first run. No case is begun after `deadline`, as
+    `time.perf_counter` counts.
+    """
+    turns = []
+    for case in cases:
+        if time.perf_counter() > deadline:
+            case.note = case.note or OUT_OF_TIME
+        if not case.note:
+            turns += filter(None, [first_run(case)])
+    take_turns(turns, repeats, budget)
+    turns.clear()
+    images.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if cases and cases[0].compiled:
+        torch._dynamo.reset()
+
+
+def first_run(case: Case) -> Turns | None:
+    """After a warm-up, one run; it gives peak memory and how many iterations make a turn."""
+    with noting_failure(case):
+        if case.device == "cpu":
+            case.bytes = in_new_process(case)
+        step = prepare(case)
+        warm_up(case, step)
+        with peak_memory(torch.device(case.device)) as peak:
+            case.seconds, case.runs = begin(case, step)(), 1
+        if case.device != "cpu":
+            case.bytes = step.held + peak.bytes
+        case.iterations = max(1, min(100, round(TURN / case.seconds)))
+        return Turns(case, step)
+
+
+def take_turns(turns: Sequence[Turns], repeats: int, budget: float) -> None:
+    for _ in range(repeats):
+        begun = []
+        for turn in turns:
+            if turn.fits(budget):
+                with noting_failure(turn.case):
+                    begun.append((turn.taken, begin(turn.case, turn.step)))
+        for taken, read in begun:  # a GPU is still at work
+            taken.append(read())
+    for turn in turns:
+        if turn.taken:
+            turn.case.seconds = median(turn.taken) / turn.case.iterations
+            turn.case.runs = len(turn.taken)
+
+
+def begin(case: Case, step: Step) -> Callable[[], float]:
+    """Runs a turn; what is returned waits for its end and gives its seconds."""
+    with step.context():
+        if case.device == "cpu":
+            started = time.perf_counter()
+            for _ in range(case.iterations):
+                step.run()
+            taken = time.perf_counter() - started
+            return lambda: taken
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(case.iterations):
+            step.run()
+        end.record()
+
+    def read() -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return read
+
+
+def warm_up(case: Case, step: Step) -> None:
+    """The step itself on a GPU, or where it compiles; else a quick one, on a few patches."""
+    if case.device == "cpu" and not case.compiled:
+        few = {"pixels": 2 * PATCH} if case.pixels else {}
+        step = prepare(replace(case, batch=1, tokens=5, **few))
+    with step.context():
+        step.run()
+    if case.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(case: Case, threads: int) -> int:
+    torch.set_num_threads(threads)
+    step = prepare(case)
+    warm_up(case, step)
+    return_freed_memory()
+    with step.context(), peak_memory(torch.device(case.device)) as peak:
+        step.run()
+    return step.held + peak.bytes
+
+
+def return_freed_memory() -> None:
+    """To the system, where glibc would keep it: a peak could hide in it."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def in_new_process(case: Case) -> int:
+    with ProcessPoolExecutor(1, mp_context=processes) as fresh:
+        return fresh.submit(peak_bytes, case, torch.get_num_threads()).result()
+
+
+@contextmanager
+def noting_failure(case: Case) -> Iterator[None]:
+    """A case that fails is reported as such, and the others go on."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, BrokenProcessPool):
+        case.note = OUT_OF_MEMORY
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            case.note = OUT_OF_MEMORY
+        elif any(words in str(error) for words in NO_KERNEL):
+            case.note = UNAVAILABLE
+        else:
+            traceback.print_exc()
+            case.note = f"failed: {type(error).__name__}"
+
+
+def choose_backend(cases: Sequence[Case]) -> None:
+    """Of a compiled group, keeps the softmax case whose backend is the fastest by the mixer alone.
+
+    To compile all takes minutes.
+    """
+    softmax = [case for case in cases if case.variant == SOFTMAX]
+    alone = {"step": BACKWARD, "pixels": 0, "compiled": "", "precision": softmax[0].precision}
+    probes = [replace(case, **alone) for case in softmax]
+    measure(probes, repeats=5, budget=1)
+    fastest = min((p for p in probes if not p.note), key=lambda p: p.seconds)
+    for case, probe in zip(softmax, probes, strict=True):
+        if probe is not fastest:
+            case.note = probe.note or ONLY_FASTEST

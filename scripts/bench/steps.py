@@ -1,0 +1,225 @@
+"""How a case runs: its tensors and models, and one step of them as a function."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import isqrt
+
+import timm
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+import models_lion
+from curves import scan_curves
+from scripts.bench.cases import BACKWARD, FORWARD, HEADS, NO_MIXING, SOFTMAX, Case
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass
+class Step:
+    run: Callable[[], object]
+    context: Callable[[], AbstractContextManager]  # in which it runs
+    held: int  # bytes between two runs
+
+
+def prepare(case: Case) -> Step:
+    """Builds what the case needs, on its device."""
+    context = partial(with_backend, case.format) if case.variant == SOFTMAX else nullcontext
+    run, tensors = PREPARE[case.step](case)
+    return Step(run, context, sum(t.nbytes for t in tensors))
+
+
+@contextmanager
+def with_backend(name: str) -> Iterator[None]:
+    """Without autograd's cache of compiled graphs, whose key does not tell the backend."""
+    with sdpa_kernel(SDPA[name]), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    return torch.float32 if case.precision == "float32" else torch.bfloat16
+
+
+# --------------------------------------------------------------------------------- the mixer alone
+
+
+def prepare_mixer(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
+    """From qkv as the Linear layer packs it to what `proj` takes; backward, to qkv packed again."""
+    shape = (case.batch, case.tokens, 3, HEADS[case.scale], 64)
+    qkv = torch.randn(shape, device=case.device, dtype=dtype_of(case))
+    mix, gates = (softmax_mixer, []) if case.variant == SOFTMAX else lion_mixer(case)
+    leaves = [qkv, *gates]
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return mix(*leaves)
+
+    if case.step == FORWARD:
+        return forward, leaves
+    grad = torch.randn_like(qkv[:, :, 0]).flatten(2)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return lambda: torch.autograd.grad(mix(*leaves), leaves, grad), [*leaves, grad]
+
+
+def softmax_mixer(qkv: Tensor) -> Tensor:
+    """Strided views of qkv, as timm's attention takes them."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """`mix(qkv, *gates)`, and the log decays that are its gates: one per head, or token and head.
+
+    The snake curves are those of the grid of N - 1 patches that is nearest to a square.
+    """
+    mask, _, order = case.variant.partition("-")
+    lit = mask == "Lit"
+    patches = case.tokens - 1
+    height = max(h for h in range(1, isqrt(patches) + 1) if patches % h == 0) if patches else 0
+    grid = (height, patches // max(height, 1))
+    curves = scan_curves(order or "Normal", grid, num_prefix=1, device=case.device)
+    shape = (1 if curves is None else 2, case.batch, HEADS[case.scale], case.tokens)
+    if mask == "Decay":
+        shape = (shape[0], 1, shape[2], 1)
+    gates = [] if lit else [F.logsigmoid(torch.randn(shape, device=case.device))]
+    if case.format == "kernels":
+        mix = partial(kernels.mix, lit=lit)
+    else:
+        mix = partial(plain_mixer, mask=mask, format=case.format, chunk_size=case.chunk_size)
+
+    def run(qkv: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        if log_decay is not None:
+            log_decay = log_decay.expand(*log_decay.shape[:3], case.tokens)
+        return mix(qkv, log_decay, curves)
+
+    return run, gates
+
+
+def plain_mixer(
+    qkv: Tensor,
+    log_decay: Tensor | None,
+    curves: Tensor | None,
+    *,
+    mask: str,
+    format: str,
+    chunk_size: int,
+) -> Tensor:
+    """What `kernels.mix` computes, in plain PyTorch."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = (models_lion.FEATURE_MAPS[mask](t.float()) for t in (q, k))
+    q, k = ((q * 64**-0.5).to(v.dtype), k.to(v.dtype))
+    mix = models_lion.FORMATS[format]
+    numerator, denominator = mix(q, k, v, log_decay, curves, chunk_size=chunk_size)
+    return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+# ------------------------------------------------------------------------------------ whole models
+
+
+class NoMixing(nn.Module):
+    """timm's attention without its mixing: qkv and proj, and every token's own value."""
+
+    def __init__(self, attn: nn.Module):
+        super().__init__()
+        self.qkv, self.proj = attn.qkv, attn.proj
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        v = self.qkv(x).flatten(0, 1)[:, -x.shape[2] :]
+        return self.proj(v).view_as(x)
+
+
+def build(case: Case) -> nn.Module:
+    """With random weights, made for the size and on the device."""
+    mask, _, order = case.variant.partition("-")
+    options = {"img_size": case.pixels}
+    softmax = case.variant in (SOFTMAX, NO_MIXING)
+    if not softmax:
+        options |= {"mask_type": mask, "order": order or "Normal"}
+        options |= {"format": case.format, "chunk_size": case.chunk_size}
+    name = f"{'vit' if softmax else 'lion'}_{case.scale}_patch16_224"
+    with torch.device(case.device):
+        model = timm.create_model(name, **options)
+    if case.variant == NO_MIXING:
+        for block in model.blocks:
+            block.attn = NoMixing(block.attn)
+    return model.to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
+
+
+def prepare_training(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
+    """Forward, backward and fused AdamW on random images."""
+    model = build(case).train()
+    x = images(case.batch, case.pixels, case.device, case.precision)
+    labels = torch.randint(1000, (case.batch,), device=case.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():  # so that the optimizer has its state
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    call = compiled(model, case.compiled)
+    autocast = partial(torch.autocast, case.device, torch.bfloat16, enabled=case.precision == "amp")
+
+    def run() -> None:
+        with autocast():
+            loss = F.cross_entropy(call(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    state = (t for values in optimizer.state.values() for t in values.values())
+    return run, [x, labels, *tensors_of(model), *(t for t in state if torch.is_tensor(t))]
+
+
+def prepare_inference(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
+    model = build(case).eval()
+    x = images(case.batch, case.pixels, case.device, case.precision)
+    call = compiled(model, case.compiled)
+
+    def run() -> Tensor:
+        amp = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "amp")
+        with torch.inference_mode(), amp:
+            return call(x)
+
+    return run, [x, *tensors_of(model)]
+
+
+@lru_cache(maxsize=1)
+def images(batch: int, pixels: int, device: str, precision: str) -> Tensor:
+    """Random ones; the cases of a group share them, for they can take gigabytes."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
+
+
+def tensors_of(model: nn.Module) -> Iterable[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def compiled(model: nn.Module, how: str) -> nn.Module:
+    """The whole model, or its blocks: these are alike and compile once."""
+    torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
+    if how == "model":
+        return torch.compile(model, dynamic=False)
+    if how == "blocks":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model
+
+
+PREPARE: dict[str, Callable[[Case], tuple[Callable[[], object], list[Tensor]]]] = {
+    FORWARD: prepare_mixer,
+    BACKWARD: prepare_mixer,
+    "training": prepare_training,
+    "inference": prepare_inference,
+}
