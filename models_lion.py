@@ -277,6 +277,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Decay": normalized_silu,
     "Selective": normalized_silu,
 }
+FEATURE_NAMES = {elu_plus_one: "elu", normalized_silu: "silu", None: "none"}  # in the kernels
 
 
 class LionAttention(nn.Module):
@@ -371,28 +372,25 @@ class LionAttention(nn.Module):
         `valid`, bool `[B, N]`, is False for padding: keys that count nowhere, with a decay of 1.
         `documents`, integers `[B, N]`, keeps packed documents apart, as in the formats.
         """
-        if self._has_kernel(x) and valid is None and documents is None:
-            return self.proj_drop(self.proj(self.norm(self._mix_by_kernel(x, attn_mask))))
-        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
         curves = None if self.mask_type == "Lit" else attn_mask
-        with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
-            y = self._mix(qkv, self.log_decay(x), curves, valid, documents).to(qkv.dtype)
+        if self._has_kernel(x) and (curves is None or documents is None):
+            y = self._mix_by_kernel(x, curves, valid, documents)
+        else:
+            qkv = self.qkv(x)
+            with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
+                y = self._mix(qkv, self.log_decay(x), curves, valid, documents).to(qkv.dtype)
         return self.proj_drop(self.proj(self.norm(y)))
 
     def _has_kernel(self, x: Tensor) -> bool:
-        dtype = (
-            torch.get_autocast_dtype(x.device.type)
-            if torch.is_autocast_enabled(x.device.type)
-            else x.dtype
-        )
+        device = x.device.type
+        amp = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if amp else x.dtype
         dim = self.qkv.in_features // self.num_heads
-        return (
-            self.format != "RNN"
-            and self.feature_map is not None
-            and kernels.available(x.device, dtype, dim)
-        )
+        return self.format != "RNN" and kernels.available(x.device, dtype, dim)
 
-    def _mix_by_kernel(self, x: Tensor, curves: Tensor | None) -> Tensor:
+    def _mix_by_kernel(
+        self, x: Tensor, curves: Tensor | None, valid: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
         """The gates of LION-S are further columns of the projection, so that one product does."""
         gates = [getattr(self, name) for name in ("a_i", "a2_i") if hasattr(self, name)]
         weight, bias, decay = self.qkv.weight, self.qkv.bias, None
@@ -409,14 +407,17 @@ class LionAttention(nn.Module):
         return kernels.mix(
             F.linear(x, weight, bias),
             decay,
-            curves if gates else None,
+            curves,
+            valid,
+            documents,
             heads=self.num_heads,
             dim=self.qkv.in_features // self.num_heads,
             scans=max(1, len(gates)),
             prefix=self.num_prefix_tokens,
             lit=not gates,
-            eps=self.eps,
+            features=FEATURE_NAMES[self.feature_map],
             normalise=self.normalise,
+            eps=self.eps,
         )
 
     def _mix(
@@ -427,7 +428,7 @@ class LionAttention(nn.Module):
         valid: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        q, k, v = rearrange(qkv, "b n three h d -> three b h n d")
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         scale = q.shape[-1] ** -0.5
         if self.feature_map:
             q, k = (self.feature_map(t.to(_state_dtype(t))) for t in (q, k))

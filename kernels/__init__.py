@@ -25,33 +25,42 @@ def mix(
     projected: Tensor,
     decay: Tensor | None = None,
     curves: Tensor | None = None,
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
     *,
     heads: int,
     dim: int,
     scans: int = 1,
     prefix: int = 0,
     lit: bool = False,
-    eps: float = 1e-6,
+    features: str = "silu",
     normalise: bool = True,
+    eps: float = 1e-6,
 ) -> Tensor:
     """`num / (den + eps)` of LION (arXiv 2502.16249), or `num` alone if not `normalise`.
 
-    Feature maps (`elu + 1` if `lit`, else normalised `silu + 0.5`) and the scale `D**-0.5` of the
-    queries are applied inside. Sums are float32; the result is bitwise repeatable. One block of
-    pairs up to 256 tokens, from there on states between blocks: work linear in N.
+    The feature map and the scale `D**-0.5` of the queries are applied inside. Sums are float32; the
+    result is bitwise repeatable. One block of pairs up to 256 tokens (64 in float32), from there on
+    states between blocks: work linear in N.
 
     - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
       columns; for LION-S the logits z of its gates, `C * H` columns for decays `1 - sigmoid(z)`;
       then what aligns the rows (`padded_gates`). H is `heads` and D, one of 16, 32, 64, 128, `dim`.
     - `decay`: LION-D's `[C, H]`, float32, logits w of the decays `sigmoid(w)`; else None.
     - `curves`: `[C, N]`, int64; None is token order, for C = 1. C is `scans`.
-    - `prefix`: the first tokens, whose decay is 1 in LION-S.
+    - `valid`: bool `[B, N]`, False for padding: keys that count nowhere, with a decay of 1.
+    - `documents`: integers `[B, N]`; tokens of one document stand together, and mix with no other.
+    - `prefix`: the first tokens, whose decay is 1 in LION-S. `lit`: there are no decays.
+    - `features`: "elu" (`elu + 1`), "silu" (`silu + 0.5`, normalised) or "none".
 
-    Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width.
+    Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width,
+    and for documents along curves.
     """
     from kernels.ops import mix_operator
 
     if dim not in HEAD_DIMS:
         raise ValueError(f"The kernels have heads of width 16, 32, 64 or 128, not {dim}.")
-    options = (heads, dim, scans, prefix, lit, eps, normalise)
-    return mix_operator(projected, decay, curves, *options)[0]
+    if documents is not None and curves is not None:
+        raise ValueError("The kernels keep documents apart in token order alone: give no curves.")
+    options = (heads, dim, scans, prefix, lit, features, normalise, eps)
+    return mix_operator(projected, decay, curves, valid, documents, *options)[0]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.common import (
+    counted,
     decay_mask,
     feature_map_grad,
     key_sums,
@@ -35,11 +36,12 @@ def _add_flux(below, above, flux, i, j):
 
 @triton.jit
 def forward_kernel(
-    QKV, X, Y, CURVE, STATES, VECTORS, OUT, R, n, block, heads, stride_b, stride_n, sums_b, sums_c,
-    eps, scale, weight, unit,
+    QKV, X, Y, CURVE, VALID, STATES, VECTORS, OUT, R,
+    n, block, heads, stride_b, stride_n, sums_b, sums_c, eps, scale, weight, unit,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
-    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
-    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr, TWO: tl.constexpr,
+    CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -48,6 +50,7 @@ def forward_kernel(
     K = Q + heads * D
     V = K + heads * D
     blocks = tl.cdiv(n, block)
+    VALID += b * n
     X += b * sums_b + h * blocks * block
     Y += b * sums_b + h * blocks * block
     OUT += (b * n * heads + h) * D
@@ -58,7 +61,7 @@ def forward_kernel(
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    q = load_features(Q, rows, valid, stride_n, D, LIT, FAST) * scale
+    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
     q_t = q.to(dtype)
     out = tl.zeros((ROWS, D), tl.float32)
     r = tl.zeros((ROWS,), tl.float32)
@@ -89,12 +92,12 @@ def forward_kernel(
             far_r = tl.zeros((ROWS,), tl.float32)
             for start in range(low, high, TILE):
                 keys = start + tl.arange(0, TILE)
-                there = keys < n
-                tokens = visited(CURVE, keys, there, CURVED)
-                k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+                tokens = visited(CURVE, keys, keys < n, CURVED)
+                there = counted(VALID, tokens, keys < n, PADDED)
+                k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
                 v = load_rows(V, tokens, there, stride_n, D)
                 if side == 0:
-                    fade_j = tl.exp2(edge - tl.load(X + keys))
+                    fade_j = tl.where(there, tl.exp2(edge - tl.load(X + keys)), 0.0)
                 else:
                     fade_j = tl.where(there, tl.exp2(tl.load(Y + keys) - edge), 0.0)
                 w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION) * fade_j[None, :]
@@ -111,9 +114,9 @@ def forward_kernel(
             low, high = first, tl.minimum(first + ROWS, n)
         for start in range(low, high, TILE):
             keys = start + tl.arange(0, TILE)
-            there = keys < n
-            tokens = visited(CURVE, keys, there, CURVED)
-            k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+            tokens = visited(CURVE, keys, keys < n, CURVED)
+            there = counted(VALID, tokens, keys < n, PADDED)
+            k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
             v = load_rows(V, tokens, there, stride_n, D)
             x_j, y_j = key_sums(X, Y, keys, there)
             w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
@@ -143,11 +146,12 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    QKV, X, Y, CURVE, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
     n, block, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
-    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
-    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr, TWO: tl.constexpr,
+    CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -157,6 +161,7 @@ def query_grad_kernel(
     V = K + heads * D
     DQ = DQKV + b * n * stride_n + h * D
     blocks = tl.cdiv(n, block)
+    VALID += b * n
     X += b * sums_b + h * blocks * block
     Y += b * sums_b + h * blocks * block
     first = tl.program_id(0) * ROWS
@@ -165,7 +170,7 @@ def query_grad_kernel(
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    q = load_features(Q, rows, valid, stride_n, D, LIT, FAST) * scale
+    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
     q_t = q.to(dtype)
     grad, grad_r = output_grad(
         DOUT + (b * n * heads + h) * D, OUT + (b * n * heads + h) * D, R + bh * n,
@@ -204,12 +209,12 @@ def query_grad_kernel(
             flux = tl.zeros((ROWS,), tl.float32)
             for start in range(low, high, TILE):
                 keys = start + tl.arange(0, TILE)
-                there = keys < n
-                tokens = visited(CURVE, keys, there, CURVED)
-                k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+                tokens = visited(CURVE, keys, keys < n, CURVED)
+                there = counted(VALID, tokens, keys < n, PADDED)
+                k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
                 v = load_rows(V, tokens, there, stride_n, D)
                 if side == 0:
-                    fade_j = tl.exp2(edge - tl.load(X + keys))
+                    fade_j = tl.where(there, tl.exp2(edge - tl.load(X + keys)), 0.0)
                 else:
                     fade_j = tl.where(there, tl.exp2(tl.load(Y + keys) - edge), 0.0)
                 dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -234,9 +239,9 @@ def query_grad_kernel(
             low, high = first, tl.minimum(first + ROWS, n)
         for start in range(low, high, TILE):
             keys = start + tl.arange(0, TILE)
-            there = keys < n
-            tokens = visited(CURVE, keys, there, CURVED)
-            k = load_features(K, tokens, there, stride_n, D, LIT, FAST).to(dtype)
+            tokens = visited(CURVE, keys, keys < n, CURVED)
+            there = counted(VALID, tokens, keys < n, PADDED)
+            k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
             v = load_rows(V, tokens, there, stride_n, D)
             x_j, y_j = key_sums(X, Y, keys, there)
             dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
@@ -262,7 +267,7 @@ def query_grad_kernel(
             tl.store(FLUX + flux_c, below_2)
             tl.store(FLUX + flux_c + flux_side, above_2)
     q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
-    dq = feature_map_grad(q_in, dq * (scale * unit), LIT, FAST)
+    dq = feature_map_grad(q_in, dq * (scale * unit), FEATURES, FAST)
     if ADD:
         dq += load_rows(DQ, rows, valid, stride_n, D).to(tl.float32)
     store_rows(DQ, rows, valid, stride_n, dq, D)
@@ -270,11 +275,12 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    QKV, X, Y, CURVE, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
     n, block, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
-    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
-    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr, TWO: tl.constexpr,
+    CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
     bh = tl.program_id(1).to(tl.int64)
@@ -289,6 +295,7 @@ def key_grad_kernel(
     OUT += (b * n * heads + h) * D
     R += bh * n
     blocks = tl.cdiv(n, block)
+    VALID += b * n
     X += b * sums_b + h * blocks * block
     Y += b * sums_b + h * blocks * block
     first = tl.program_id(0) * ROWS
@@ -297,7 +304,8 @@ def key_grad_kernel(
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    k = load_features(K, rows, valid, stride_n, D, LIT, FAST)
+    counts = counted(VALID, rows, valid, PADDED)
+    k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST)
     k_t = k.to(dtype)
     v = load_rows(V, rows, valid, stride_n, D)
     dk = tl.zeros((ROWS, D), tl.float32)
@@ -340,7 +348,7 @@ def key_grad_kernel(
                 queries = start + tl.arange(0, TILE)
                 there = queries < n
                 tokens = visited(CURVE, queries, there, CURVED)
-                q = (load_features(Q, tokens, there, stride_n, D, LIT, FAST) * scale).to(dtype)
+                q = (load_features(Q, tokens, there, stride_n, D, FEATURES, FAST) * scale).to(dtype)
                 grad, grad_r = output_grad(
                     DOUT, OUT, R, tokens, there, heads * D, weight, D, NORMALISE
                 )
@@ -376,7 +384,7 @@ def key_grad_kernel(
             queries = start + tl.arange(0, TILE)
             there = queries < n
             tokens = visited(CURVE, queries, there, CURVED)
-            q = (load_features(Q, tokens, there, stride_n, D, LIT, FAST) * scale).to(dtype)
+            q = (load_features(Q, tokens, there, stride_n, D, FEATURES, FAST) * scale).to(dtype)
             grad, grad_r = output_grad(DOUT, OUT, R, tokens, there, heads * D, weight, D, NORMALISE)
             grad = grad.to(dtype)
             x_i, y_i = tl.load(X + queries), tl.load(Y + queries)
@@ -401,14 +409,16 @@ def key_grad_kernel(
             dv += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
             dk += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
         FLUX += bh * blocks * block + steps
-        tl.store(FLUX + 2 * flux_side, below)
-        tl.store(FLUX + 3 * flux_side, above)
+        tl.store(FLUX + 2 * flux_side, tl.where(counts, below, 0.0))
+        tl.store(FLUX + 3 * flux_side, tl.where(counts, above, 0.0))
         if TWO:
-            tl.store(FLUX + flux_c + 2 * flux_side, below_2)
-            tl.store(FLUX + flux_c + 3 * flux_side, above_2)
+            tl.store(FLUX + flux_c + 2 * flux_side, tl.where(counts, below_2, 0.0))
+            tl.store(FLUX + flux_c + 3 * flux_side, tl.where(counts, above_2, 0.0))
     k_in = load_rows(K, rows, valid, stride_n, D).to(tl.float32)
-    dk = feature_map_grad(k_in, dk * unit, LIT, FAST)
+    dk = feature_map_grad(k_in, dk * unit, FEATURES, FAST)
     dv *= unit
+    if PADDED:
+        dk, dv = tl.where(counts[:, None], dk, 0.0), tl.where(counts[:, None], dv, 0.0)
     if ADD:
         dk += load_rows(DK, rows, valid, stride_n, D).to(tl.float32)
         dv += load_rows(DV, rows, valid, stride_n, D).to(tl.float32)

@@ -20,18 +20,22 @@ def _sigmoid(t, FAST: tl.constexpr):
 
 
 @triton.jit
-def feature_map(t, LIT: tl.constexpr, FAST: tl.constexpr):
-    """phi of float32 rows `[R, D]`: elu + 1, or silu + 0.5 normalised over D."""
-    if LIT:
+def feature_map(t, FEATURES: tl.constexpr, FAST: tl.constexpr):
+    """phi of float32 rows `[R, D]`: elu + 1, silu + 0.5 normalised over D, or the rows."""
+    if FEATURES == "none":
+        return t
+    if FEATURES == "elu":
         return tl.where(t > 0, t + 1, tl.exp(tl.minimum(t, 0.0)))
     f = t * _sigmoid(t, FAST) + 0.5
     return f * tl.rsqrt(tl.maximum(tl.sum(f * f, 1), 1e-24))[:, None]
 
 
 @triton.jit
-def feature_map_grad(t, grad, LIT: tl.constexpr, FAST: tl.constexpr):
+def feature_map_grad(t, grad, FEATURES: tl.constexpr, FAST: tl.constexpr):
     """Gradient with respect to `t` of `sum(feature_map(t) * grad)`."""
-    if LIT:
+    if FEATURES == "none":
+        return grad
+    if FEATURES == "elu":
         return grad * tl.where(t > 0, 1.0, tl.exp(tl.minimum(t, 0.0)))
     s = _sigmoid(t, FAST)
     f = t * s + 0.5
@@ -49,10 +53,10 @@ def load_rows(pointer, rows, valid, stride, D: tl.constexpr):
 
 @triton.jit
 def load_features(
-    pointer, rows, valid, stride, D: tl.constexpr, LIT: tl.constexpr, FAST: tl.constexpr
+    pointer, rows, valid, stride, D: tl.constexpr, FEATURES: tl.constexpr, FAST: tl.constexpr
 ):
     """phi of rows `[R, D]` in float32."""
-    return feature_map(load_rows(pointer, rows, valid, stride, D).to(tl.float32), LIT, FAST)
+    return feature_map(load_rows(pointer, rows, valid, stride, D).to(tl.float32), FEATURES, FAST)
 
 
 @triton.jit
@@ -73,6 +77,14 @@ def visited(CURVE, steps, valid, CURVED: tl.constexpr):
     if CURVED:
         return tl.load(CURVE + steps, mask=valid, other=0).to(tl.int32)
     return steps
+
+
+@triton.jit
+def counted(VALID, tokens, there, PADDED: tl.constexpr):
+    """Which tokens count as keys: those that are there and not padding."""
+    if PADDED:
+        return there & (tl.load(VALID + tokens, mask=there, other=0) != 0)
+    return there
 
 
 @triton.jit

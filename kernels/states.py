@@ -12,7 +12,7 @@ most 0.
 import triton
 import triton.language as tl
 
-from kernels.common import load_features, load_rows, load_square, output_grad, visited
+from kernels.common import counted, load_features, load_rows, load_square, output_grad, visited
 
 
 @triton.jit
@@ -33,12 +33,15 @@ def _log1p(u):
 
 @triton.jit
 def sums_kernel(
-    DECAY, CURVE, X, Y, STEPS, n, block, images, heads, prefix, stride_b, stride_n, curve_c,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, CURVED: tl.constexpr, BY_TOKEN: tl.constexpr,
+    DECAY, CURVE, VALID, DOCUMENTS, X, Y, STEPS, n, block, images, heads, prefix,
+    stride_b, stride_n, curve_c,
+    WIDTH: tl.constexpr, DECAYS: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
+    PACKED: tl.constexpr, CURVED: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Exclusive and inclusive sums of log2 decays inside each block, by step or by token.
 
-    A decay is `1 - sigmoid(z)` of its logit z, and 1 for prefix tokens if gated.
+    A decay is `1 - sigmoid(z)` of its logit z, and 1 for padding and, if gated, prefix tokens.
+    Between documents both sums fall by 48: 2^-48 is none even beside the eps of the row sums.
     """
     cbh = tl.program_id(1).to(tl.int64)
     c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
@@ -46,12 +49,19 @@ def sums_kernel(
     steps = tl.program_id(0) * block + inside
     valid = (inside < block) & (steps < n)
     tokens = visited(CURVE + c * curve_c, steps, valid, CURVED)
-    z = _logits(DECAY, c, b, h, tokens, valid, stride_b, stride_n, heads, GATED)
-    softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
-    # A decay of 2^-32 is none, and larger sums would round those of the open gates beside it.
-    decay = tl.maximum(softplus * -1.4426950408889634, -32.0)
-    decay = tl.where(valid & (tokens >= prefix), decay, 0.0)
+    counts = counted(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
+    decay = tl.zeros((WIDTH,), tl.float32)
+    if DECAYS:
+        z = _logits(DECAY, c, b, h, tokens, valid, stride_b, stride_n, heads, GATED)
+        softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+        # A decay of 2^-32 is none, and larger sums would round those of the open gates beside it.
+        decay += tl.where(counts, tl.maximum(softplus * -1.4426950408889634, -32.0), 0.0)
     y = tl.cumsum(decay, 0)
+    if PACKED:
+        DOCUMENTS += b * n + steps
+        same = tl.load(DOCUMENTS, mask=valid, other=0)
+        same = same == tl.load(DOCUMENTS - 1, mask=valid & (steps > 0), other=0)
+        y -= 48.0 * tl.cumsum((valid & (steps > 0) & ~same).to(tl.float32), 0)
     places = cbh * tl.num_programs(0) * block
     places += tl.where(valid, tokens, steps) if BY_TOKEN else steps
     tl.store(X + places, y - decay, mask=inside < block)
@@ -62,9 +72,10 @@ def sums_kernel(
 
 @triton.jit
 def local_states_kernel(
-    QKV, X, Y, CURVE, OUT, R, DOUT, STATES, VECTORS, n, block, heads, stride_b, stride_n, sums_b,
-    scale, weight,
-    D: tl.constexpr, ROWS: tl.constexpr, LIT: tl.constexpr, CURVED: tl.constexpr,
+    QKV, X, Y, CURVE, VALID, OUT, R, DOUT, STATES, VECTORS,
+    n, block, heads, stride_b, stride_n, sums_b, scale, weight,
+    D: tl.constexpr, ROWS: tl.constexpr, LIT: tl.constexpr, FEATURES: tl.constexpr,
+    PADDED: tl.constexpr, CURVED: tl.constexpr,
     NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What a block adds to the states: of keys and values (0 forwards, 1 backwards), and with a
@@ -92,8 +103,11 @@ def local_states_kernel(
         steps = place * block + inside
         valid = steps < n
         rows = visited(CURVE, steps, valid, CURVED)
-        a = load_features(A, rows, valid, stride_n, D, LIT, FAST)
-        share = tl.where(valid, scaled, 0.0)
+        a = load_features(A, rows, valid, stride_n, D, FEATURES, FAST)
+        counts = valid
+        if not of_queries:
+            counts = counted(VALID + b * n, rows, valid, PADDED)
+        share = tl.where(counts, scaled, 0.0)
         if of_queries:
             grad, grad_r = output_grad(
                 DOUT + (b * n * heads + h) * D, OUT + (b * n * heads + h) * D, R + bh * n,
@@ -194,9 +208,10 @@ def crossing_kernel(STATES, VECTORS, CROSSING, D: tl.constexpr):
 
 @triton.jit
 def gates_kernel(
-    FLUX, CROSSING, DECAY, CURVE, GRAD, n, block, images, heads, prefix, flux_side, flux_c,
+    FLUX, CROSSING, DECAY, CURVE, VALID, GRAD, n, block, images, heads, prefix, flux_side, flux_c,
     stride_b, stride_n, curve_c,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, CURVED: tl.constexpr, BY_TOKEN: tl.constexpr,
+    WIDTH: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr, CURVED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates' logits, in their place, or of a head's logit by image and block.
 
@@ -216,14 +231,13 @@ def gates_kernel(
     dx -= tl.load(FLUX + 2 * flux_side, mask=valid, other=0.0)
     dy = tl.load(FLUX + 3 * flux_side, mask=valid, other=0.0)
     dy -= tl.load(FLUX + flux_side, mask=valid, other=0.0)
-    grad = (
-        tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy + tl.load(CROSSING + cbh * blocks + place)
-    )
+    grad = tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy
+    grad += tl.load(CROSSING + cbh * blocks + place)
     z = _logits(DECAY, c, b, h, tokens, valid, stride_b, stride_n, heads, GATED)
-    grad *= -tl.sigmoid(z)
+    counts = counted(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
+    grad = tl.where(counts, -tl.sigmoid(z) * grad, 0.0)
     if GATED:
-        grad = tl.where(tokens >= prefix, grad, 0.0)
         address = GRAD + b * n * stride_n + tokens * stride_n + c * heads + h
         tl.store(address, grad.to(GRAD.dtype.element_ty), mask=valid)
     else:  # a logit of -w, for the decay sigmoid(w)
-        tl.store(GRAD + cbh * blocks + place, -tl.sum(tl.where(valid, grad, 0.0), 0))
+        tl.store(GRAD + cbh * blocks + place, -tl.sum(grad, 0))

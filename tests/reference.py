@@ -13,9 +13,18 @@ def dense_mask(decay: Tensor) -> Tensor:
     return lower + upper + torch.eye(decay.shape[-1], dtype=decay.dtype)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, curves: Tensor | None):
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    curves: Tensor | None,
+    documents: Tensor | None = None,
+):
     """Same arguments and results as the formats of `models_lion`."""
     weights = q @ k.mT
+    if documents is not None:
+        weights = weights * (documents[:, :, None] == documents[:, None])[:, None]
     if log_decay is not None:
         decay = log_decay.exp()
         if curves is None:

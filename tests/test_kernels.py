@@ -39,32 +39,40 @@ def make_inputs(mask, order, n, dim=16, dtype=torch.float32, batch=2, heads=2, g
     return projected, decay, curves, grad
 
 
-def mix(projected, decay, curves, grad, mask, dim=16, normalise=True):
+def mix(projected, decay, curves, grad, mask, dim=16, valid=None, documents=None, **options):
     """Output and gradients of the kernels."""
+    features = "elu" if mask == "Lit" else "silu"
     leaves = [t.clone().requires_grad_() for t in (projected, decay) if t is not None]
     heads = grad.shape[2] // dim
     y = kernels.mix(
-        *leaves[:2], *[None] * (decay is None), curves,
+        *leaves[:2], *[None] * (decay is None), curves, valid, documents,
         heads=heads, dim=dim, scans=1 if curves is None else 2, prefix=1, lit=mask == "Lit",
-        normalise=normalise,
+        **{"features": features, **options},
     )  # fmt: skip
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-def exact(projected, decay, curves, grad, mask, dim=16, normalise=True, formula=dense):
+def exact(
+    projected, decay, curves, grad, mask, dim=16, valid=None, documents=None,
+    normalise=True, features=None, formula=dense,
+):  # fmt: skip
     leaves = [t.double().requires_grad_() for t in (projected, decay) if t is not None]
     b, n, width = grad.shape
     heads, scans = width // dim, 1 if curves is None else 2
     qkv, gates = leaves[0][..., : 3 * width], leaves[0][..., 3 * width :][..., : scans * heads]
     q, k, v = qkv.view(b, n, 3, heads, dim).permute(2, 0, 3, 1, 4)
-    q, k = (FEATURE_MAPS[mask](t) for t in (q, k))
+    if features != "none":
+        q, k = (FEATURE_MAPS[mask](t) for t in (q, k))
     log_decay = None
     if mask == "Decay":
         log_decay = F.logsigmoid(leaves[1])[:, None, :, None].expand(-1, 1, -1, n)
     elif mask == "Selective":
         log_decay = F.logsigmoid(-gates.view(b, n, scans, heads).permute(2, 0, 3, 1))
         log_decay = F.pad(log_decay[..., 1:], (1, 0))
-    numerator, denominator = formula(q * dim**-0.5, k, v, log_decay, curves)
+    if valid is not None:
+        k = k * valid[:, None, :, None]
+        log_decay = log_decay if log_decay is None else log_decay * valid[:, None]
+    numerator, denominator = formula(q * dim**-0.5, k, v, log_decay, curves, documents)
     y = numerator / (denominator + 1e-6) if normalise else numerator
     y = y.transpose(1, 2).flatten(2)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.double(), materialize_grads=True)]
@@ -100,28 +108,53 @@ def test_half_precision_and_wide_heads(mask, order, dim):
     assert_close(mix(*tensors, mask, dim), exact(*tensors, mask, dim), LIMITS[torch.float16])
 
 
-@pytest.mark.parametrize("mask, order", [("Lit", "Normal"), ("Selective", "S")])
-def test_numerators_alone(mask, order):
-    tensors = make_inputs(mask, order, 70)
-    actual, expected = (f(*tensors, mask, normalise=False) for f in (mix, exact))
-    assert_close(actual, expected, LIMITS[torch.float32])
-
-
 @pytest.mark.parametrize("mask, order", VARIANTS[1:])
 def test_saturated_gates(mask, order):
     tensors = make_inputs(mask, order, 97, gate=40.0)
     assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32])
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.fixture(params=["one block", "carried"])
+def plan(request, monkeypatch):
+    """Sequences of one block, and such that hand on states."""
+    if request.param == "carried":
+        small = {"ROWS": 16, "TILE": 16, "num_warps": 4}
+        plan = ops.Plan(32, True, {"ROWS": 16, "num_warps": 4}, small, small, small)
+        monkeypatch.setattr(ops, "make_plan", lambda *_, **__: plan)
+    return request.param
+
+
 @pytest.mark.parametrize("gate", [1.0, 40.0])
 @pytest.mark.parametrize("mask, order", VARIANTS)
-def test_states_between_blocks(mask, order, gate, normalise, monkeypatch):
-    small = {"ROWS": 16, "TILE": 16, "num_warps": 4}
-    plan = ops.Plan(32, True, {"ROWS": 16, "num_warps": 4}, small, small, small)
-    monkeypatch.setattr(ops, "make_plan", lambda *_: plan)
+@pytest.mark.parametrize("plan", ["carried"], indirect=True)
+def test_states_between_blocks(mask, order, gate, plan):
     tensors = make_inputs(mask, order, 97, gate=gate)
-    actual, expected = (f(*tensors, mask, normalise=normalise) for f in (mix, exact))
+    actual, expected = (f(*tensors, mask) for f in (mix, exact))
+    assert_close(actual, expected, LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("mask, order", VARIANTS)
+def test_padding(mask, order, plan):
+    tensors = make_inputs(mask, order, 61)
+    valid = torch.rand(2, 61, generator=torch.Generator().manual_seed(0)) > 0.3
+    actual, expected = (f(*tensors, mask, valid=valid.to(DEVICE)) for f in (mix, exact))
+    assert_close(actual, expected, LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("mask", FEATURE_MAPS)
+def test_documents(mask, plan):
+    tensors = make_inputs(mask, "Normal", 70)
+    lengths = torch.tensor([[3, 29, 1, 37], [32, 9, 24, 5]])  # one ends where a block does
+    documents = torch.stack([torch.arange(4).repeat_interleave(row) for row in lengths])
+    options = {"documents": documents.to(DEVICE), "valid": (documents != 3).to(DEVICE)}
+    actual, expected = (f(*tensors, mask, **options) for f in (mix, exact))
+    assert_close(actual, expected, LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("mask", FEATURE_MAPS)
+def test_without_feature_map(mask, plan):
+    tensors = make_inputs(mask, "Normal", 61)
+    actual, expected = (f(*tensors, mask, features="none", normalise=False) for f in (mix, exact))
     assert_close(actual, expected, LIMITS[torch.float32])
 
 
@@ -133,9 +166,12 @@ def test_strided_input():
     assert torch.equal(kernels.mix(wider[..., :-8], decay, curves, **options), expected)
 
 
-def test_refuses_other_head_widths():
+def test_refusals():
     with pytest.raises(ValueError, match="width 16, 32, 64 or 128, not 24"):
         kernels.mix(torch.zeros(1, 4, 72), lit=True, heads=1, dim=24)
+    order = torch.arange(4)
+    with pytest.raises(ValueError, match="token order alone: give no curves"):
+        kernels.mix(torch.zeros(1, 4, 64), None, order[None], None, order[None], heads=1, dim=16)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +180,8 @@ def test_refuses_other_head_widths():
 def test_operator_contract(mask, order):
     projected, decay, curves, _ = make_inputs(mask, order, 9, batch=1, heads=1)
     leaves = [t if t is None else t.requires_grad_() for t in (projected, decay)]
-    options = (1, 16, 2 if order == "S" else 1, 1, mask == "Lit", 1e-6, True)
-    torch.library.opcheck(ops.mix_operator, (*leaves, curves, *options))
+    options = (1, 16, 2 if order == "S" else 1, 1, mask == "Lit", "silu", True, 1e-6)
+    torch.library.opcheck(ops.mix_operator, (*leaves, curves, None, None, *options))
 
 
 @pytest.mark.parametrize("format", ["Attention", "Chunk"])
@@ -153,13 +189,14 @@ def test_operator_contract(mask, order):
 def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
     torch.manual_seed(0)
     layer = LionAttention(32, 2, mask_type=mask, order=order, format=format).to(DEVICE)
+    valid = torch.arange(21, device=DEVICE).repeat(2, 1) < 19
     x, curves = torch.randn(2, 21, 32, device=DEVICE), curves_for(order, 21)
     curves = curves if curves is None else curves.to(DEVICE)
     results = []
     for enabled in (False, True):
         monkeypatch.setattr(kernels, "available", lambda *_, enabled=enabled: enabled)
         layer.zero_grad()
-        y = layer(x, curves)
+        y = layer(x, curves, valid=valid)
         y.square().sum().backward()
         results.append([y, *(p.grad.clone() for p in layer.parameters())])
     for plain, fast in zip(*results, strict=True):
