@@ -1,10 +1,10 @@
 """Pairs of tokens inside a block, and the states that other blocks hand in.
 
 A program has some rows of a block, queries or keys, and goes through the tiles of their partners.
-A short sequence is one block, the quadratic form. Beside the rows themselves the mask is a product
-of what decays before and after the edge of the rows: `M_ij = 2^(x_i - x_e) 2^(x_e - x_j)` for
-earlier keys, `2^(y_e - y_i) 2^(y_j - y_e)` for later ones, with every exponent at most 0. `TWO`
-averages two curves in one pass, over one block in the order of tokens, with the mask as it stands.
+A short sequence is one block, the quadratic form. Off the rows themselves the mask is a product of
+what decays on either side of an edge of the rows: `M_ij = 2^(x_i - x_e) 2^(x_e - x_j)` for earlier
+keys, `2^(y_e - y_i) 2^(y_j - y_e)` for later ones, with every exponent at most 0. `TWO` averages
+two curves in one pass, over one block in the order of tokens, with the mask as it stands.
 
 With `CARRIED`, states come in from the earlier and the later blocks of the curve; LION-Lit has
 nothing but one state, of all tokens.
@@ -16,6 +16,7 @@ import triton.language as tl
 from kernels.common import (
     counted,
     decay_mask,
+    feature_map,
     feature_map_grad,
     key_sums,
     load_features,
@@ -32,6 +33,15 @@ def _add_flux(below, above, flux, i, j):
     """Adds row sums of `flux` over the pairs on either side of the diagonal: i > j and i < j."""
     below += tl.sum(tl.where(i > j, flux, 0.0), 1)
     return below, above + tl.sum(tl.where(i < j, flux, 0.0), 1)
+
+
+@triton.jit
+def _load_pair(A, B, CURVE, steps, end, stride_a, stride_b, D: tl.constexpr, CURVED: tl.constexpr):
+    """Rows of two matrices at the steps of a curve. Tiles are loaded one turn ahead of their use:
+    the loop waits for no memory."""
+    tokens = visited(CURVE, steps, steps < end, CURVED)
+    a = load_rows(A, tokens, steps < end, stride_a, D)
+    return a, load_rows(B, tokens, steps < end, stride_b, D)
 
 
 @triton.jit
@@ -57,7 +67,7 @@ def forward_kernel(
     R += bh * n
     first = tl.program_id(0) * ROWS
     place = first // block
-    end = tl.minimum(place * block + block, n)
+    low, high = place * block, tl.minimum(place * block + block, n)
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
@@ -76,55 +86,39 @@ def forward_kernel(
             fade = tl.exp2(x_i)
             out *= fade[:, None]
             r *= fade
-            fade = tl.exp2(tl.load(Y + place * block + block - 1) - y_i)
+            fade = tl.exp2(tl.load(Y + low + block - 1) - y_i)
             later = load_square(STATES + (state + 1) * D * D, D)
             out += tl.dot(q_t, later, input_precision=PRECISION) * fade[:, None]
             r += tl.sum(q * tl.load(VECTORS + (state + 1) * D + dims), 1) * fade
-    if not LIT and not TWO:
-        for side in tl.static_range(2):
-            if side == 0:
-                edge, low, high = tl.load(X + first), place * block, first
-                fade = tl.exp2(x_i - edge)
-            else:
-                edge, low, high = tl.load(Y + first + ROWS - 1), first + ROWS, end
-                fade = tl.exp2(edge - y_i)
-            far = tl.zeros((ROWS, D), tl.float32)
-            far_r = tl.zeros((ROWS,), tl.float32)
-            for start in range(low, high, TILE):
-                keys = start + tl.arange(0, TILE)
-                tokens = visited(CURVE, keys, keys < n, CURVED)
-                there = counted(VALID, tokens, keys < n, PADDED)
-                k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
-                v = load_rows(V, tokens, there, stride_n, D)
-                if side == 0:
-                    fade_j = tl.where(there, tl.exp2(edge - tl.load(X + keys)), 0.0)
-                else:
-                    fade_j = tl.where(there, tl.exp2(tl.load(Y + keys) - edge), 0.0)
-                w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION) * fade_j[None, :]
-                far_r += tl.sum(w, 1)
-                far += tl.dot(w.to(dtype), v, input_precision=PRECISION)
-            out += far * fade[:, None]
-            r += far_r * fade
     if not LIT:
         if TWO:  # 2^-1 M of each curve
             x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
             x_i, y_i = x_i - 1.0, y_i + 1.0
-            low, high = 0, n
-        else:
-            low, high = first, tl.minimum(first + ROWS, n)
+        x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
+        from_earlier, from_later = tl.exp2(x_i - x_e), tl.exp2(y_e - y_i)
+        inside = tl.arange(0, TILE)
+        k_next, v_next = _load_pair(K, V, CURVE, low + inside, high, stride_n, stride_n, D, CURVED)
         for start in range(low, high, TILE):
-            keys = start + tl.arange(0, TILE)
-            tokens = visited(CURVE, keys, keys < n, CURVED)
-            there = counted(VALID, tokens, keys < n, PADDED)
-            k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
-            v = load_rows(V, tokens, there, stride_n, D)
-            x_j, y_j = key_sums(X, Y, keys, there)
+            keys = start + inside
+            k_in, v = k_next, v_next
+            k_next, v_next = _load_pair(
+                K, V, CURVE, keys + TILE, high, stride_n, stride_n, D, CURVED
+            )
+            k = feature_map(k_in.to(tl.float32), FEATURES, FAST).to(dtype)
             w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
-            mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+            x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
             if TWO:
-                x_j, y_j = key_sums(X + sums_c, Y + sums_c, keys, there)
-                mask += decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
-            w *= mask
+                mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+                x_j, y_j = key_sums(
+                    X + sums_c, Y + sums_c, CURVE, VALID, keys, high, CURVED, PADDED
+                )
+                w *= mask + decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
+            elif start + TILE <= first:
+                w *= from_earlier[:, None] * tl.exp2(x_e - x_j)[None, :]
+            elif start >= first + ROWS:
+                w *= from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
+            else:
+                w *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
             r += tl.sum(w, 1)
             out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
     out *= weight
@@ -146,13 +140,14 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DR, DQKV, FLUX,
     n, block, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
     FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr, TWO: tl.constexpr,
     CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
+    """Of the queries, and for `key_grad_kernel` of the row sums."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
@@ -166,7 +161,7 @@ def query_grad_kernel(
     Y += b * sums_b + h * blocks * block
     first = tl.program_id(0) * ROWS
     place = first // block
-    end = tl.minimum(place * block + block, n)
+    low, high = place * block, tl.minimum(place * block + block, n)
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
@@ -176,6 +171,7 @@ def query_grad_kernel(
         DOUT + (b * n * heads + h) * D, OUT + (b * n * heads + h) * D, R + bh * n,
         rows, valid, heads * D, weight, D, NORMALISE,
     )  # fmt: skip
+    tl.store(DR + bh * n + rows, grad_r, mask=valid)
     grad = grad.to(dtype)
     dq = tl.zeros((ROWS, D), tl.float32)
     below = tl.zeros((ROWS,), tl.float32)
@@ -194,38 +190,9 @@ def query_grad_kernel(
             later = load_square(STATES + (state + 1) * D * D, D)
             part = tl.dot(grad, tl.trans(later), input_precision=PRECISION)
             part += grad_r[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
-            part *= tl.exp2(tl.load(Y + place * block + block - 1) - y_i)[:, None]
+            part *= tl.exp2(tl.load(Y + low + block - 1) - y_i)[:, None]
             above += tl.sum(q * part, 1)
             dq += part
-    if not LIT and not TWO:
-        for side in tl.static_range(2):
-            if side == 0:
-                edge, low, high = tl.load(X + first), place * block, first
-                fade = tl.exp2(x_i - edge)
-            else:
-                edge, low, high = tl.load(Y + first + ROWS - 1), first + ROWS, end
-                fade = tl.exp2(edge - y_i)
-            far = tl.zeros((ROWS, D), tl.float32)
-            flux = tl.zeros((ROWS,), tl.float32)
-            for start in range(low, high, TILE):
-                keys = start + tl.arange(0, TILE)
-                tokens = visited(CURVE, keys, keys < n, CURVED)
-                there = counted(VALID, tokens, keys < n, PADDED)
-                k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
-                v = load_rows(V, tokens, there, stride_n, D)
-                if side == 0:
-                    fade_j = tl.where(there, tl.exp2(edge - tl.load(X + keys)), 0.0)
-                else:
-                    fade_j = tl.where(there, tl.exp2(tl.load(Y + keys) - edge), 0.0)
-                dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-                dw = (dw + grad_r[:, None]) * fade_j[None, :]
-                flux += tl.sum(tl.dot(q_t, tl.trans(k), input_precision=PRECISION) * dw, 1)
-                far += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
-            dq += far * fade[:, None]
-            if side == 0:
-                below += flux * fade
-            else:
-                above += flux * fade
     if not LIT:
         if TWO:
             x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
@@ -234,30 +201,40 @@ def query_grad_kernel(
             above_2 = tl.zeros((ROWS,), tl.float32)
             i = tl.load(STEPS + steps, mask=valid, other=0)
             i_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
-            low, high = 0, n
-        else:
-            low, high = first, tl.minimum(first + ROWS, n)
+        x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
+        from_earlier, from_later = tl.exp2(x_i - x_e), tl.exp2(y_e - y_i)
+        inside = tl.arange(0, TILE)
+        k_next, v_next = _load_pair(K, V, CURVE, low + inside, high, stride_n, stride_n, D, CURVED)
         for start in range(low, high, TILE):
-            keys = start + tl.arange(0, TILE)
-            tokens = visited(CURVE, keys, keys < n, CURVED)
-            there = counted(VALID, tokens, keys < n, PADDED)
-            k = load_features(K, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
-            v = load_rows(V, tokens, there, stride_n, D)
-            x_j, y_j = key_sums(X, Y, keys, there)
-            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
+            keys = start + inside
+            k_in, v = k_next, v_next
+            k_next, v_next = _load_pair(
+                K, V, CURVE, keys + TILE, high, stride_n, stride_n, D, CURVED
+            )
+            k = feature_map(k_in.to(tl.float32), FEATURES, FAST).to(dtype)
             s = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
-            mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
+            x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
             if TWO:
+                mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
                 s *= dw
-                j = tl.load(STEPS + keys, mask=there, other=0)
+                j = tl.load(STEPS + keys, mask=keys < n, other=0)
                 below, above = _add_flux(below, above, s * mask, i[:, None], j[None, :])
-                x_j, y_j = key_sums(X + sums_c, Y + sums_c, keys, there)
+                x_j, y_j = key_sums(
+                    X + sums_c, Y + sums_c, CURVE, VALID, keys, high, CURVED, PADDED
+                )
                 mask_2 = decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
-                j = tl.load(STEPS + n + keys, mask=there, other=0)
+                j = tl.load(STEPS + n + keys, mask=keys < n, other=0)
                 below_2, above_2 = _add_flux(below_2, above_2, s * mask_2, i_2[:, None], j[None, :])
                 dw *= mask + mask_2
+            elif start + TILE <= first:
+                dw *= from_earlier[:, None] * tl.exp2(x_e - x_j)[None, :]
+                below += tl.sum(s * dw, 1)
+            elif start >= first + ROWS:
+                dw *= from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
+                above += tl.sum(s * dw, 1)
             else:
-                dw *= mask
+                dw *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
                 below, above = _add_flux(below, above, s * dw, steps[:, None], keys[None, :])
             dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
         FLUX += bh * blocks * block + steps
@@ -275,7 +252,7 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DR, DQKV, FLUX,
     n, block, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, LIT: tl.constexpr,
     FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr, TWO: tl.constexpr,
@@ -292,15 +269,15 @@ def key_grad_kernel(
     DK = DQKV + b * n * stride_n + (heads + h) * D
     DV = DK + heads * D
     DOUT += (b * n * heads + h) * D
-    OUT += (b * n * heads + h) * D
     R += bh * n
+    DR += bh * n
     blocks = tl.cdiv(n, block)
     VALID += b * n
     X += b * sums_b + h * blocks * block
     Y += b * sums_b + h * blocks * block
     first = tl.program_id(0) * ROWS
     place = first // block
-    end = tl.minimum(place * block + block, n)
+    low, high = place * block, tl.minimum(place * block + block, n)
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
@@ -322,7 +299,7 @@ def key_grad_kernel(
         dk += tl.load(VECTORS + state * D + dims)
         dv += tl.dot(k_t, late, input_precision=PRECISION)
         if not LIT:
-            fade = tl.exp2(tl.load(Y + place * block + block - 1) - x_j)[:, None]
+            fade = tl.exp2(tl.load(Y + low + block - 1) - x_j)[:, None]
             dk *= fade
             dv *= fade
             below += tl.sum(k * dk, 1)
@@ -333,65 +310,42 @@ def key_grad_kernel(
             above += tl.sum(k * part, 1)
             dk += part
             dv += tl.dot(k_t, early, input_precision=PRECISION) * fade
-    if not LIT and not TWO:
-        for side in tl.static_range(2):
-            if side == 0:  # later queries
-                edge, low, high = tl.load(Y + first + ROWS - 1), first + ROWS, end
-                fade = tl.exp2(edge - x_j)
-            else:
-                edge, low, high = tl.load(X + first), place * block, first
-                fade = tl.exp2(y_j - edge)
-            far_k = tl.zeros((ROWS, D), tl.float32)
-            far_v = tl.zeros((ROWS, D), tl.float32)
-            flux = tl.zeros((ROWS,), tl.float32)
-            for start in range(low, high, TILE):
-                queries = start + tl.arange(0, TILE)
-                there = queries < n
-                tokens = visited(CURVE, queries, there, CURVED)
-                q = (load_features(Q, tokens, there, stride_n, D, FEATURES, FAST) * scale).to(dtype)
-                grad, grad_r = output_grad(
-                    DOUT, OUT, R, tokens, there, heads * D, weight, D, NORMALISE
-                )
-                grad = grad.to(dtype)
-                if side == 0:
-                    fade_i = tl.exp2(tl.load(X + queries) - edge)
-                else:
-                    fade_i = tl.exp2(edge - tl.load(Y + queries))
-                s = tl.dot(k_t, tl.trans(q), input_precision=PRECISION) * fade_i[None, :]
-                dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + grad_r[None, :]
-                flux += tl.sum(s * dw, 1)
-                far_v += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
-                dw *= fade_i[None, :]
-                far_k += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
-            dk += far_k * fade[:, None]
-            dv += far_v * fade[:, None]
-            if side == 0:
-                below += flux * fade
-            else:
-                above += flux * fade
     if not LIT:
+        # The scale of the queries is a factor of the mask.
+        shift = tl.log2(scale)
         if TWO:
-            x_2, y_2 = tl.load(X + sums_c + steps) + 1.0, tl.load(Y + sums_c + steps) - 1.0
-            x_j, y_j = x_j + 1.0, y_j - 1.0
+            shift -= 1.0
+            x_2, y_2 = tl.load(X + sums_c + steps) - shift, tl.load(Y + sums_c + steps) + shift
             below_2 = tl.zeros((ROWS,), tl.float32)
             above_2 = tl.zeros((ROWS,), tl.float32)
             j = tl.load(STEPS + steps, mask=valid, other=0)
             j_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
-            low, high = 0, n
-        else:
-            low, high = first, tl.minimum(first + ROWS, n)
+        x_j, y_j = x_j - shift, y_j + shift
+        x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
+        to_earlier, to_later = tl.exp2(y_j - x_e), tl.exp2(y_e - x_j)
+        inside = tl.arange(0, TILE)
+        q_next, grad_next = _load_pair(
+            Q, DOUT, CURVE, low + inside, high, stride_n, heads * D, D, CURVED
+        )
         for start in range(low, high, TILE):
-            queries = start + tl.arange(0, TILE)
-            there = queries < n
+            queries = start + inside
+            there = queries < high
+            q_in, grad_in = q_next, grad_next
+            q_next, grad_next = _load_pair(
+                Q, DOUT, CURVE, queries + TILE, high, stride_n, heads * D, D, CURVED
+            )
             tokens = visited(CURVE, queries, there, CURVED)
-            q = (load_features(Q, tokens, there, stride_n, D, FEATURES, FAST) * scale).to(dtype)
-            grad, grad_r = output_grad(DOUT, OUT, R, tokens, there, heads * D, weight, D, NORMALISE)
-            grad = grad.to(dtype)
+            grad_r = tl.load(DR + tokens, mask=there, other=0.0)
+            grad_scale = tl.zeros((TILE,), tl.float32) + weight
+            if NORMALISE:
+                grad_scale /= tl.load(R + tokens, mask=there, other=1.0)
+            q = feature_map(q_in.to(tl.float32), FEATURES, FAST).to(dtype)
+            grad = (grad_in.to(tl.float32) * grad_scale[:, None]).to(dtype)
             x_i, y_i = tl.load(X + queries), tl.load(Y + queries)
             s = tl.dot(k_t, tl.trans(q), input_precision=PRECISION)
             dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + grad_r[None, :]
-            mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
             if TWO:
+                mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
                 flux = s * dw
                 i = tl.load(STEPS + queries, mask=there, other=0)
                 below, above = _add_flux(below, above, flux * mask, i[None, :], j[:, None])
@@ -402,8 +356,18 @@ def key_grad_kernel(
                     below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
                 )
                 mask += mask_2
-            s *= mask
-            if not TWO:
+                s *= mask
+            elif start + TILE <= first:
+                mask = to_earlier[:, None] * tl.exp2(x_e - y_i)[None, :]
+                s *= mask
+                above += tl.sum(s * dw, 1)
+            elif start >= first + ROWS:
+                mask = to_later[:, None] * tl.exp2(x_i - y_e)[None, :]
+                s *= mask
+                below += tl.sum(s * dw, 1)
+            else:
+                mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+                s *= mask
                 below, above = _add_flux(below, above, s * dw, queries[None, :], steps[:, None])
             dw *= mask
             dv += tl.dot(s.to(dtype), grad, input_precision=PRECISION)

@@ -101,9 +101,12 @@ def output_grad(
 
 
 @triton.jit
-def key_sums(X, Y, steps, valid):
-    """Sums of keys; what lies beyond the last one gets the weight 0 from every query."""
-    return tl.load(X + steps, mask=valid, other=1e30), tl.load(Y + steps, mask=valid, other=0.0)
+def key_sums(X, Y, CURVE, VALID, steps, end, CURVED: tl.constexpr, PADDED: tl.constexpr):
+    """Sums of keys; padding and what lies beyond the end get the weight 0 from every query."""
+    there = steps < end
+    if PADDED:
+        there = counted(VALID, visited(CURVE, steps, there, CURVED), there, PADDED)
+    return tl.load(X + steps, mask=there, other=1e30), tl.load(Y + steps, mask=there, other=-1e30)
 
 
 @triton.jit

@@ -252,13 +252,15 @@ def mix_backward(
     used = 3 * heads * dim + (scans * heads if task.gated else 0)
     dprojected[..., used:] = 0
     flux = task.empty(scans, 4, 0 if task.unmasked else b, heads, task.length)
+    grad_sums = task.empty(b, heads, task.n)
     crossing = flux.new_zeros(scans, b, heads, task.blocks)
     sides = {"flux_side": flux.stride(1), "flux_c": flux.stride(0)}
     for c, tensors, options in task.launches(sums):
         states = task.states(tensors, options, out, row_sums, grad)
         for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
             kernel[(triton.cdiv(task.n, tiles["ROWS"]), b * heads)](
-                *tensors, steps, *states, out, row_sums, grad, dprojected, flux[c],
+                *tensors, steps, *states, out, row_sums, grad, grad_sums, dprojected,
+                flux[c],
                 **sides, **options, **task.of_pairs(c, sums), **tiles,
             )  # fmt: skip
         if plan.carried and not task.unmasked:

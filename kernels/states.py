@@ -164,10 +164,10 @@ def carry_kernel(
         if not LIT:
             fade = tl.exp2(tl.load(Y + place * block + block - 1))
         if part == parts - 1:
-            added = tl.load(VECTORS + entry * D + dims)
+            vector_added = tl.load(VECTORS + entry * D + dims)
             if not LIT:
                 tl.store(VECTORS + entry * D + dims, vector)
-            vector = vector * fade + added
+            vector = vector * fade + vector_added
         else:
             added = tl.load(STATES + entry * D * D + elements).to(tl.float32)
             if not LIT:

@@ -1,47 +1,71 @@
-"""Compiles every kernel for Hopper; needs Triton, but no GPU."""
+"""Compiles for Hopper what the operators of `kernels/` launch; needs Triton, but no GPU."""
 
 import sys
-from itertools import product
 from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kernels.blocks import backward_kernel, forward_kernel
-from kernels.ops import chunk_size, precision
+import kernels
+from kernels.scan import selective_scan
+from kernels.semiseparable import semiseparable_product
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block can have
-IN_QKV_DTYPE = ("QKV", "STATES", "OUT", "DOUT", "DQKV")
-FLOATS = ("X", "Y", "VECTORS", "R", "FLUX")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
 
 
-def compile_kernel(kernel, dtype, dim, lit):
-    qkv = torch.empty(1, 1, 3, 1, dim, dtype=DTYPES[dtype], device="meta")
-    constants = {
-        "D": dim, "BLOCK": chunk_size(qkv), "LIT": lit,
-        "DECAY": not lit, "CURVED": not lit, "ADD": not lit, "WEIGHT": 1.0, "NORMALISE": True,
-        "PRECISION": precision(qkv),
-    }  # fmt: skip
-    types = {"CURVE": "*i64", "eps": "fp32", "scale": "fp32"}
-    types |= {name: f"*{dtype}" for name in IN_QKV_DTYPE} | {name: "*fp32" for name in FLOATS}
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [i for i, t in enumerate(signature.values()) if t.startswith("*")]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 8, "num_stages": 1},
-    )
+def type_of(value: object) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+    """Takes the place of a launch."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    signature = {k: "constexpr" if k in constants else type_of(values[k]) for k in names}
+    sixteen = [i for i, k in enumerate(names) if k not in constants and (
+        isinstance(values[k], Tensor) or isinstance(values[k], int) and values[k] % 16 == 0
+    )]  # fmt: skip
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]]
+                                                      for i in sixteen})  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared = compiled.metadata.shared
-    print(kernel.__name__, dtype, dim, "Lit" if lit else "decay", shared)
+    print(kernel.__module__, kernel.__name__, constants, options, f"{shared} bytes", flush=True)
     assert shared <= SHARED_MEMORY, f"{shared} bytes of shared memory"
 
 
+def launch_mixer(dtype: torch.dtype, dim: int, n: int, mask: str) -> None:
+    projected = torch.zeros(1, n, 3 * dim + kernels.padded_gates(2), dtype=dtype)
+    curves = None if mask == "Lit" else torch.arange(n).repeat(2, 1)
+    y = kernels.mix(
+        projected.requires_grad_(), torch.zeros(2, 1) if mask == "Decay" else None, curves,
+        heads=1, dim=dim, scans=1 if mask == "Lit" else 2, lit=mask == "Lit",
+    )  # fmt: skip
+    y.sum().backward()
+
+
+def launch_baselines(dtype: torch.dtype, dim: int) -> None:
+    x = torch.zeros(1, 100, 1, dim, dtype=dtype, requires_grad=True)
+    states = torch.zeros(1, 100, dim, dtype=dtype)
+    semiseparable_product(x, torch.zeros(1, 100, 1), states, states).sum().backward()
+    x, states = x[:, :, 0], states[..., :16]
+    selective_scan(x, x.float(), torch.zeros(dim, 16), states, states).sum().backward()
+
+
 if __name__ == "__main__":
-    for kernel, lit in product((forward_kernel, backward_kernel), (False, True)):
-        for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
-            compile_kernel(kernel, dtype, dim, lit)
+    JITFunction.run = compile_launch
+    for n, mask in ((100, "Selective"), (700, "Lit"), (700, "Decay")):
+        launch_mixer(torch.bfloat16, 64, n, mask)
+    launch_mixer(torch.float32, 128, 700, "Selective")
+    launch_baselines(torch.bfloat16, 64)
+    launch_baselines(torch.float32, 128)
