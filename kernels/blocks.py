@@ -378,13 +378,14 @@ def key_grad_kernel(
         if TWO:
             tl.store(FLUX + flux_c + 2 * flux_side, tl.where(counts, below_2, 0.0))
             tl.store(FLUX + flux_c + 3 * flux_side, tl.where(counts, above_2, 0.0))
-    k_in = load_rows(K, rows, valid, stride_n, D).to(tl.float32)
-    dk = feature_map_grad(k_in, dk * unit, FEATURES, FAST)
     dv *= unit
     if PADDED:
         dk, dv = tl.where(counts[:, None], dk, 0.0), tl.where(counts[:, None], dv, 0.0)
     if ADD:
-        dk += load_rows(DK, rows, valid, stride_n, D).to(tl.float32)
         dv += load_rows(DV, rows, valid, stride_n, D).to(tl.float32)
-    store_rows(DK, rows, valid, stride_n, dk, D)
     store_rows(DV, rows, valid, stride_n, dv, D)
+    k_in = load_rows(K, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
+    dk = feature_map_grad(k_in, dk * unit, FEATURES, FAST)
+    if ADD:
+        dk += load_rows(DK, rows, valid, stride_n, D).to(tl.float32)
+    store_rows(DK, rows, valid, stride_n, dk, D)

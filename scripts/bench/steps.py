@@ -24,6 +24,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+DIM = 64  # of every head
 
 
 @dataclass
@@ -47,19 +48,12 @@ def with_backend(name: str) -> Iterator[None]:
         yield
 
 
-def dtype_of(case: Case) -> torch.dtype:
-    return torch.float32 if case.precision == "float32" else torch.bfloat16
-
-
 # --------------------------------------------------------------------------------- the mixer alone
 
 
 def prepare_mixer(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
-    """From qkv as the Linear layer packs it to what `proj` takes; backward, to qkv packed again."""
-    shape = (case.batch, case.tokens, 3, HEADS[case.scale], 64)
-    qkv = torch.randn(shape, device=case.device, dtype=dtype_of(case))
-    mix, gates = (softmax_mixer, []) if case.variant == SOFTMAX else lion_mixer(case)
-    leaves = [qkv, *gates]
+    """From what the Linear layer writes to what `proj` takes; backward, to the Linear layer."""
+    mix, leaves = (softmax_mixer if case.variant == SOFTMAX else lion_mixer)(case)
 
     def forward() -> Tensor:
         with torch.inference_mode():
@@ -67,62 +61,73 @@ def prepare_mixer(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
 
     if case.step == FORWARD:
         return forward, leaves
-    grad = torch.randn_like(qkv[:, :, 0]).flatten(2)
+    width = HEADS[case.scale] * DIM
+    grad = torch.randn_like(leaves[0][..., :width])
     for leaf in leaves:
         leaf.requires_grad_()
     return lambda: torch.autograd.grad(mix(*leaves), leaves, grad), [*leaves, grad]
 
 
-def softmax_mixer(qkv: Tensor) -> Tensor:
-    """Strided views of qkv, as timm's attention takes them."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*qkv.shape[:2], -1)
+def softmax_mixer(case: Case) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    heads = HEADS[case.scale]
+
+    def mix(projected: Tensor) -> Tensor:
+        """Strided views of qkv, as timm's attention takes them."""
+        q, k, v = projected.unflatten(2, (3, heads, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return mix, [random(case, 3 * heads * DIM)]
 
 
 def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """`mix(qkv, *gates)`, and the log decays that are its gates: one per head, or token and head.
+    """`mix(projected)`, or `mix(projected, decay)` of LION-D; see `kernels.mix`.
 
     The snake curves are those of the grid of N - 1 patches that is nearest to a square.
     """
     mask, _, order = case.variant.partition("-")
-    lit = mask == "Lit"
-    patches = case.tokens - 1
+    patches, heads = case.tokens - 1, HEADS[case.scale]
     height = max(h for h in range(1, isqrt(patches) + 1) if patches % h == 0) if patches else 0
     grid = (height, patches // max(height, 1))
     curves = scan_curves(order or "Normal", grid, num_prefix=1, device=case.device)
-    shape = (1 if curves is None else 2, case.batch, HEADS[case.scale], case.tokens)
+    scans = 1 if curves is None else 2
+    gates = kernels.padded_gates(scans * heads) if mask == "Selective" else 0
+    leaves = [random(case, 3 * heads * DIM + gates)]
     if mask == "Decay":
-        shape = (shape[0], 1, shape[2], 1)
-    gates = [] if lit else [F.logsigmoid(torch.randn(shape, device=case.device))]
+        leaves.append(torch.randn(scans, heads, device=case.device))
     if case.format == "kernels":
-        mix = partial(kernels.mix, lit=lit)
+        features = "elu" if mask == "Lit" else "silu"
+        options = {"scans": scans, "prefix": 1, "lit": mask == "Lit", "features": features}
+        mix = partial(kernels.mix, heads=heads, dim=DIM, **options)
     else:
-        mix = partial(plain_mixer, mask=mask, format=case.format, chunk_size=case.chunk_size)
-
-    def run(qkv: Tensor, log_decay: Tensor | None = None) -> Tensor:
-        if log_decay is not None:
-            log_decay = log_decay.expand(*log_decay.shape[:3], case.tokens)
-        return mix(qkv, log_decay, curves)
-
-    return run, gates
+        mix = partial(plain_mixer, case, scans)
+    return lambda projected, decay=None: mix(projected, decay, curves), leaves
 
 
 def plain_mixer(
-    qkv: Tensor,
-    log_decay: Tensor | None,
-    curves: Tensor | None,
-    *,
-    mask: str,
-    format: str,
-    chunk_size: int,
+    case: Case, scans: int, projected: Tensor, decay: Tensor | None, curves: Tensor | None
 ) -> Tensor:
     """What `kernels.mix` computes, in plain PyTorch."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mask, heads = case.variant.partition("-")[0], HEADS[case.scale]
+    qkv, gates = projected.tensor_split((3 * heads * DIM,), 2)
+    q, k, v = qkv.unflatten(2, (3, heads, DIM)).permute(2, 0, 3, 1, 4)
     q, k = (models_lion.FEATURE_MAPS[mask](t.float()) for t in (q, k))
-    q, k = ((q * 64**-0.5).to(v.dtype), k.to(v.dtype))
-    mix = models_lion.FORMATS[format]
-    numerator, denominator = mix(q, k, v, log_decay, curves, chunk_size=chunk_size)
-    return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(qkv.dtype)
+    q, k = ((q * DIM**-0.5).to(v.dtype), k.to(v.dtype))
+    log_decay = None
+    if mask == "Decay":
+        log_decay = F.logsigmoid(decay)[:, None, :, None].expand(-1, 1, -1, case.tokens)
+    elif mask == "Selective":
+        logits = (
+            gates[:, 1:, : scans * heads].float().unflatten(2, (scans, heads)).permute(2, 0, 3, 1)
+        )
+        log_decay = F.pad(F.logsigmoid(-logits), (1, 0))
+    mix = models_lion.FORMATS[case.format]
+    numerator, denominator = mix(q, k, v, log_decay, curves, chunk_size=case.chunk_size)
+    return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(projected.dtype)
+
+
+def random(case: Case, width: int) -> Tensor:
+    dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
+    return torch.randn(case.batch, case.tokens, width, device=case.device, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------ whole models
