@@ -1,8 +1,4 @@
-"""What the kernels share: rows of tokens, feature maps, masks, and the gradients of both.
-
-Masks are kept as two running sums of the log2 decays along a curve, `x` (exclusive) and `y`
-(inclusive), local to a block of tokens: `M_ij = 2^min(x_i - x_j, y_j - y_i)` inside the block.
-"""
+"""What the kernels share: rows of tokens, feature maps, gates, and the gradients of all three."""
 
 import triton
 import triton.language as tl
@@ -52,14 +48,6 @@ def load_rows(pointer, rows, valid, stride, D: tl.constexpr):
 
 
 @triton.jit
-def load_features(
-    pointer, rows, valid, stride, D: tl.constexpr, FEATURES: tl.constexpr, FAST: tl.constexpr
-):
-    """phi of rows `[R, D]` in float32."""
-    return feature_map(load_rows(pointer, rows, valid, stride, D).to(tl.float32), FEATURES, FAST)
-
-
-@triton.jit
 def store_rows(pointer, rows, valid, stride, value, D: tl.constexpr):
     columns = tl.arange(0, D)
     address = pointer + rows[:, None] * stride + columns
@@ -89,10 +77,10 @@ def counted(VALID, tokens, there, PADDED: tl.constexpr):
 
 @triton.jit
 def output_grad(
-    DOUT, OUT, R, rows, valid, stride, weight, D: tl.constexpr, NORMALISE: tl.constexpr
+    grad, OUT, R, rows, valid, stride, weight, D: tl.constexpr, NORMALISE: tl.constexpr
 ):
     """Gradients `[R, D]` of the numerators and `[R]` of the denominators, both float32."""
-    grad = load_rows(DOUT, rows, valid, stride, D).to(tl.float32)
+    grad = grad.to(tl.float32)
     if NORMALISE:
         out = load_rows(OUT, rows, valid, stride, D).to(tl.float32)
         scale = weight / tl.load(R + rows, mask=valid, other=1.0)
@@ -101,15 +89,23 @@ def output_grad(
 
 
 @triton.jit
-def key_sums(X, Y, CURVE, VALID, steps, end, CURVED: tl.constexpr, PADDED: tl.constexpr):
-    """Sums of keys; padding and what lies beyond the end get the weight 0 from every query."""
-    there = steps < end
-    if PADDED:
-        there = counted(VALID, visited(CURVE, steps, there, CURVED), there, PADDED)
-    return tl.load(X + steps, mask=there, other=1e30), tl.load(Y + steps, mask=there, other=-1e30)
+def gate_logits(DECAY, tokens, valid, stride, DECAYS: tl.constexpr):
+    """Logits z of decays `1 - sigmoid(z)`: one for each of the "tokens", or one for the "head"."""
+    if DECAYS == "tokens":
+        return tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
+    return tl.zeros_like(tokens).to(tl.float32) - tl.load(DECAY)
 
 
 @triton.jit
-def decay_mask(x_i, y_i, x_j, y_j):
-    """`M_ij` of sums that are broadcast against each other."""
-    return tl.exp2(tl.minimum(x_i - x_j, y_j - y_i))
+def _log1p(u):
+    """`log(1 + u)` of u in [0, 1], small ones by their series: 1 + u would round them."""
+    series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u / 5))))
+    return tl.where(u < 0.05, series, tl.log(1 + u))
+
+
+@triton.jit
+def log2_decay(z):
+    """Of `1 - sigmoid(z)`. A decay of 2^-32 is none, and larger sums of logarithms would round
+    those of the open gates beside it."""
+    softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+    return tl.maximum(softplus * -1.4426950408889634, -32.0)

@@ -2,63 +2,30 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
-from kernels.states import (
-    carry_kernel,
-    crossing_kernel,
-    gates_kernel,
-    local_states_kernel,
-    sums_kernel,
-)
+from kernels.blocks import backward_kernel, forward_kernel
+from kernels.states import states_kernel, sums_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a sequence is cut: tokens per block; rows, tiles and warps of each kernel."""
-
-    block: int
-    carried: bool
-    states: dict[str, int]
-    forward: dict[str, int]
-    queries: dict[str, int]
-    keys: dict[str, int]
-
-
-def make_plan(n: int, dim: int, itemsize: int, unmasked: bool) -> Plan:
-    """Short sequences are one block; without a mask there are no pairs, but one state.
-
-    Blocks are short in float32: sums of decays near closed gates are large and round the others.
-    """
-    size = 64 if dim * itemsize <= 256 else 32 if dim * itemsize <= 512 else 16
-    carried = unmasked or n > (256 if itemsize == 2 else 64)
-    if not carried:
-        block = triton.cdiv(n, size) * size
-    elif unmasked:
-        block = 256
-    else:
-        block = 128 if itemsize == 2 else 64
-    warps = 4 if dim < 128 else 8
-    tiles = {"ROWS": size, "TILE": size, "num_warps": warps, "num_stages": 1}
-    return Plan(block, carried, {"ROWS": size, "num_warps": warps}, tiles, tiles, tiles)
+def block_size(dim: int, itemsize: int) -> int:
+    """Tokens of a block: as many as a program has room for, by their bytes."""
+    row = dim * itemsize
+    return 64 if row <= 256 else 32 if row <= 512 else 16
 
 
 @dataclass(frozen=True)
 class Task:
     """A call of the operator: what the launches of its kernels share.
 
-    - `projected`: `[B, N, W]`, W at least 3 * H * D: queries, keys and values, then, if `gated`,
-      the logits of C gates per head.
-    - `decay`: `[C, H]`, LION-D's logits, or None.
-    - `curves`: int64 `[C, N]`, or None.
-    - `valid`: bool `[B, N]`, or None. `documents`: integers `[B, N]`, or None.
+    Tensors and options are those of `kernels.mix`; `projected` is contiguous.
     """
 
     projected: Tensor
@@ -74,114 +41,110 @@ class Task:
     features: str
     normalise: bool
 
-    def __post_init__(self) -> None:
-        b, n, width = self.projected.shape
-        unmasked = self.lit and self.documents is None
-        plan = make_plan(n, self.dim, self.projected.element_size(), unmasked)
-        blocks = triton.cdiv(n, plan.block)
-        derived = {"b": b, "n": n, "width": width, "plan": plan, "blocks": blocks,
-                   "length": blocks * plan.block, "unmasked": unmasked,
-                   "gated": not self.lit and self.decay is None,
-                   "curved": self.curves is not None and not self.lit,
-                   "by_token": not plan.carried}  # fmt: skip
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+    @cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        return tuple(self.projected.shape)
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.projected.new_empty(shape, dtype=dtype)
+    @cached_property
+    def block(self) -> int:
+        return block_size(self.dim, self.projected.element_size())
 
-    def logits(self) -> tuple[Tensor, dict[str, Any]]:
-        """Where the gates' logits are, and arguments of the kernels that read them."""
-        options = {
-            "n": self.n, "block": self.plan.block, "heads": self.heads, "prefix": self.prefix,
-            "stride_b": self.n * self.width, "stride_n": self.width,
-            "curve_c": self.n if self.curved else 0, "GATED": self.gated, "CURVED": self.curved,
-            "PADDED": self.valid is not None, "BY_TOKEN": self.by_token,
-            "WIDTH": triton.next_power_of_2(self.plan.block),
-            "num_warps": 1 if self.plan.block <= 256 else 4,
-        }  # fmt: skip
-        if self.gated:
-            return self.projected[..., 3 * self.heads * self.dim :], options
-        return self.projected if self.lit else self.decay, {**options, "prefix": 0}
+    @cached_property
+    def blocks(self) -> int:
+        return triton.cdiv(self.sizes[1], self.block)
 
-    def sums(self) -> tuple[Tensor | None, Tensor]:
-        """Sums of log2 decays `[2, C, B or 1, H, blocks * block]`, and steps of tokens `[C, N]`."""
-        steps = self.empty(self.scans, self.n, dtype=torch.int32)
-        if self.unmasked:
-            return None, steps
-        alike = not self.gated and self.valid is None and self.documents is None
-        images = 1 if alike else self.b
-        sums = self.empty(2, self.scans, images, self.heads, self.length)
-        logits, options = self.logits()
-        sums_kernel[(self.blocks, self.scans * images * self.heads)](
-            logits, self.curves if self.curved else sums, *self.keys(), *sums, steps, images=images,
-            DECAYS=not self.lit, PACKED=self.documents is not None, **options,
-        )  # fmt: skip
-        return sums, steps
+    @property
+    def gated(self) -> bool:
+        return not self.lit and self.decay is None
 
-    def keys(self) -> tuple[Tensor, Tensor]:
-        """The key mask and the documents, or what takes their places."""
-        valid = self.projected if self.valid is None else self.valid.contiguous().view(torch.uint8)
-        documents = self.projected if self.documents is None else self.documents.contiguous()
-        return valid, documents
+    @property
+    def unmasked(self) -> bool:
+        return self.lit and self.documents is None
 
-    def launches(self, sums: Tensor | None):
-        """For each launch, the number of its curve, its tensors and its arguments."""
-        launches = self.scans if self.plan.carried and not self.unmasked else 1
-        per_image = 0 if sums is None or sums.shape[2] == 1 else self.heads * self.length
-        options = {
-            "n": self.n, "block": self.plan.block, "heads": self.heads,
-            "stride_b": self.n * self.width, "stride_n": self.width, "sums_b": per_image,
-            "scale": self.dim**-0.5, "weight": 1 / launches, "D": self.dim,
-            "LIT": self.unmasked, "FEATURES": self.features, "PADDED": self.valid is not None,
-            "CURVED": self.curved and self.plan.carried, "NORMALISE": self.normalise,
-            "PRECISION": self.precision(), "FAST": self.fast(),
-        }  # fmt: skip
-        for c in range(launches):
-            x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
-            curve = self.curves[c] if self.curved else x
-            yield c, (self.projected, x, y, curve, self.keys()[0]), options
-
-    def of_pairs(self, c: int, sums: Tensor | None) -> dict[str, Any]:
-        """Further arguments of the kernels in `blocks`."""
-        return {
-            "sums_c": 0 if sums is None else sums.stride(1),
-            "unit": float(self.n) if self.unmasked and not self.normalise else 1.0,
-            "CARRIED": self.plan.carried, "ADD": c > 0,
-            "TWO": not self.plan.carried and self.scans == 2,
-        }  # fmt: skip
-
-    def states(self, tensors, options, out, row_sums, grad=None) -> tuple[Tensor, Tensor]:
-        """States that enter each block (LION-Lit: of all tokens), and those of the row sums."""
-        if not self.plan.carried:
-            return self.projected, row_sums
-        sides, programs = 1 if self.unmasked else 2, 1 if grad is None else 2
-        kinds, grid = sides * programs, (self.blocks, self.b * self.heads)
-        states = self.empty(*grid, kinds, self.dim, self.dim, dtype=self.projected.dtype)
-        vectors = self.empty(*grid, kinds, self.dim)
-        totals, vector_totals = states, vectors
-        if self.unmasked:
-            totals = states.new_empty(self.b * self.heads, kinds, self.dim, self.dim)
-            vector_totals = vectors.new_empty(self.b * self.heads, kinds, self.dim)
-        local_states_kernel[(*grid, programs)](
-            *tensors, out, row_sums, out if grad is None else grad, states, vectors,
-            **options, **self.plan.states,
-        )  # fmt: skip
-        part = min(self.dim**2, 1024)
-        carry_kernel[(self.b * self.heads, kinds, self.dim**2 // part + 1)](
-            states, vectors, totals, vector_totals, tensors[2], self.plan.block, self.blocks,
-            self.heads, options["sums_b"], D=self.dim, PART=part, LIT=self.unmasked, num_warps=4,
-        )  # fmt: skip
-        return totals, vector_totals
-
+    @property
     def fast(self) -> bool:
         return self.projected.dtype != torch.float32 and not INTERPRETED
 
+    @property
     def precision(self) -> str:
         """Of products: three tf32 products in float32, but wide heads have no room for them."""
         if self.projected.dtype != torch.float32:
             return "tf32"
         return "tf32x3" if self.dim <= 64 else "ieee"
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.projected.new_empty(shape, dtype=dtype)
+
+    def or_any(self, tensor: Tensor | None) -> Tensor:
+        """A kernel takes any tensor in the place of one that it does not read."""
+        if tensor is None:
+            return self.projected
+        tensor = tensor.contiguous()
+        return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+    def decays(self) -> dict[str, Any]:
+        """How the kernels find the logits of a head's decays."""
+        _, n, width = self.sizes
+        by_token = {"DECAYS": "tokens", "decay_b": n * width, "decay_n": width, "decay_h": 1}
+        by_head = {"DECAYS": "head", "decay_b": 0, "decay_n": 0, "decay_h": 1}
+        options = by_token if self.gated else by_head
+        prefix = self.prefix if self.gated else 0
+        return {**options, "prefix": prefix} | ({"DECAYS": "none"} if self.lit else {})
+
+    def gates_in(self, projected: Tensor) -> Tensor:
+        return projected[..., 3 * self.heads * self.dim :]
+
+    def sums(self) -> Tensor | None:
+        """Sums of log2 decays `[2, C, B or 1, H, blocks * block]`."""
+        if self.unmasked:
+            return None
+        alike = not self.gated and self.valid is None and self.documents is None
+        images = 1 if alike else self.sizes[0]
+        sums = self.empty(2, self.scans, images, self.heads, self.blocks * self.block)
+        sums_kernel[(self.blocks, self.scans * images * self.heads)](
+            self.gates_in(self.projected) if self.gated else self.or_any(self.decay),
+            *map(self.or_any, (self.curves, self.valid, self.documents)), *sums,
+            self.sizes[1], images, self.heads, **self.decays(), BLOCK=self.block,
+            PADDED=self.valid is not None, PACKED=self.documents is not None,
+            CURVED=self.curves is not None, num_warps=1,
+        )  # fmt: skip
+        return sums
+
+    def scan(self, c: int, sums: Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Tensors and options that the kernels take for curve `c`."""
+        _, n, width = self.sizes
+        alike = sums is None or sums.shape[2] == 1
+        x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
+        curve = None if self.curves is None else self.curves[c]
+        options = {
+            "n": n, "blocks": self.blocks, "heads": self.heads, "stride_b": n * width,
+            "stride_n": width, "sums_b": 0 if alike else self.heads * self.blocks * self.block,
+            "scale": self.dim**-0.5, "weight": 1 / self.scans, "D": self.dim,
+            "BLOCK": self.block, "UNMASKED": self.unmasked, "FEATURES": self.features,
+            "PADDED": self.valid is not None, "CURVED": curve is not None,
+            "NORMALISE": self.normalise, "PRECISION": self.precision, "FAST": self.fast,
+            "num_warps": 4 if self.dim <= 64 else 8, "num_stages": 1,
+        }  # fmt: skip
+        return (self.projected, x, y, *map(self.or_any, (curve, self.valid))), options
+
+    def unit(self) -> float:
+        """States of all tokens are means, and so are numerators; see `states_kernel`."""
+        return float(self.sizes[1]) if self.unmasked and not self.normalise else 1.0
+
+    def states(self, tensors, options, out, row_sums, grad=None) -> tuple[Tensor, Tensor]:
+        """States that enter each block, or of all tokens, and those of the row sums."""
+        directions = 1 if self.unmasked else 2
+        kinds = directions * (1 if grad is None else 2)
+        heads = self.sizes[0] * self.heads
+        places = heads if self.unmasked else heads * self.blocks
+        states = self.empty(places, kinds, self.dim, self.dim, dtype=self.projected.dtype)
+        vectors = self.empty(places, kinds, self.dim)
+        for queries in range(1 if grad is None else 2):
+            states_kernel[(heads, directions)](
+                *tensors, out, row_sums, self.or_any(grad), states, vectors, **options,
+                QUERIES=queries, KINDS=kinds,
+            )  # fmt: skip
+        return states, vectors
 
 
 @torch.library.custom_op("lion::mix", mutates_args=())
@@ -201,17 +164,18 @@ def mix_operator(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H * D]` and the row sums plus eps, float32 `[B, H, N]`."""
-    projected = projected.contiguous()
     options = (heads, dim, scans, prefix, lit, features, normalise)
-    task = Task(projected, decay, curves, valid, documents, *options)
-    out = task.empty(task.b, task.n, heads * dim, dtype=projected.dtype)
-    row_sums = task.empty(task.b, heads, task.n if normalise else 0)
-    sums, _ = task.sums()
-    for c, tensors, options in task.launches(sums):
-        states = task.states(tensors, options, out, row_sums)
-        forward_kernel[(triton.cdiv(task.n, task.plan.forward["ROWS"]), task.b * heads)](
-            *tensors, *states, out, row_sums, eps=eps / task.n if task.unmasked else eps,
-            **options, **task.of_pairs(c, sums), **task.plan.forward,
+    task = Task(projected.contiguous(), decay, curves, valid, documents, *options)
+    b, n, _ = task.sizes
+    out = task.empty(b, n, heads * dim, dtype=projected.dtype)
+    row_sums = task.empty(b, heads, n if normalise else 0)
+    sums = task.sums()
+    for c in range(scans):
+        tensors, shared = task.scan(c, sums)
+        states = task.states(tensors, shared, out, row_sums)
+        forward_kernel[(task.blocks, b * heads)](
+            *tensors, *states, out, row_sums, unit=task.unit(), ADD=c > 0,
+            eps=eps / n if task.unmasked else eps, **shared,
         )  # fmt: skip
     return out, row_sums
 
@@ -243,36 +207,24 @@ def mix_backward(
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `projected`, and of `decay` by image and block `[C, B, H, blocks]`."""
-    projected, grad = projected.contiguous(), grad.contiguous()
     options = (heads, dim, scans, prefix, lit, features, normalise)
-    task = Task(projected, decay, curves, valid, documents, *options)
-    plan, b = task.plan, task.b
-    sums, steps = task.sums()
-    dprojected = torch.empty_like(projected)
-    used = 3 * heads * dim + (scans * heads if task.gated else 0)
-    dprojected[..., used:] = 0
-    flux = task.empty(scans, 4, 0 if task.unmasked else b, heads, task.length)
-    grad_sums = task.empty(b, heads, task.n)
-    crossing = flux.new_zeros(scans, b, heads, task.blocks)
-    sides = {"flux_side": flux.stride(1), "flux_c": flux.stride(0)}
-    for c, tensors, options in task.launches(sums):
-        states = task.states(tensors, options, out, row_sums, grad)
-        for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
-            kernel[(triton.cdiv(task.n, tiles["ROWS"]), b * heads)](
-                *tensors, steps, *states, out, row_sums, grad, grad_sums, dprojected,
-                flux[c],
-                **sides, **options, **task.of_pairs(c, sums), **tiles,
-            )  # fmt: skip
-        if plan.carried and not task.unmasked:
-            crossing_kernel[(task.blocks, b * heads)](*states, crossing[c], D=dim, num_warps=4)
-    ddecay = task.empty(*(crossing.shape if decay is not None else (0,)))
-    if not lit:
-        logits, options = task.logits()
-        gate_grads = dprojected[..., 3 * heads * dim :] if task.gated else ddecay
-        gates_kernel[(task.blocks, scans * b * heads)](
-            flux, crossing, logits, curves if task.curved else flux, task.keys()[0],
-            gate_grads, images=b,
-            **sides, **options,
+    task = Task(projected.contiguous(), decay, curves, valid, documents, *options)
+    grad = grad.contiguous()
+    b = task.sizes[0]
+    sums = task.sums()
+    dprojected = torch.empty_like(task.projected)
+    task.gates_in(dprojected)[..., scans * heads if task.gated else 0 :] = 0
+    ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
+    for c in range(scans):
+        tensors, shared = task.scan(c, sums)
+        states = task.states(tensors, shared, out, row_sums, grad)
+        if task.gated:
+            gates = tuple(task.gates_in(t)[..., c * heads :] for t in (task.projected, dprojected))
+        else:
+            gates = (task.or_any(None if decay is None else decay[c]), ddecay[c])
+        backward_kernel[(task.blocks, b * heads)](
+            *tensors, *states, out, row_sums, grad, dprojected, *gates, unit=task.unit(),
+            ADD=c > 0, **task.decays(), **shared,
         )  # fmt: skip
     return dprojected, ddecay
 
@@ -280,9 +232,9 @@ def mix_backward(
 @mix_backward.register_fake
 def _(grad, projected, decay, curves, valid, documents, out, row_sums, heads, dim, scans, *_):
     b, n, _ = projected.shape
-    plan = make_plan(n, dim, projected.element_size(), unmasked=False)  # its blocks do not matter
-    shape = (0,) if decay is None else (scans, b, heads, -(-n // plan.block))
-    return torch.empty_like(projected), projected.new_empty(shape, dtype=torch.float32)
+    blocks = 0 if decay is None else -(-n // block_size(dim, projected.element_size()))
+    ddecay = projected.new_empty(scans, b, heads, blocks, dtype=torch.float32)
+    return torch.empty_like(projected), ddecay
 
 
 def _save(ctx, inputs, output):
@@ -297,8 +249,8 @@ def _gradients(ctx, grad, _):
     projected, decay, *others = ctx.saved_tensors
     dprojected, ddecay = mix_backward(grad, projected, decay, *others, *ctx.options)
     if decay is not None:
-        ddecay = ddecay.sum((1, 3)).to(decay.dtype)
-    return dprojected, ddecay if decay is not None else None, *(None,) * 11
+        decay = ddecay.sum((1, 3)).to(decay.dtype)
+    return dprojected, decay, *(None,) * 11
 
 
 mix_operator.register_autograd(_gradients, setup_context=_save)

@@ -114,27 +114,21 @@ def test_saturated_gates(mask, order):
     assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32])
 
 
-@pytest.fixture(params=["one block", "carried"])
-def plan(request, monkeypatch):
-    """Sequences of one block, and such that hand on states."""
-    if request.param == "carried":
-        small = {"ROWS": 16, "TILE": 16, "num_warps": 4}
-        plan = ops.Plan(32, True, {"ROWS": 16, "num_warps": 4}, small, small, small)
-        monkeypatch.setattr(ops, "make_plan", lambda *_, **__: plan)
-    return request.param
+@pytest.fixture
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(ops, "block_size", lambda *_: 16)
 
 
 @pytest.mark.parametrize("gate", [1.0, 40.0])
 @pytest.mark.parametrize("mask, order", VARIANTS)
-@pytest.mark.parametrize("plan", ["carried"], indirect=True)
-def test_states_between_blocks(mask, order, gate, plan):
-    tensors = make_inputs(mask, order, 97, gate=gate)
+def test_short_blocks(mask, order, gate, short_blocks):
+    tensors = make_inputs(mask, order, 61, gate=gate)
     actual, expected = (f(*tensors, mask) for f in (mix, exact))
     assert_close(actual, expected, LIMITS[torch.float32])
 
 
 @pytest.mark.parametrize("mask, order", VARIANTS)
-def test_padding(mask, order, plan):
+def test_padding(mask, order, short_blocks):
     tensors = make_inputs(mask, order, 61)
     valid = torch.rand(2, 61, generator=torch.Generator().manual_seed(0)) > 0.3
     actual, expected = (f(*tensors, mask, valid=valid.to(DEVICE)) for f in (mix, exact))
@@ -142,7 +136,7 @@ def test_padding(mask, order, plan):
 
 
 @pytest.mark.parametrize("mask", FEATURE_MAPS)
-def test_documents(mask, plan):
+def test_documents(mask, short_blocks):
     tensors = make_inputs(mask, "Normal", 70)
     lengths = torch.tensor([[3, 29, 1, 37], [32, 9, 24, 5]])  # one ends where a block does
     documents = torch.stack([torch.arange(4).repeat_interleave(row) for row in lengths])
@@ -152,7 +146,7 @@ def test_documents(mask, plan):
 
 
 @pytest.mark.parametrize("mask", FEATURE_MAPS)
-def test_without_feature_map(mask, plan):
+def test_without_feature_map(mask, short_blocks):
     tensors = make_inputs(mask, "Normal", 61)
     actual, expected = (f(*tensors, mask, features="none", normalise=False) for f in (mix, exact))
     assert_close(actual, expected, LIMITS[torch.float32])
