@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.blocks import backward_kernel, forward_kernel
+from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
 from kernels.states import states_kernel, sums_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -214,6 +214,7 @@ def mix_backward(
     sums = task.sums()
     dprojected = torch.empty_like(task.projected)
     task.gates_in(dprojected)[..., scans * heads if task.gated else 0 :] = 0
+    flux = task.empty(3, b, heads, task.blocks * task.block)
     ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
     for c in range(scans):
         tensors, shared = task.scan(c, sums)
@@ -222,9 +223,12 @@ def mix_backward(
             gates = tuple(task.gates_in(t)[..., c * heads :] for t in (task.projected, dprojected))
         else:
             gates = (task.or_any(None if decay is None else decay[c]), ddecay[c])
-        backward_kernel[(task.blocks, b * heads)](
-            *tensors, *states, out, row_sums, grad, dprojected, *gates, unit=task.unit(),
-            ADD=c > 0, **task.decays(), **shared,
+        grid, options = (task.blocks, b * heads), {"unit": task.unit(), "ADD": c > 0, **shared}
+        options["flux_side"] = flux.stride(0)
+        query_grad_kernel[grid](*tensors, *states, out, row_sums, grad, dprojected, flux, **options)
+        key_grad_kernel[grid](
+            *tensors, *states, row_sums, grad, dprojected, flux, *gates,
+            **task.decays(), **options,
         )  # fmt: skip
     return dprojected, ddecay
 
