@@ -355,11 +355,15 @@ class DeviceLoader(DataLoader):
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in super().__iter__():
-            images = images.to(self.device, non_blocking=True)
-            if images.dtype is torch.uint8:
-                images = images.float().div_(255).sub_(self.mean).div_(self.std)
-            yield images, labels
+        # No generator: what starts an epoch draws random numbers, here and not at the first batch.
+        return map(self._on_device, super().__iter__())
+
+    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype is torch.uint8:
+            images = images.float().div_(255).sub_(self.mean).div_(self.std)
+        return images, labels
 
 
 def _seed_random_states(seed: int, draw: int) -> None:
