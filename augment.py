@@ -39,10 +39,11 @@ def build_train_transform(
     three_augment: bool = False,
     simple_random_crop: bool = False,
 ) -> transforms.Compose:
-    """Training augmentation: PIL image -> normalised float tensor `[3, input_size, input_size]`.
+    """Training augmentation: PIL image -> tensor `[3, input_size, input_size]`.
 
     A random resized crop (a padded random crop up to 32 pixels), flip, policy `aa` (none with
-    'none', '' or None; colour jitter then takes its place) and random erasing.
+    'none', '' or None; colour jitter then takes its place) and random erasing. The tensor is of
+    bytes; with random erasing, whose noise is normal, it is of normalised floats.
 
     Args:
         input_size: pixels.
@@ -74,6 +75,7 @@ def build_train_transform(
             re_prob=reprob,
             re_mode=remode,
             re_count=recount,
+            normalize=reprob > 0,
             separate=True,
         )
     except (AssertionError, ValueError) as error:
@@ -96,12 +98,10 @@ def build_train_transform(
 def build_eval_transform(
     *,
     input_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     crop_ratio: float = 0.875,
     interpolation: str = "bicubic",
 ) -> transforms.Compose:
-    """Evaluation: PIL image -> normalised float tensor `[3, input_size, input_size]`.
+    """Evaluation: PIL image -> bytes `[3, input_size, input_size]`.
 
     The shorter side becomes `input_size / crop_ratio` pixels, of which the centre is cropped; up
     to 32 pixels the ratio is 1, so images of the right size stay as they are.
@@ -109,8 +109,7 @@ def build_eval_transform(
     return create_transform(
         input_size,
         interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
+        normalize=False,
         crop_pct=1.0 if input_size <= SMALL_IMAGE else crop_ratio,
     )
 

@@ -32,6 +32,7 @@ from datasets import (
     ALIASES,
     DATASETS,
     INAT_CATEGORIES,
+    DeviceLoader,
     SeededDataset,
     build_dataset,
     ignore_signals,
@@ -303,8 +304,6 @@ def train_transform(args: argparse.Namespace) -> Callable:
 def eval_transform(args: argparse.Namespace) -> Callable:
     return build_eval_transform(
         input_size=args.input_size,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
         crop_ratio=args.eval_crop_ratio,
     )
 
@@ -324,15 +323,15 @@ def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoad
             f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
         )
     dataset = SeededDataset(images, train_transform(args), seed=args.seed)
-    return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
-                      **loader_options(args, world)), num_classes  # fmt: skip
+    return DeviceLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
+                        **loader_options(args, world)), num_classes  # fmt: skip
 
 
 def build_eval_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
     images, num_classes = find_images(args, world, train=False, transform=eval_transform(args))
     sampler = ShardSampler(len(images), num_replicas=world.size, rank=world.rank)
-    return DataLoader(images, int(1.5 * args.batch_size), sampler=sampler,
-                      **loader_options(args, world)), num_classes  # fmt: skip
+    return DeviceLoader(images, int(1.5 * args.batch_size), sampler=sampler,
+                        **loader_options(args, world)), num_classes  # fmt: skip
 
 
 def find_images(args: argparse.Namespace, world: World, **kwargs: Any) -> tuple[Dataset, int]:
@@ -349,6 +348,9 @@ def loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
         "persistent_workers": workers > 0,
         "pin_memory": args.pin_mem and world.device.type == "cuda",
         "worker_init_fn": ignore_signals,
+        "device": world.device,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
     }
 
 

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102
+from torchvision.transforms.functional import normalize
 
 import datasets
 from augment import build_train_transform
 from datasets import (
     ALIASES,
     DATASETS,
+    DeviceLoader,
     SeededDataset,
     build_dataset,
     ignore_signals,
@@ -305,6 +307,26 @@ def test_loading_in_the_training_process_leaves_its_random_states_alone():
 
     dataset = demo_loader().dataset
     assert seeded_numbers(lambda: dataset[0, 5]) == seeded_numbers(lambda: None)
+
+
+# Batches on the device
+
+
+@pytest.mark.parametrize("reprob", [0, 0.5], ids=["bytes", "floats"])
+def test_batches_are_normalised(reprob, image_folder):
+    transform = build_train_transform(**AUGMENTATION, reprob=reprob)
+    images, _ = build_dataset("IMNET", image_folder, train=True)
+    dataset = SeededDataset(images, transform, seed=0)
+    loader = DeviceLoader(
+        dataset, 2, sampler=EpochSampler(8), device=torch.device("cpu"), mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+    )  # fmt: skip
+    for (batch, labels), keys in zip(loader, loader.batch_sampler, strict=True):
+        samples = torch.stack([dataset[key][0] for key in keys])
+        if not reprob:
+            samples = normalize(samples / 255, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+        assert batch.equal(samples)
+        assert labels.tolist() == [dataset[key][1] for key in keys]
 
 
 # Corrupt images
