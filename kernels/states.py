@@ -32,39 +32,52 @@ def _log1p(u):
 
 
 @triton.jit
+def decay_sums(
+    DECAY, DOCUMENTS, c, b, h, steps, tokens, valid, counts, heads, prefix, stride_b, stride_n,
+    DECAYS: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Exclusive and inclusive sums of the log2 decays of the tokens at some steps.
+
+    A decay is `1 - sigmoid(z)` of its logit z, and 1 for padding and, if gated, prefix tokens.
+    Between documents both sums fall by 48: 2^-48 is none even beside the eps of the row sums.
+    """
+    decay = tl.zeros_like(steps).to(tl.float32)
+    if DECAYS:
+        z = _logits(DECAY, c, b, h, tokens, valid, stride_b, stride_n, heads, GATED)
+        softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+        # A decay of 2^-32 is none, and larger sums would round those of the open gates beside it.
+        least = tl.maximum(softplus * -1.4426950408889634, -32.0)
+        decay += tl.where(counts & (tokens >= prefix), least, 0.0)
+    y = tl.cumsum(decay, 0)
+    if PACKED:
+        same = tl.load(DOCUMENTS + steps, mask=valid, other=0)
+        same = same == tl.load(DOCUMENTS + steps - 1, mask=valid & (steps > 0), other=0)
+        y -= 48.0 * tl.cumsum((valid & (steps > 0) & ~same).to(tl.float32), 0)
+    return y - decay, y
+
+
+@triton.jit
 def sums_kernel(
     DECAY, CURVE, VALID, DOCUMENTS, X, Y, STEPS, n, block, images, heads, prefix,
     stride_b, stride_n, curve_c,
     WIDTH: tl.constexpr, DECAYS: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
     PACKED: tl.constexpr, CURVED: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Exclusive and inclusive sums of log2 decays inside each block, by step or by token.
-
-    A decay is `1 - sigmoid(z)` of its logit z, and 1 for padding and, if gated, prefix tokens.
-    Between documents both sums fall by 48: 2^-48 is none even beside the eps of the row sums.
-    """
+    """Exclusive and inclusive sums of log2 decays inside each block, by step or by token."""
     cbh = tl.program_id(1).to(tl.int64)
     c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
     inside = tl.arange(0, WIDTH)
     steps = tl.program_id(0) * block + inside
     valid = (inside < block) & (steps < n)
     tokens = visited(CURVE + c * curve_c, steps, valid, CURVED)
-    counts = counted(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
-    decay = tl.zeros((WIDTH,), tl.float32)
-    if DECAYS:
-        z = _logits(DECAY, c, b, h, tokens, valid, stride_b, stride_n, heads, GATED)
-        softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
-        # A decay of 2^-32 is none, and larger sums would round those of the open gates beside it.
-        decay += tl.where(counts, tl.maximum(softplus * -1.4426950408889634, -32.0), 0.0)
-    y = tl.cumsum(decay, 0)
-    if PACKED:
-        DOCUMENTS += b * n + steps
-        same = tl.load(DOCUMENTS, mask=valid, other=0)
-        same = same == tl.load(DOCUMENTS - 1, mask=valid & (steps > 0), other=0)
-        y -= 48.0 * tl.cumsum((valid & (steps > 0) & ~same).to(tl.float32), 0)
+    counts = counted(VALID + b * n, tokens, valid, PADDED)
+    x, y = decay_sums(
+        DECAY, DOCUMENTS + b * n, c, b, h, steps, tokens, valid, counts, heads, prefix,
+        stride_b, stride_n, DECAYS, GATED, PACKED,
+    )  # fmt: skip
     places = cbh * tl.num_programs(0) * block
     places += tl.where(valid, tokens, steps) if BY_TOKEN else steps
-    tl.store(X + places, y - decay, mask=inside < block)
+    tl.store(X + places, x, mask=inside < block)
     tl.store(Y + places, y, mask=inside < block)
     if CURVED and BY_TOKEN:
         tl.store(STEPS + c * n + tokens, steps, mask=valid & (cbh % (images * heads) == 0))
