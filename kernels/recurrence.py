@@ -8,8 +8,8 @@ their total g,
     forwards   out_i += 2^(x_i) q_i S              S <- 2^g S + sum_j 2^(g - x_j) k_j v_j^T
     backwards  out_i += 2^(g - y_i) q_i S + pairs  S <- 2^g S + sum_j 2^(y_j) k_j v_j^T
 
-where every exponent is at most 0. Between the walks OUT is the mean of the values so far, and R its
-weight, the row sum: so the numbers stay in the range of float16.
+where every exponent is at most 0. Between the walks OUT is the mean of the values so far, which
+float16 has room for, and R its weight, the row sum.
 """
 
 from typing import Any
@@ -138,7 +138,11 @@ def unmasked_kernel(
 def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     """Tokens per block, columns of values per program and warps: what fits into the registers."""
     if itemsize == 4:
-        return {"ROWS": 16, "COLUMNS": min(dim, 64), "num_warps": 4 if dim <= 64 else 8}
+        return {
+            "ROWS": max(16, 512 // dim),
+            "COLUMNS": min(dim, 64),
+            "num_warps": 4 if dim <= 64 else 8,
+        }
     return {"ROWS": 64 if dim <= 64 else 32, "COLUMNS": dim, "num_warps": 4 if dim <= 64 else 8}
 
 
