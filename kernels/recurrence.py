@@ -72,6 +72,11 @@ def recurrence_kernel(
                     reached, left = tl.exp2(x), tl.exp2(total - x)
                 else:
                     reached, left = tl.exp2(total - y), tl.exp2(y)
+                # Warps may share a row. Barriers of the products part its loads from its stores.
+                again = valid & ((c > 0) | (side == 1))
+                before = load_rows(OUT, tokens, again, heads * D, COLUMNS)
+                if NORMALISE:
+                    r_before = tl.load(R + tokens, mask=again, other=0.0)
                 q = load_features(Q, tokens, valid, stride_n, D, FEATURES, FAST) * scale
                 k = load_features(K, tokens, counts, stride_n, D, FEATURES, FAST)
                 v = load_rows(V, tokens, counts, stride_n, COLUMNS)
@@ -84,15 +89,12 @@ def recurrence_kernel(
                     w *= decay_mask(x[:, None], y[:, None], x_j[None, :], y[None, :])
                     r += tl.sum(w, 1)
                     out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
-                again = valid & ((c > 0) | (side == 1))
-                before = load_rows(OUT, tokens, again, heads * D, COLUMNS).to(tl.float32)
                 if NORMALISE:
-                    r_before = tl.load(R + tokens, mask=again, other=0.0)
                     r += r_before + eps
-                    out = (out + before * r_before[:, None]) * (1 / r)[:, None]
+                    out = (out + before.to(tl.float32) * r_before[:, None]) * (1 / r)[:, None]
                     tl.store(R + tokens, r, mask=valid)
                 else:
-                    out += before
+                    out += before.to(tl.float32)
                 store_rows(OUT, tokens, valid, heads * D, out, COLUMNS)
                 fade = tl.exp2(total)
                 left = tl.where(counts, left, 0.0)
