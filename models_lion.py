@@ -386,7 +386,10 @@ class LionAttention(nn.Module):
         amp = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if amp else x.dtype
         dim = self.qkv.in_features // self.num_heads
-        return self.format != "RNN" and kernels.available(x.device, dtype, dim)
+        trained = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        if self.format == "RNN" and torch.is_grad_enabled() and trained:
+            return False  # that kernel has no gradients
+        return kernels.available(x.device, dtype, dim)
 
     def _mix_by_kernel(
         self, x: Tensor, curves: Tensor | None, valid: Tensor | None, documents: Tensor | None
@@ -418,6 +421,7 @@ class LionAttention(nn.Module):
             features=FEATURE_NAMES[self.feature_map],
             normalise=self.normalise,
             eps=self.eps,
+            recurrent=self.format == "RNN",
         )
 
     def _mix(

@@ -36,6 +36,7 @@ def mix(
     features: str = "silu",
     normalise: bool = True,
     eps: float = 1e-6,
+    recurrent: bool = False,
 ) -> Tensor:
     """`num / (den + eps)` of LION (arXiv 2502.16249), or `num` alone if not `normalise`.
 
@@ -52,15 +53,20 @@ def mix(
     - `documents`: integers `[B, N]`; tokens of one document stand together, and mix with no other.
     - `prefix`: the first tokens, whose decay is 1 in LION-S. `lit`: there are no decays.
     - `features`: "elu" (`elu + 1`), "silu" (`silu + 0.5`, normalised) or "none".
+    - `recurrent`: one state that walks over the tokens, and beside the output no more memory than a
+      number per token and head; without gradients.
 
     Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width,
     and for documents along curves.
     """
-    from kernels.ops import mix_operator
+    from kernels import ops, recurrence
 
     if dim not in HEAD_DIMS:
         raise ValueError(f"The kernels have heads of width 16, 32, 64 or 128, not {dim}.")
     if documents is not None and curves is not None:
         raise ValueError("The kernels keep documents apart in token order alone: give no curves.")
     options = (heads, dim, scans, prefix, lit, features, normalise, eps)
-    return mix_operator(projected, decay, curves, valid, documents, *options)[0]
+    tensors = (projected, decay, curves, valid, documents)
+    if recurrent:
+        return recurrence.recurrence_operator(*tensors, *options)
+    return ops.mix_operator(*tensors, *options)[0]

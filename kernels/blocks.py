@@ -9,9 +9,10 @@ import triton.language as tl
 
 from kernels.common import (
     counted,
-    feature_map,
+    decay_mask,
     feature_map_grad,
     gate_logits,
+    load_features,
     load_rows,
     load_square,
     output_grad,
@@ -24,12 +25,6 @@ from kernels.common import (
 def _key_sums(X, Y, steps, counts):
     """x and y of keys; those that do not count get the weight 0 from every query."""
     return tl.load(X + steps, mask=counts, other=1e30), tl.load(Y + steps, mask=counts, other=-1e30)
-
-
-@triton.jit
-def _decay_mask(x_i, y_i, x_j, y_j):
-    """`M_ij = 2^min(x_i - x_j, y_j - y_i)` of sums that are broadcast against each other."""
-    return tl.exp2(tl.minimum(x_i - x_j, y_j - y_i))
 
 
 @triton.jit
@@ -53,7 +48,7 @@ def forward_kernel(
     steps = place * BLOCK + inside
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    q = feature_map(load_rows(Q, rows, valid, stride_n, D).to(tl.float32), FEATURES, FAST) * scale
+    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
     q_t = q.to(dtype)
     state = bh if UNMASKED else (bh * blocks + place) * 2
     earlier = load_square(STATES + state * D * D, D)
@@ -70,12 +65,11 @@ def forward_kernel(
         later = load_square(STATES + (state + 1) * D * D, D)
         out += tl.dot(q_t, later, input_precision=PRECISION) * fade[:, None]
         r += tl.sum(q * tl.load(VECTORS + (state + 1) * D + dims), 1) * fade
-        k_in = load_rows(K, rows, valid, stride_n, D).to(tl.float32)
-        k_t = feature_map(k_in, FEATURES, FAST).to(dtype)
+        k_t = load_features(K, rows, valid, stride_n, D, FEATURES, FAST).to(dtype)
         v = load_rows(V, rows, valid, stride_n, D)
         x_j, y_j = _key_sums(X, Y, inside, counted(VALID + b * n, rows, valid, PADDED))
         w = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
-        w *= _decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+        w *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
         r += tl.sum(w, 1)
         out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
     out *= weight
@@ -135,10 +129,8 @@ def query_grad_kernel(
         Y += b * sums_b + (h * blocks + place) * BLOCK
         x_i, y_i = tl.load(X + inside), tl.load(Y + inside)
         x_j, y_j = _key_sums(X, Y, inside, counted(VALID + b * n, rows, valid, PADDED))
-        q = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)
-        q = (feature_map(q, FEATURES, FAST) * scale).to(dtype)
-        k = load_rows(K, rows, valid, stride_n, D).to(tl.float32)
-        k = feature_map(k, FEATURES, FAST).to(dtype)
+        q = (load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale).to(dtype)
+        k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST).to(dtype)
         v = load_rows(V, rows, valid, stride_n, D)
         dq *= tl.exp2(x_i)[:, None]
         dx = tl.sum(q * dq, 1)
@@ -148,7 +140,7 @@ def query_grad_kernel(
         dy = -tl.sum(q * part, 1)
         dq += part
         dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
-        dw *= _decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+        dw *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
         pairs = tl.dot(q, tl.trans(k), input_precision=PRECISION) * dw
         below = tl.where(inside[:, None] > inside[None, :], pairs, 0.0)
         above = tl.where(inside[:, None] < inside[None, :], pairs, 0.0)
@@ -194,8 +186,7 @@ def key_grad_kernel(
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
     counts = counted(VALID + b * n, rows, valid, PADDED)
-    k = load_rows(K, rows, valid, stride_n, D).to(tl.float32)
-    k = feature_map(k, FEATURES, FAST).to(dtype)
+    k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST).to(dtype)
     v = load_rows(V, rows, valid, stride_n, D)
     state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
     last: tl.constexpr = 1 if UNMASKED else 3
@@ -222,15 +213,14 @@ def key_grad_kernel(
         from_earlier = tl.sum(k * part, 1)
         dk += part
         dv += tl.dot(k, early, input_precision=PRECISION) * fade
-        q = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)
-        q = (feature_map(q, FEATURES, FAST) * scale).to(dtype)
+        q = (load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale).to(dtype)
         grad = load_rows(DOUT + (b * n * heads + h) * D, rows, valid, heads * D, D).to(tl.float32)
         if NORMALISE:
             grad *= (weight / tl.load(R + bh * n + rows, mask=valid, other=1.0))[:, None]
         else:
             grad *= weight
         grad = grad.to(dtype)
-        mask = _decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+        mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
         w = tl.dot(k, tl.trans(q), input_precision=PRECISION) * mask
         dv += tl.dot(w.to(dtype), grad, input_precision=PRECISION)
         dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION)

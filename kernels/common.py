@@ -48,6 +48,14 @@ def load_rows(pointer, rows, valid, stride, D: tl.constexpr):
 
 
 @triton.jit
+def load_features(
+    pointer, rows, valid, stride, D: tl.constexpr, FEATURES: tl.constexpr, FAST: tl.constexpr
+):
+    """phi of rows `[R, D]` in float32."""
+    return feature_map(load_rows(pointer, rows, valid, stride, D).to(tl.float32), FEATURES, FAST)
+
+
+@triton.jit
 def store_rows(pointer, rows, valid, stride, value, D: tl.constexpr):
     columns = tl.arange(0, D)
     address = pointer + rows[:, None] * stride + columns
@@ -73,6 +81,12 @@ def counted(VALID, tokens, there, PADDED: tl.constexpr):
     if PADDED:
         return there & (tl.load(VALID + tokens, mask=there, other=0) != 0)
     return there
+
+
+@triton.jit
+def decay_mask(x_i, y_i, x_j, y_j):
+    """`M_ij = 2^min(x_i - x_j, y_j - y_i)` of sums that are broadcast against each other."""
+    return tl.exp2(tl.minimum(x_i - x_j, y_j - y_i))
 
 
 @triton.jit
@@ -104,8 +118,26 @@ def _log1p(u):
 
 
 @triton.jit
-def log2_decay(z):
-    """Of `1 - sigmoid(z)`. A decay of 2^-32 is none, and larger sums of logarithms would round
-    those of the open gates beside it."""
-    softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
-    return tl.maximum(softplus * -1.4426950408889634, -32.0)
+def decay_sums(
+    DECAY, DOCUMENTS, steps, tokens, valid, counts, prefix, stride,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Exclusive and inclusive sums of log2 decays.
+
+    The decay of padding is 1, and so is that of the first `prefix` tokens. A decay of 2^-32 is
+    none, and larger sums would round those of the open gates beside it. Between documents both sums
+    fall by 48: 2^-48 is none even beside the eps of the row sums.
+    """
+    decay = tl.zeros_like(steps).to(tl.float32)
+    if DECAYS != "none":
+        z = gate_logits(DECAY, tokens, valid, stride, DECAYS)
+        softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+        log2 = tl.maximum(softplus * -1.4426950408889634, -32.0)
+        decay += tl.where(counts & (tokens >= prefix), log2, 0.0)
+    y = tl.cumsum(decay, 0)
+    if PACKED:
+        inside = valid & (steps > 0)
+        own = tl.load(DOCUMENTS + steps, mask=inside, other=0)
+        begins = own != tl.load(DOCUMENTS + steps - 1, mask=inside, other=0)
+        y -= 48.0 * tl.cumsum(begins.to(tl.float32), 0)
+    return y - decay, y

@@ -13,15 +13,7 @@ most 0.
 import triton
 import triton.language as tl
 
-from kernels.common import (
-    counted,
-    feature_map,
-    gate_logits,
-    load_rows,
-    log2_decay,
-    output_grad,
-    visited,
-)
+from kernels.common import counted, decay_sums, feature_map, load_rows, output_grad, visited
 
 
 @triton.jit
@@ -30,31 +22,18 @@ def sums_kernel(
     BLOCK: tl.constexpr, DECAYS: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr,
     CURVED: tl.constexpr,
 ):  # fmt: skip
-    """x and y of each block, `[C, images, H, blocks * BLOCK]`.
-
-    The decay of padding is 1, and so is that of the first `prefix` tokens. Between documents both
-    sums fall by 48: 2^-48 is none even beside the eps of the row sums.
-    """
+    """x and y of each block, `[C, images, H, blocks * BLOCK]`."""
     cbh = tl.program_id(1).to(tl.int64)
     c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
     steps = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = steps < n
     tokens = visited(CURVE + c * n, steps, valid, CURVED)
-    decay = tl.zeros((BLOCK,), tl.float32)
-    if DECAYS != "none":
-        DECAY += b * decay_b + (c * heads + h) * decay_h
-        counts = counted(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
-        z = gate_logits(DECAY, tokens, valid, decay_n, DECAYS)
-        decay += tl.where(counts, log2_decay(z), 0.0)
-    y = tl.cumsum(decay, 0)
-    if PACKED:
-        DOCUMENTS += b * n + steps
-        inside = valid & (steps > 0)
-        own = tl.load(DOCUMENTS, mask=inside, other=0)
-        begins = own != tl.load(DOCUMENTS - 1, mask=inside, other=0)
-        y -= 48.0 * tl.cumsum(begins.to(tl.float32), 0)
+    x, y = decay_sums(
+        DECAY + b * decay_b + (c * heads + h) * decay_h, DOCUMENTS + b * n, steps, tokens, valid,
+        counted(VALID + b * n, tokens, valid, PADDED), prefix, decay_n, DECAYS, PACKED,
+    )  # fmt: skip
     places = cbh * tl.num_programs(0) * BLOCK + steps
-    tl.store(X + places, y - decay)
+    tl.store(X + places, x)
     tl.store(Y + places, y)
 
 

@@ -44,14 +44,13 @@ def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
     assert shared <= SHARED_MEMORY, f"{shared} bytes of shared memory"
 
 
-def launch_mixer(dtype: torch.dtype, dim: int, n: int, mask: str) -> None:
-    projected = torch.zeros(1, n, 3 * dim + kernels.padded_gates(2), dtype=dtype)
-    curves = None if mask == "Lit" else torch.arange(n).repeat(2, 1)
-    y = kernels.mix(
-        projected.requires_grad_(), torch.zeros(2, 1) if mask == "Decay" else None, curves,
-        heads=1, dim=dim, scans=1 if mask == "Lit" else 2, lit=mask == "Lit",
-    )  # fmt: skip
-    y.sum().backward()
+def launch_mixer(dtype: torch.dtype, dim: int, mask: str) -> None:
+    projected = torch.zeros(1, 100, 3 * dim + kernels.padded_gates(2), dtype=dtype)
+    curves = None if mask == "Lit" else torch.arange(100).repeat(2, 1)
+    decay = torch.zeros(2, 1) if mask == "Decay" else None
+    options = {"heads": 1, "dim": dim, "scans": 1 if mask == "Lit" else 2, "lit": mask == "Lit"}
+    kernels.mix(projected.requires_grad_(), decay, curves, **options).sum().backward()
+    kernels.mix(projected.detach(), decay, curves, **options, recurrent=True)
 
 
 def launch_baselines(dtype: torch.dtype, dim: int) -> None:
@@ -64,8 +63,8 @@ def launch_baselines(dtype: torch.dtype, dim: int) -> None:
 
 if __name__ == "__main__":
     JITFunction.run = compile_launch
-    for n, mask in ((100, "Selective"), (700, "Lit"), (700, "Decay")):
-        launch_mixer(torch.bfloat16, 64, n, mask)
-    launch_mixer(torch.float32, 128, 700, "Selective")
+    for mask in ("Lit", "Decay", "Selective"):
+        launch_mixer(torch.bfloat16, 64, mask)
+    launch_mixer(torch.float32, 128, "Selective")
     launch_baselines(torch.bfloat16, 64)
     launch_baselines(torch.float32, 128)
