@@ -1,7 +1,13 @@
-"""Pairs of tokens inside a block, and the states that the other blocks hand in.
+"""Pairs of tokens inside a block, and the states that other blocks hand in.
 
-A program has one block. Sequences of one block are the quadratic form. Without a mask there are no
-pairs: every token meets one state of all others.
+A program has some rows of a block, queries or keys, and goes through the tiles of their partners.
+A short sequence is one block, the quadratic form. Off the rows themselves the mask is a product of
+what decays on either side of an edge of the rows: `M_ij = 2^(x_i - x_e) 2^(x_e - x_j)` for earlier
+keys, `2^(y_e - y_i) 2^(y_j - y_e)` for later ones, with every exponent at most 0. `TWO` averages
+two curves in one pass, over one block in the order of tokens, with the mask as it stands.
+
+With `CARRIED`, states come in from the earlier and the later blocks of the curve; LION-Lit has
+nothing but one state, of all tokens.
 """
 
 import triton
@@ -10,8 +16,9 @@ import triton.language as tl
 from kernels.common import (
     counted,
     decay_mask,
+    feature_map,
     feature_map_grad,
-    gate_logits,
+    key_sums,
     load_features,
     load_rows,
     load_square,
@@ -22,56 +29,97 @@ from kernels.common import (
 
 
 @triton.jit
-def _key_sums(X, Y, steps, counts):
-    """x and y of keys; those that do not count get the weight 0 from every query."""
-    return tl.load(X + steps, mask=counts, other=1e30), tl.load(Y + steps, mask=counts, other=-1e30)
+def _add_flux(below, above, flux, i, j):
+    """Adds row sums of `flux` over the pairs on either side of the diagonal: i > j and i < j."""
+    below += tl.sum(tl.where(i > j, flux, 0.0), 1)
+    return below, above + tl.sum(tl.where(i < j, flux, 0.0), 1)
+
+
+@triton.jit
+def _load_pair(A, B, CURVE, steps, end, stride_a, stride_b, D: tl.constexpr, CURVED: tl.constexpr):
+    """Rows of two matrices at the steps of a curve. Tiles are loaded one turn ahead of their use:
+    the loop waits for no memory."""
+    tokens = visited(CURVE, steps, steps < end, CURVED)
+    a = load_rows(A, tokens, steps < end, stride_a, D)
+    return a, load_rows(B, tokens, steps < end, stride_b, D)
 
 
 @triton.jit
 def forward_kernel(
     QKV, X, Y, CURVE, VALID, STATES, VECTORS, OUT, R,
-    n, blocks, heads, stride_b, stride_n, sums_b, scale, weight, unit, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, UNMASKED: tl.constexpr, FEATURES: tl.constexpr,
-    PADDED: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
+    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, eps, scale, weight, unit,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
+    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
+    VALID += b * n
+    X += b * sums_b + h * blocks * BLOCK
+    Y += b * sums_b + h * blocks * BLOCK
     OUT += (b * n * heads + h) * D
     R += bh * n
-    dims = tl.arange(0, D)
-    inside = tl.arange(0, BLOCK)
-    steps = place * BLOCK + inside
+    first = tl.program_id(0) * ROWS
+    place = first // BLOCK
+    low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
+    steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
     q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
     q_t = q.to(dtype)
-    state = bh if UNMASKED else (bh * blocks + place) * 2
-    earlier = load_square(STATES + state * D * D, D)
-    out = tl.dot(q_t, earlier, input_precision=PRECISION)
-    r = tl.sum(q * tl.load(VECTORS + state * D + dims), 1)
+    out = tl.zeros((ROWS, D), tl.float32)
+    r = tl.zeros((ROWS,), tl.float32)
     if not UNMASKED:
-        X += b * sums_b + (h * blocks + place) * BLOCK
-        Y += b * sums_b + (h * blocks + place) * BLOCK
-        x_i, y_i = tl.load(X + inside), tl.load(Y + inside)
-        fade = tl.exp2(x_i)
-        out *= fade[:, None]
-        r *= fade
-        fade = tl.exp2(tl.load(Y + BLOCK - 1) - y_i)
-        later = load_square(STATES + (state + 1) * D * D, D)
-        out += tl.dot(q_t, later, input_precision=PRECISION) * fade[:, None]
-        r += tl.sum(q * tl.load(VECTORS + (state + 1) * D + dims), 1) * fade
-        k_t = load_features(K, rows, valid, stride_n, D, FEATURES, FAST).to(dtype)
-        v = load_rows(V, rows, valid, stride_n, D)
-        x_j, y_j = _key_sums(X, Y, inside, counted(VALID + b * n, rows, valid, PADDED))
-        w = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
-        w *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
-        r += tl.sum(w, 1)
-        out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
+        x_i, y_i = tl.load(X + steps), tl.load(Y + steps)
+    if CARRIED:
+        dims = tl.arange(0, D)
+        state = bh if UNMASKED else (bh * blocks + place) * 2
+        out += tl.dot(q_t, load_square(STATES + state * D * D, D), input_precision=PRECISION)
+        r += tl.sum(q * tl.load(VECTORS + state * D + dims), 1)
+        if not UNMASKED:
+            fade = tl.exp2(x_i)
+            out *= fade[:, None]
+            r *= fade
+            fade = tl.exp2(tl.load(Y + low + BLOCK - 1) - y_i)
+            later = load_square(STATES + (state + 1) * D * D, D)
+            out += tl.dot(q_t, later, input_precision=PRECISION) * fade[:, None]
+            r += tl.sum(q * tl.load(VECTORS + (state + 1) * D + dims), 1) * fade
+    if not UNMASKED:
+        if TWO:  # 2^-1 M of each curve
+            x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
+            x_i, y_i = x_i - 1.0, y_i + 1.0
+        x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
+        from_earlier, from_later = tl.exp2(x_i - x_e), tl.exp2(y_e - y_i)
+        inside = tl.arange(0, TILE)
+        k_next, v_next = _load_pair(K, V, CURVE, low + inside, high, stride_n, stride_n, D, CURVED)
+        for start in range(low, high, TILE):
+            keys = start + inside
+            k_in, v = k_next, v_next
+            k_next, v_next = _load_pair(
+                K, V, CURVE, keys + TILE, high, stride_n, stride_n, D, CURVED
+            )
+            k = feature_map(k_in.to(tl.float32), FEATURES, FAST).to(dtype)
+            w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
+            x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
+            if TWO:
+                mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+                x_j, y_j = key_sums(
+                    X + sums_c, Y + sums_c, CURVE, VALID, keys, high, CURVED, PADDED
+                )
+                w *= mask + decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
+            elif start + TILE <= first:
+                w *= from_earlier[:, None] * tl.exp2(x_e - x_j)[None, :]
+            elif start >= first + ROWS:
+                w *= from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
+            else:
+                w *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+            r += tl.sum(w, 1)
+            out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
     out *= weight
     r = (r + eps) * weight
     if ADD:  # the second curve adds to the first one's result
@@ -91,64 +139,108 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STATES, VECTORS, OUT, R, DOUT, DQKV, FLUX,
-    n, blocks, heads, stride_b, stride_n, sums_b, flux_side, scale, weight, unit,
-    D: tl.constexpr, BLOCK: tl.constexpr, UNMASKED: tl.constexpr, FEATURES: tl.constexpr,
-    PADDED: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DR, DQKV, FLUX,
+    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
+    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of the queries; and to `FLUX`, for `key_grad_kernel`, dx, dy and the gradients of the row
-    sums, `[3, B, H, blocks * BLOCK]`. Of dx and dy, the keys' part is missing where their queries
-    are in other blocks."""
-    place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Of the queries, and for `key_grad_kernel` of the row sums."""
+    bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
-    DQ = DQKV + b * stride_b + h * D
-    dims = tl.arange(0, D)
-    inside = tl.arange(0, BLOCK)
-    steps = place * BLOCK + inside
+    DQ = DQKV + b * n * stride_n + h * D
+    VALID += b * n
+    X += b * sums_b + h * blocks * BLOCK
+    Y += b * sums_b + h * blocks * BLOCK
+    first = tl.program_id(0) * ROWS
+    place = first // BLOCK
+    low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
+    steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
+    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
+    q_t = q.to(dtype)
     grad, grad_r = output_grad(
         load_rows(DOUT + (b * n * heads + h) * D, rows, valid, heads * D, D),
         OUT + (b * n * heads + h) * D, R + bh * n, rows, valid, heads * D, weight, D, NORMALISE,
     )  # fmt: skip
+    tl.store(DR + bh * n + rows, grad_r, mask=valid)
     grad = grad.to(dtype)
-    FLUX += (bh * blocks + place) * BLOCK + inside
-    tl.store(FLUX + 2 * flux_side, grad_r)
-    state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
-    STATES += state * D * D
-    VECTORS += state * D
-    dq = tl.dot(grad, tl.trans(load_square(STATES, D)), input_precision=PRECISION)
-    dq += grad_r[:, None] * tl.load(VECTORS + dims)
+    dq = tl.zeros((ROWS, D), tl.float32)
+    below = tl.zeros((ROWS,), tl.float32)
+    above = tl.zeros((ROWS,), tl.float32)
     if not UNMASKED:
-        X += b * sums_b + (h * blocks + place) * BLOCK
-        Y += b * sums_b + (h * blocks + place) * BLOCK
-        x_i, y_i = tl.load(X + inside), tl.load(Y + inside)
-        x_j, y_j = _key_sums(X, Y, inside, counted(VALID + b * n, rows, valid, PADDED))
-        q = (load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale).to(dtype)
-        k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST).to(dtype)
-        v = load_rows(V, rows, valid, stride_n, D)
-        dq *= tl.exp2(x_i)[:, None]
-        dx = tl.sum(q * dq, 1)
-        part = tl.dot(grad, tl.trans(load_square(STATES + D * D, D)), input_precision=PRECISION)
-        part += grad_r[:, None] * tl.load(VECTORS + D + dims)
-        part *= tl.exp2(tl.load(Y + BLOCK - 1) - y_i)[:, None]
-        dy = -tl.sum(q * part, 1)
-        dq += part
-        dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
-        dw *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
-        pairs = tl.dot(q, tl.trans(k), input_precision=PRECISION) * dw
-        below = tl.where(inside[:, None] > inside[None, :], pairs, 0.0)
-        above = tl.where(inside[:, None] < inside[None, :], pairs, 0.0)
-        dx += tl.sum(below, 1) - tl.sum(below, 0)
-        dy += tl.sum(above, 0) - tl.sum(above, 1)
-        tl.store(FLUX, dx)
-        tl.store(FLUX + flux_side, dy)
-        dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
+        x_i, y_i = tl.load(X + steps), tl.load(Y + steps)
+    if CARRIED:
+        dims = tl.arange(0, D)
+        state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
+        earlier = load_square(STATES + state * D * D, D)
+        dq += tl.dot(grad, tl.trans(earlier), input_precision=PRECISION)
+        dq += grad_r[:, None] * tl.load(VECTORS + state * D + dims)
+        if not UNMASKED:
+            dq *= tl.exp2(x_i)[:, None]
+            below += tl.sum(q * dq, 1)
+            later = load_square(STATES + (state + 1) * D * D, D)
+            part = tl.dot(grad, tl.trans(later), input_precision=PRECISION)
+            part += grad_r[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
+            part *= tl.exp2(tl.load(Y + low + BLOCK - 1) - y_i)[:, None]
+            above += tl.sum(q * part, 1)
+            dq += part
+    if not UNMASKED:
+        if TWO:
+            x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
+            x_i, y_i = x_i - 1.0, y_i + 1.0
+            below_2 = tl.zeros((ROWS,), tl.float32)
+            above_2 = tl.zeros((ROWS,), tl.float32)
+            i = tl.load(STEPS + steps, mask=valid, other=0)
+            i_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
+        x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
+        from_earlier, from_later = tl.exp2(x_i - x_e), tl.exp2(y_e - y_i)
+        inside = tl.arange(0, TILE)
+        k_next, v_next = _load_pair(K, V, CURVE, low + inside, high, stride_n, stride_n, D, CURVED)
+        for start in range(low, high, TILE):
+            keys = start + inside
+            k_in, v = k_next, v_next
+            k_next, v_next = _load_pair(
+                K, V, CURVE, keys + TILE, high, stride_n, stride_n, D, CURVED
+            )
+            k = feature_map(k_in.to(tl.float32), FEATURES, FAST).to(dtype)
+            s = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
+            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
+            x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
+            if TWO:
+                mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+                s *= dw
+                j = tl.load(STEPS + keys, mask=keys < n, other=0)
+                below, above = _add_flux(below, above, s * mask, i[:, None], j[None, :])
+                x_j, y_j = key_sums(
+                    X + sums_c, Y + sums_c, CURVE, VALID, keys, high, CURVED, PADDED
+                )
+                mask_2 = decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
+                j = tl.load(STEPS + n + keys, mask=keys < n, other=0)
+                below_2, above_2 = _add_flux(below_2, above_2, s * mask_2, i_2[:, None], j[None, :])
+                dw *= mask + mask_2
+            elif start + TILE <= first:
+                dw *= from_earlier[:, None] * tl.exp2(x_e - x_j)[None, :]
+                below += tl.sum(s * dw, 1)
+            elif start >= first + ROWS:
+                dw *= from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
+                above += tl.sum(s * dw, 1)
+            else:
+                dw *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+                below, above = _add_flux(below, above, s * dw, steps[:, None], keys[None, :])
+            dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
+        FLUX += bh * blocks * BLOCK + steps
+        tl.store(FLUX, below)
+        tl.store(FLUX + flux_side, above)
+        if TWO:
+            tl.store(FLUX + flux_c, below_2)
+            tl.store(FLUX + flux_c + flux_side, above_2)
     q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
     dq = feature_map_grad(q_in, dq * (scale * unit), FEATURES, FAST)
     if ADD:
@@ -158,74 +250,131 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STATES, VECTORS, R, DOUT, DQKV, FLUX, DECAY, DDECAY,
-    n, blocks, heads, prefix, stride_b, stride_n, sums_b, flux_side, decay_b, decay_n, decay_h,
-    scale, weight, unit,
-    D: tl.constexpr, BLOCK: tl.constexpr, UNMASKED: tl.constexpr, DECAYS: tl.constexpr,
-    FEATURES: tl.constexpr, PADDED: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
-    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DR, DQKV, FLUX,
+    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
+    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of the keys and the values, by transposed products, and of the decays' logits.
-
-    A decay meets the pairs that it lies between. With the gradients dx and dy of its sums, and the
-    pairs that cross the start of the block,
-
-        dl_s = crossing - sum_(t<=s) dx_t - sum_(t<s) dy_t
-    """
-    place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
+    bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
-    DK = DQKV + b * stride_b + (heads + h) * D
+    DK = DQKV + b * n * stride_n + (heads + h) * D
     DV = DK + heads * D
-    dims = tl.arange(0, D)
-    inside = tl.arange(0, BLOCK)
-    steps = place * BLOCK + inside
+    DOUT += (b * n * heads + h) * D
+    R += bh * n
+    DR += bh * n
+    VALID += b * n
+    X += b * sums_b + h * blocks * BLOCK
+    Y += b * sums_b + h * blocks * BLOCK
+    first = tl.program_id(0) * ROWS
+    place = first // BLOCK
+    low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
+    steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    counts = counted(VALID + b * n, rows, valid, PADDED)
-    k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST).to(dtype)
+    counts = counted(VALID, rows, valid, PADDED)
+    k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST)
+    k_t = k.to(dtype)
     v = load_rows(V, rows, valid, stride_n, D)
-    state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
-    last: tl.constexpr = 1 if UNMASKED else 3
-    STATES += state * D * D
-    VECTORS += state * D
-    late = load_square(STATES + last * D * D, D)
-    dk = tl.dot(v, tl.trans(late), input_precision=PRECISION) + tl.load(VECTORS + last * D + dims)
-    dv = tl.dot(k, late, input_precision=PRECISION)
+    dk = tl.zeros((ROWS, D), tl.float32)
+    dv = tl.zeros((ROWS, D), tl.float32)
+    below = tl.zeros((ROWS,), tl.float32)
+    above = tl.zeros((ROWS,), tl.float32)
     if not UNMASKED:
-        X += b * sums_b + (h * blocks + place) * BLOCK
-        Y += b * sums_b + (h * blocks + place) * BLOCK
-        x_i, y_i = tl.load(X + inside), tl.load(Y + inside)
-        x_j, y_j = _key_sums(X, Y, inside, counts)
-        total = tl.load(Y + BLOCK - 1)
-        FLUX += (bh * blocks + place) * BLOCK + inside
-        fade = tl.where(counts, tl.exp2(total - x_i), 0.0)[:, None]
-        dk *= fade
-        dv *= fade
-        from_later = tl.sum(k * dk, 1)
-        early = load_square(STATES + 2 * D * D, D)
-        fade = tl.where(counts, tl.exp2(y_i), 0.0)[:, None]
-        part = tl.dot(v, tl.trans(early), input_precision=PRECISION)
-        part = (part + tl.load(VECTORS + 2 * D + dims)) * fade
-        from_earlier = tl.sum(k * part, 1)
-        dk += part
-        dv += tl.dot(k, early, input_precision=PRECISION) * fade
-        q = (load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale).to(dtype)
-        grad = load_rows(DOUT + (b * n * heads + h) * D, rows, valid, heads * D, D).to(tl.float32)
-        if NORMALISE:
-            grad *= (weight / tl.load(R + bh * n + rows, mask=valid, other=1.0))[:, None]
-        else:
-            grad *= weight
-        grad = grad.to(dtype)
-        mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
-        w = tl.dot(k, tl.trans(q), input_precision=PRECISION) * mask
-        dv += tl.dot(w.to(dtype), grad, input_precision=PRECISION)
-        dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        dw = (dw + tl.load(FLUX + 2 * flux_side)[None, :]) * mask
-        dk += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
+        x_j, y_j = tl.load(X + steps), tl.load(Y + steps)
+    if CARRIED:
+        dims = tl.arange(0, D)
+        state = bh * 2 + 1 if UNMASKED else (bh * blocks + place) * 4 + 3
+        late = load_square(STATES + state * D * D, D)
+        dk += tl.dot(v, tl.trans(late), input_precision=PRECISION)
+        dk += tl.load(VECTORS + state * D + dims)
+        dv += tl.dot(k_t, late, input_precision=PRECISION)
+        if not UNMASKED:
+            fade = tl.exp2(tl.load(Y + low + BLOCK - 1) - x_j)[:, None]
+            dk *= fade
+            dv *= fade
+            below += tl.sum(k * dk, 1)
+            early = load_square(STATES + (state - 1) * D * D, D)
+            fade = tl.exp2(y_j)[:, None]
+            part = tl.dot(v, tl.trans(early), input_precision=PRECISION)
+            part = (part + tl.load(VECTORS + (state - 1) * D + dims)) * fade
+            above += tl.sum(k * part, 1)
+            dk += part
+            dv += tl.dot(k_t, early, input_precision=PRECISION) * fade
+    if not UNMASKED:
+        # The scale of the queries is a factor of the mask.
+        shift = tl.log2(scale)
+        if TWO:
+            shift -= 1.0
+            x_2, y_2 = tl.load(X + sums_c + steps) - shift, tl.load(Y + sums_c + steps) + shift
+            below_2 = tl.zeros((ROWS,), tl.float32)
+            above_2 = tl.zeros((ROWS,), tl.float32)
+            j = tl.load(STEPS + steps, mask=valid, other=0)
+            j_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
+        x_j, y_j = x_j - shift, y_j + shift
+        x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
+        to_earlier, to_later = tl.exp2(y_j - x_e), tl.exp2(y_e - x_j)
+        inside = tl.arange(0, TILE)
+        q_next, grad_next = _load_pair(
+            Q, DOUT, CURVE, low + inside, high, stride_n, heads * D, D, CURVED
+        )
+        for start in range(low, high, TILE):
+            queries = start + inside
+            there = queries < high
+            q_in, grad_in = q_next, grad_next
+            q_next, grad_next = _load_pair(
+                Q, DOUT, CURVE, queries + TILE, high, stride_n, heads * D, D, CURVED
+            )
+            tokens = visited(CURVE, queries, there, CURVED)
+            grad_r = tl.load(DR + tokens, mask=there, other=0.0)
+            grad_scale = tl.zeros((TILE,), tl.float32) + weight
+            if NORMALISE:
+                grad_scale /= tl.load(R + tokens, mask=there, other=1.0)
+            q = feature_map(q_in.to(tl.float32), FEATURES, FAST).to(dtype)
+            grad = (grad_in.to(tl.float32) * grad_scale[:, None]).to(dtype)
+            x_i, y_i = tl.load(X + queries), tl.load(Y + queries)
+            s = tl.dot(k_t, tl.trans(q), input_precision=PRECISION)
+            dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + grad_r[None, :]
+            if TWO:
+                mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+                flux = s * dw
+                i = tl.load(STEPS + queries, mask=there, other=0)
+                below, above = _add_flux(below, above, flux * mask, i[None, :], j[:, None])
+                x_i, y_i = tl.load(X + sums_c + queries), tl.load(Y + sums_c + queries)
+                mask_2 = decay_mask(x_i[None, :], y_i[None, :], x_2[:, None], y_2[:, None])
+                i = tl.load(STEPS + n + queries, mask=there, other=0)
+                below_2, above_2 = _add_flux(
+                    below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
+                )
+                mask += mask_2
+                s *= mask
+            elif start + TILE <= first:
+                mask = to_earlier[:, None] * tl.exp2(x_e - y_i)[None, :]
+                s *= mask
+                above += tl.sum(s * dw, 1)
+            elif start >= first + ROWS:
+                mask = to_later[:, None] * tl.exp2(x_i - y_e)[None, :]
+                s *= mask
+                below += tl.sum(s * dw, 1)
+            else:
+                mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+                s *= mask
+                below, above = _add_flux(below, above, s * dw, queries[None, :], steps[:, None])
+            dw *= mask
+            dv += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
+            dk += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
+        FLUX += bh * blocks * BLOCK + steps
+        tl.store(FLUX + 2 * flux_side, tl.where(counts, below, 0.0))
+        tl.store(FLUX + 3 * flux_side, tl.where(counts, above, 0.0))
+        if TWO:
+            tl.store(FLUX + flux_c + 2 * flux_side, tl.where(counts, below_2, 0.0))
+            tl.store(FLUX + flux_c + 3 * flux_side, tl.where(counts, above_2, 0.0))
     dv *= unit
     if PADDED:
         dk, dv = tl.where(counts[:, None], dk, 0.0), tl.where(counts[:, None], dv, 0.0)
@@ -237,21 +386,3 @@ def key_grad_kernel(
     if ADD:
         dk += load_rows(DK, rows, valid, stride_n, D).to(tl.float32)
     store_rows(DK, rows, valid, stride_n, dk, D)
-
-    if DECAYS != "none":
-        pairs = load_square(STATES, D).to(tl.float32) * load_square(STATES + 3 * D * D, D)
-        pairs += load_square(STATES + D * D, D).to(tl.float32) * load_square(STATES + 2 * D * D, D)
-        ends = tl.load(VECTORS + dims) * tl.load(VECTORS + 3 * D + dims)
-        ends += tl.load(VECTORS + D + dims) * tl.load(VECTORS + 2 * D + dims)
-        crossing = tl.exp2(total) * tl.sum(tl.sum(pairs, 1) + ends, 0)
-        dx, dy = tl.load(FLUX), tl.load(FLUX + flux_side) + from_earlier
-        crossing += tl.sum(dx + from_earlier, 0)  # the pairs inside cancel in dx
-        dx -= from_later
-        dl = crossing - tl.cumsum(dx + dy, 0) + dy
-        z = gate_logits(DECAY + b * decay_b + h * decay_h, rows, valid, decay_n, DECAYS)
-        dz = tl.where(counts & (rows >= prefix), -tl.sigmoid(z) * dl, 0.0)
-        if DECAYS == "tokens":
-            address = DDECAY + b * decay_b + h * decay_h + rows * decay_n
-            tl.store(address, dz.to(DDECAY.dtype.element_ty), mask=valid)
-        else:  # a logit of -w, for the decay sigmoid(w)
-            tl.store(DDECAY + bh * blocks + place, -tl.sum(dz, 0))

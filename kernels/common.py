@@ -84,6 +84,15 @@ def counted(VALID, tokens, there, PADDED: tl.constexpr):
 
 
 @triton.jit
+def key_sums(X, Y, CURVE, VALID, steps, end, CURVED: tl.constexpr, PADDED: tl.constexpr):
+    """Sums of keys; padding and what lies beyond the end get the weight 0 from every query."""
+    there = steps < end
+    if PADDED:
+        there = counted(VALID, visited(CURVE, steps, there, CURVED), there, PADDED)
+    return tl.load(X + steps, mask=there, other=1e30), tl.load(Y + steps, mask=there, other=-1e30)
+
+
+@triton.jit
 def decay_mask(x_i, y_i, x_j, y_j):
     """`M_ij = 2^min(x_i - x_j, y_j - y_i)` of sums that are broadcast against each other."""
     return tl.exp2(tl.minimum(x_i - x_j, y_j - y_i))

@@ -10,22 +10,35 @@ import triton
 from torch import Tensor
 
 from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
-from kernels.states import states_kernel, sums_kernel
+from kernels.states import gates_kernel, states_kernel, sums_kernel
 
-# Of heads of at most 64 columns in half precision, measured on an H100.
-TUNED = {
-    "states": {"num_warps": 4},
-    "forward": {"num_warps": 4},
-    "queries": {"num_warps": 4},
-    "keys": {"num_warps": 4},
-}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def block_size(dim: int, itemsize: int) -> int:
-    """Tokens of a block: as many as a program has room for, by their bytes."""
-    row = dim * itemsize
-    return 64 if row <= 256 else 32 if row <= 512 else 16
+@dataclass(frozen=True)
+class Plan:
+    """How a sequence is cut: tokens per block; rows, tiles and warps of each kernel."""
+
+    block: int
+    carried: bool
+    states: dict[str, int]
+    forward: dict[str, int]
+    queries: dict[str, int]
+    keys: dict[str, int]
+
+
+def make_plan(n: int, dim: int, itemsize: int, unmasked: bool) -> Plan:
+    """Short sequences are one block; without a mask there are no pairs, but one state.
+
+    Blocks are short in float32: sums of decays near closed gates are large and round the others.
+    """
+    half = itemsize == 2
+    rows = 64 if half else 32
+    carried = unmasked or n > (256 if half else rows)
+    block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
+    warps = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8}
+    tiles = {**warps, "TILE": 32}
+    return Plan(block, carried, warps, tiles, tiles, tiles)
 
 
 @dataclass(frozen=True)
@@ -53,12 +66,18 @@ class Task:
         return tuple(self.projected.shape)
 
     @cached_property
-    def block(self) -> int:
-        return block_size(self.dim, self.projected.element_size())
+    def plan(self) -> Plan:
+        itemsize = self.projected.element_size()
+        return make_plan(self.sizes[1], self.dim, itemsize, self.unmasked)
 
     @cached_property
     def blocks(self) -> int:
-        return triton.cdiv(self.sizes[1], self.block)
+        return triton.cdiv(self.sizes[1], self.plan.block)
+
+    @property
+    def two(self) -> bool:
+        """Both curves in one pass."""
+        return self.scans == 2 and not self.plan.carried
 
     @property
     def gated(self) -> bool:
@@ -70,7 +89,7 @@ class Task:
 
     @property
     def fast(self) -> bool:
-        return self.projected.dtype != torch.float32 and not INTERPRETED
+        return self.projected.dtype == torch.bfloat16 and not INTERPRETED
 
     @property
     def precision(self) -> str:
@@ -81,10 +100,6 @@ class Task:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.projected.new_empty(shape, dtype=dtype)
-
-    def tuned(self, kernel: str) -> dict[str, int]:
-        small = self.dim <= 64 and self.projected.element_size() == 2
-        return TUNED[kernel] if small else {"num_warps": 4 if self.dim <= 64 else 8}
 
     def or_any(self, tensor: Tensor | None) -> Tensor:
         """A kernel takes any tensor in the place of one that it does not read."""
@@ -108,37 +123,54 @@ class Task:
     def gates_in(self, projected: Tensor) -> Tensor:
         return projected[..., 3 * self.heads * self.dim :]
 
-    def sums(self) -> Tensor | None:
-        """Sums of log2 decays `[2, C, B or 1, H, blocks * block]`."""
+    def of_gates(self) -> dict[str, Any]:
+        """Options of the kernels that read gates."""
+        return {
+            "n": self.sizes[1], "heads": self.heads, **self.decays(), "BLOCK": self.plan.block,
+            "PADDED": self.valid is not None, "CURVED": self.curves is not None,
+            "BY_TOKEN": not self.plan.carried,
+        }  # fmt: skip
+
+    def sums(self) -> tuple[Tensor | None, Tensor]:
+        """Sums of log2 decays `[2, C, B or 1, H, blocks * block]`, and steps of tokens `[C, N]`."""
+        steps = self.empty(self.scans, self.sizes[1], dtype=torch.int32)
         if self.unmasked:
-            return None
+            return None, steps
         alike = not self.gated and self.valid is None and self.documents is None
         images = 1 if alike else self.sizes[0]
-        sums = self.empty(2, self.scans, images, self.heads, self.blocks * self.block)
+        sums = self.empty(2, self.scans, images, self.heads, self.blocks * self.plan.block)
         sums_kernel[(self.blocks, self.scans * images * self.heads)](
             self.logits(), *map(self.or_any, (self.curves, self.valid, self.documents)), *sums,
-            self.sizes[1], images, self.heads, **self.decays(), BLOCK=self.block,
-            PADDED=self.valid is not None, PACKED=self.documents is not None,
-            CURVED=self.curves is not None, num_warps=1,
+            steps, images=images, **self.of_gates(), PACKED=self.documents is not None,
+            num_warps=1,
         )  # fmt: skip
-        return sums
+        return sums, steps
 
-    def scan(self, c: int, sums: Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Tensors and options that the kernels take for curve `c`."""
+    def passes(self, sums: Tensor | None):
+        """For each launch, the number of its curve, its tensors and its options."""
         _, n, width = self.sizes
         alike = sums is None or sums.shape[2] == 1
-        x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
-        curve = None if self.curves is None else self.curves[c]
         options = {
             "n": n, "blocks": self.blocks, "heads": self.heads, "stride_b": n * width,
-            "stride_n": width, "sums_b": 0 if alike else self.heads * self.blocks * self.block,
-            "scale": self.dim**-0.5, "weight": 1 / self.scans, "D": self.dim,
-            "BLOCK": self.block, "UNMASKED": self.unmasked, "FEATURES": self.features,
-            "PADDED": self.valid is not None, "CURVED": curve is not None,
+            "stride_n": width, "sums_b": 0 if alike else sums.stride(2),
+            "scale": self.dim**-0.5, "weight": 1.0 if self.two else 1 / self.scans, "D": self.dim,
+            "BLOCK": self.plan.block, "UNMASKED": self.unmasked, "FEATURES": self.features,
+            "PADDED": self.valid is not None,
+            "CURVED": self.curves is not None and self.plan.carried,
             "NORMALISE": self.normalise, "PRECISION": self.precision, "FAST": self.fast,
             "num_stages": 1,
         }  # fmt: skip
-        return (self.projected, x, y, *map(self.or_any, (curve, self.valid))), options
+        for c in range(1 if self.two else self.scans):
+            x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
+            curve = None if self.curves is None else self.curves[c]
+            yield c, (self.projected, x, y, *map(self.or_any, (curve, self.valid))), options
+
+    def of_pairs(self, c: int, sums: Tensor | None) -> dict[str, Any]:
+        """Further options of the kernels in `blocks`."""
+        return {
+            "sums_c": 0 if sums is None else sums.stride(1), "CARRIED": self.plan.carried,
+            "TWO": self.two, "ADD": c > 0, "unit": self.unit(),
+        }  # fmt: skip
 
     def unit(self) -> float:
         """States of all tokens are means, and so are numerators; see `states_kernel`."""
@@ -146,6 +178,8 @@ class Task:
 
     def states(self, tensors, options, out, row_sums, grad=None) -> tuple[Tensor, Tensor]:
         """States that enter each block, or of all tokens, and those of the row sums."""
+        if not self.plan.carried:
+            return self.projected, row_sums
         directions = 1 if self.unmasked else 2
         kinds = directions * (1 if grad is None else 2)
         heads = self.sizes[0] * self.heads
@@ -155,9 +189,24 @@ class Task:
         for queries in range(1 if grad is None else 2):
             states_kernel[(heads, directions)](
                 *tensors, out, row_sums, self.or_any(grad), states, vectors, **options,
-                QUERIES=queries, KINDS=kinds, **self.tuned("states"),
+                QUERIES=queries, KINDS=kinds, **self.plan.states,
             )  # fmt: skip
         return states, vectors
+
+    def gate_grads(self, c: int, flux: Tensor, states, dprojected: Tensor, ddecay: Tensor) -> None:
+        """Writes the gradients of the gates of curve `c`, or of its decays by image and block."""
+        if self.gated:
+            logits, grads = (
+                self.gates_in(t)[..., c * self.heads :] for t in (self.projected, dprojected)
+            )
+        else:
+            logits, grads = self.decay[c], ddecay[c]
+        curve = None if self.curves is None else self.curves[c]
+        gates_kernel[(self.blocks, self.sizes[0] * self.heads)](
+            flux[c], *states, logits, *map(self.or_any, (curve, self.valid)), grads,
+            flux_side=flux.stride(1), D=self.dim, CARRIED=self.plan.carried,
+            **self.of_gates(), num_warps=4 if self.plan.carried else 1,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("lion::mix", mutates_args=())
@@ -182,13 +231,12 @@ def mix_operator(
     b, n, _ = task.sizes
     out = task.empty(b, n, heads * dim, dtype=projected.dtype)
     row_sums = task.empty(b, heads, n if normalise else 0)
-    sums = task.sums()
-    for c in range(scans):
-        tensors, shared = task.scan(c, sums)
+    sums, _ = task.sums()
+    for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums)
-        forward_kernel[(task.blocks, b * heads)](
-            *tensors, *states, out, row_sums, unit=task.unit(), ADD=c > 0,
-            eps=eps / n if task.unmasked else eps, **shared, **task.tuned("forward"),
+        forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]), b * heads)](
+            *tensors, *states, out, row_sums, eps=eps / n if task.unmasked else eps,
+            **shared, **task.of_pairs(c, sums), **task.plan.forward,
         )  # fmt: skip
     return out, row_sums
 
@@ -222,37 +270,32 @@ def mix_backward(
     """Gradients of `projected`, and of `decay` by image and block `[C, B, H, blocks]`."""
     options = (heads, dim, scans, prefix, lit, features, normalise)
     task = Task(projected.contiguous(), decay, curves, valid, documents, *options)
-    grad = grad.contiguous()
-    b = task.sizes[0]
-    sums = task.sums()
+    grad, plan = grad.contiguous(), task.plan
+    b, n, _ = task.sizes
+    sums, steps = task.sums()
     dprojected = torch.empty_like(task.projected)
     task.gates_in(dprojected)[..., scans * heads if task.gated else 0 :] = 0
-    flux = task.empty(3, b, heads, task.blocks * task.block)
+    flux = task.empty(scans, 4, b, heads, 0 if task.unmasked else task.blocks * task.plan.block)
+    grad_sums = task.empty(b, heads, n)
     ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
-    for c in range(scans):
-        tensors, shared = task.scan(c, sums)
+    for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums, grad)
-        if task.gated:
-            gates = tuple(task.gates_in(t)[..., c * heads :] for t in (task.projected, dprojected))
-        else:
-            gates = (task.or_any(None if decay is None else decay[c]), ddecay[c])
-        grid, options = (task.blocks, b * heads), {"unit": task.unit(), "ADD": c > 0, **shared}
-        options["flux_side"] = flux.stride(0)
-        query_grad_kernel[grid](
-            *tensors, *states, out, row_sums, grad, dprojected, flux, **options,
-            **task.tuned("queries"),
-        )  # fmt: skip
-        key_grad_kernel[grid](
-            *tensors, *states, row_sums, grad, dprojected, flux, *gates,
-            **task.decays(), **options, **task.tuned("keys"),
-        )  # fmt: skip
+        for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
+            kernel[(triton.cdiv(n, tiles["ROWS"]), b * heads)](
+                *tensors, steps, *states, out, row_sums, grad, grad_sums, dprojected, flux[c],
+                flux_side=flux.stride(1), flux_c=flux.stride(0),
+                **shared, **task.of_pairs(c, sums), **tiles,
+            )  # fmt: skip
+        for gates in range(scans if task.two else 1) if not lit else ():
+            task.gate_grads(c + gates, flux, states, dprojected, ddecay)
     return dprojected, ddecay
 
 
 @mix_backward.register_fake
 def _(grad, projected, decay, curves, valid, documents, out, row_sums, heads, dim, scans, *_):
     b, n, _ = projected.shape
-    blocks = 0 if decay is None else -(-n // block_size(dim, projected.element_size()))
+    plan = make_plan(n, dim, projected.element_size(), unmasked=False)
+    blocks = 0 if decay is None else -(-n // plan.block)
     ddecay = projected.new_empty(scans, b, heads, blocks, dtype=torch.float32)
     return torch.empty_like(projected), ddecay
 

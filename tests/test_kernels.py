@@ -29,12 +29,17 @@ def parts(tensors, width):
     return {name: t for name, t in zip(names, pieces, strict=False) if t.numel()}
 
 
-def assert_close(actual, expected, limit):
+def assert_close(actual, expected, limit, of_gates=None):
     actual, expected = (parts(t, expected[0].shape[2]) for t in (actual, expected))
     floor = 1e-2 * expected["dv"].norm()  # of one token, or through closed gates, there is no more
     for name, b in expected.items():
         error = (actual[name].double() - b).norm() / b.norm().clamp(min=floor)
-        assert error < limit, f"{name}: error ratio {error:.1e}"
+        allowed = of_gates or limit if name == "dgates" else limit
+        assert error < allowed, f"{name}: error ratio {error:.1e}"
+
+
+# Gradients of closed gates are differences of large sums; plain float32 has errors of 1e-5 to 3e-4.
+CLOSED = {torch.float32: 1e-4}
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 130])
@@ -54,24 +59,33 @@ def test_half_precision_and_wide_heads(mask, order, dim):
 @pytest.mark.parametrize("mask, order", VARIANTS[1:])
 def test_saturated_gates(mask, order):
     tensors = make_inputs(mask, order, 97, gate=40.0)
-    assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32])
+    actual, expected = (f(*tensors, mask) for f in (mix, exact))
+    assert_close(actual, expected, LIMITS[torch.float32], CLOSED[torch.float32])
 
 
-@pytest.fixture
-def short_blocks(monkeypatch):
-    monkeypatch.setattr(ops, "block_size", lambda *_: 16)
+@pytest.fixture(params=["one block", "carried"])
+def plan(request, monkeypatch):
+    """Sequences of one block, and such that hand on states."""
+    if request.param == "carried":
+        warps = {"ROWS": 16, "num_warps": 4}
+        tiles = {**warps, "TILE": 16}
+        plan = ops.Plan(32, True, warps, tiles, tiles, tiles)
+        monkeypatch.setattr(ops, "make_plan", lambda *_, **__: plan)
 
 
+@pytest.mark.parametrize("plan", ["carried"], indirect=True)
 @pytest.mark.parametrize("gate", [1.0, 40.0])
 @pytest.mark.parametrize("mask, order", VARIANTS)
-def test_short_blocks(mask, order, gate, short_blocks):
-    tensors = make_inputs(mask, order, 61, gate=gate)
+def test_states_between_blocks(mask, order, gate, plan):
+    tensors = make_inputs(mask, order, 81, gate=gate)
     actual, expected = (f(*tensors, mask) for f in (mix, exact))
-    assert_close(actual, expected, LIMITS[torch.float32])
+    assert_close(
+        actual, expected, LIMITS[torch.float32], CLOSED[torch.float32] if gate > 1 else None
+    )
 
 
 @pytest.mark.parametrize("mask, order", VARIANTS)
-def test_padding(mask, order, short_blocks):
+def test_padding(mask, order, plan):
     tensors = make_inputs(mask, order, 61)
     valid = torch.rand(2, 61, generator=torch.Generator().manual_seed(0)) > 0.3
     actual, expected = (f(*tensors, mask, valid=valid.to(DEVICE)) for f in (mix, exact))
@@ -79,7 +93,7 @@ def test_padding(mask, order, short_blocks):
 
 
 @pytest.mark.parametrize("mask", FEATURE_MAPS)
-def test_documents(mask, short_blocks):
+def test_documents(mask, plan):
     tensors = make_inputs(mask, "Normal", 70)
     lengths = torch.tensor([[3, 29, 1, 37], [32, 9, 24, 5]])  # one ends where a block does
     documents = torch.stack([torch.arange(4).repeat_interleave(row) for row in lengths])
@@ -89,7 +103,7 @@ def test_documents(mask, short_blocks):
 
 
 @pytest.mark.parametrize("mask", FEATURE_MAPS)
-def test_without_feature_map(mask, short_blocks):
+def test_without_feature_map(mask, plan):
     tensors = make_inputs(mask, "Normal", 61)
     actual, expected = (f(*tensors, mask, features="none", normalise=False) for f in (mix, exact))
     assert_close(actual, expected, LIMITS[torch.float32])
@@ -164,7 +178,8 @@ def test_kernels_compile_for_hopper(tmp_path):
 def test_gpu_numerics(mask, order, n, gate, dtype):
     tensors = make_inputs(mask, order, n, 64, dtype, batch=1, gate=gate)
     expected = exact(*tensors, mask, 64, formula=attention)
-    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype])
+    closed = CLOSED.get(dtype) if gate > 1 else None
+    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], closed)
 
 
 @gpu
