@@ -16,13 +16,12 @@ import triton.language as tl
 from kernels.common import (
     counted,
     decay_mask,
-    feature_map,
     feature_map_grad,
     key_sums,
     load_features,
     load_rows,
     load_square,
-    output_grad,
+    row_sum_grad,
     store_rows,
     visited,
 )
@@ -33,15 +32,6 @@ def _add_flux(below, above, flux, i, j):
     """Adds row sums of `flux` over the pairs on either side of the diagonal: i > j and i < j."""
     below += tl.sum(tl.where(i > j, flux, 0.0), 1)
     return below, above + tl.sum(tl.where(i < j, flux, 0.0), 1)
-
-
-@triton.jit
-def _load_pair(A, B, CURVE, steps, end, stride_a, stride_b, D: tl.constexpr, CURVED: tl.constexpr):
-    """Rows of two matrices at the steps of a curve. Tiles are loaded one turn ahead of their use:
-    the loop waits for no memory."""
-    tokens = visited(CURVE, steps, steps < end, CURVED)
-    a = load_rows(A, tokens, steps < end, stride_a, D)
-    return a, load_rows(B, tokens, steps < end, stride_b, D)
 
 
 @triton.jit
@@ -96,14 +86,11 @@ def forward_kernel(
         x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
         from_earlier, from_later = tl.exp2(x_i - x_e), tl.exp2(y_e - y_i)
         inside = tl.arange(0, TILE)
-        k_next, v_next = _load_pair(K, V, CURVE, low + inside, high, stride_n, stride_n, D, CURVED)
         for start in range(low, high, TILE):
             keys = start + inside
-            k_in, v = k_next, v_next
-            k_next, v_next = _load_pair(
-                K, V, CURVE, keys + TILE, high, stride_n, stride_n, D, CURVED
-            )
-            k = feature_map(k_in.to(tl.float32), FEATURES, FAST).to(dtype)
+            tokens = visited(CURVE, keys, keys < high, CURVED)
+            k = load_features(K, tokens, keys < high, stride_n, D, FEATURES, FAST).to(dtype)
+            v = load_rows(V, tokens, keys < high, stride_n, D)
             w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
             x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
             if TWO:
@@ -139,14 +126,14 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DR, DQKV, FLUX,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, DQKV, FLUX,
     n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
     TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of the queries, and for `key_grad_kernel` of the row sums."""
+    """Of the queries, and `DELTA` for `key_grad_kernel`."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
@@ -165,12 +152,12 @@ def query_grad_kernel(
     rows = visited(CURVE, steps, valid, CURVED)
     q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
     q_t = q.to(dtype)
-    grad, grad_r = output_grad(
-        load_rows(DOUT + (b * n * heads + h) * D, rows, valid, heads * D, D),
-        OUT + (b * n * heads + h) * D, R + bh * n, rows, valid, heads * D, weight, D, NORMALISE,
+    grad = load_rows(DOUT + (b * n * heads + h) * D, rows, valid, heads * D, D)
+    delta, share = row_sum_grad(
+        grad, OUT + (b * n * heads + h) * D, R + bh * n, rows, valid, heads * D, weight,
+        D, NORMALISE,
     )  # fmt: skip
-    tl.store(DR + bh * n + rows, grad_r, mask=valid)
-    grad = grad.to(dtype)
+    tl.store(DELTA + bh * n + rows, delta, mask=valid)
     dq = tl.zeros((ROWS, D), tl.float32)
     below = tl.zeros((ROWS,), tl.float32)
     above = tl.zeros((ROWS,), tl.float32)
@@ -181,13 +168,13 @@ def query_grad_kernel(
         state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
         earlier = load_square(STATES + state * D * D, D)
         dq += tl.dot(grad, tl.trans(earlier), input_precision=PRECISION)
-        dq += grad_r[:, None] * tl.load(VECTORS + state * D + dims)
+        dq += delta[:, None] * tl.load(VECTORS + state * D + dims)
         if not UNMASKED:
             dq *= tl.exp2(x_i)[:, None]
             below += tl.sum(q * dq, 1)
             later = load_square(STATES + (state + 1) * D * D, D)
             part = tl.dot(grad, tl.trans(later), input_precision=PRECISION)
-            part += grad_r[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
+            part += delta[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
             part *= tl.exp2(tl.load(Y + low + BLOCK - 1) - y_i)[:, None]
             above += tl.sum(q * part, 1)
             dq += part
@@ -202,16 +189,13 @@ def query_grad_kernel(
         x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
         from_earlier, from_later = tl.exp2(x_i - x_e), tl.exp2(y_e - y_i)
         inside = tl.arange(0, TILE)
-        k_next, v_next = _load_pair(K, V, CURVE, low + inside, high, stride_n, stride_n, D, CURVED)
         for start in range(low, high, TILE):
             keys = start + inside
-            k_in, v = k_next, v_next
-            k_next, v_next = _load_pair(
-                K, V, CURVE, keys + TILE, high, stride_n, stride_n, D, CURVED
-            )
-            k = feature_map(k_in.to(tl.float32), FEATURES, FAST).to(dtype)
+            tokens = visited(CURVE, keys, keys < high, CURVED)
+            k = load_features(K, tokens, keys < high, stride_n, D, FEATURES, FAST).to(dtype)
+            v = load_rows(V, tokens, keys < high, stride_n, D)
             s = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
-            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + grad_r[:, None]
+            dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + delta[:, None]
             x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
             if TWO:
                 mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
@@ -236,13 +220,13 @@ def query_grad_kernel(
                 below, above = _add_flux(below, above, s * dw, steps[:, None], keys[None, :])
             dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
         FLUX += bh * blocks * BLOCK + steps
-        tl.store(FLUX, below)
-        tl.store(FLUX + flux_side, above)
+        tl.store(FLUX, below * share)
+        tl.store(FLUX + flux_side, above * share)
         if TWO:
-            tl.store(FLUX + flux_c, below_2)
-            tl.store(FLUX + flux_c + flux_side, above_2)
+            tl.store(FLUX + flux_c, below_2 * share)
+            tl.store(FLUX + flux_c + flux_side, above_2 * share)
     q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
-    dq = feature_map_grad(q_in, dq * (scale * unit), FEATURES, FAST)
+    dq = feature_map_grad(q_in, dq * (share * scale * unit)[:, None], FEATURES, FAST)
     if ADD:
         dq += load_rows(DQ, rows, valid, stride_n, D).to(tl.float32)
     store_rows(DQ, rows, valid, stride_n, dq, D)
@@ -250,7 +234,7 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DR, DQKV, FLUX,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, DQKV, FLUX,
     n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
@@ -268,7 +252,7 @@ def key_grad_kernel(
     DV = DK + heads * D
     DOUT += (b * n * heads + h) * D
     R += bh * n
-    DR += bh * n
+    DELTA += bh * n
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
@@ -321,29 +305,22 @@ def key_grad_kernel(
         x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
         to_earlier, to_later = tl.exp2(y_j - x_e), tl.exp2(y_e - x_j)
         inside = tl.arange(0, TILE)
-        q_next, grad_next = _load_pair(
-            Q, DOUT, CURVE, low + inside, high, stride_n, heads * D, D, CURVED
-        )
         for start in range(low, high, TILE):
             queries = start + inside
             there = queries < high
-            q_in, grad_in = q_next, grad_next
-            q_next, grad_next = _load_pair(
-                Q, DOUT, CURVE, queries + TILE, high, stride_n, heads * D, D, CURVED
-            )
             tokens = visited(CURVE, queries, there, CURVED)
-            grad_r = tl.load(DR + tokens, mask=there, other=0.0)
-            grad_scale = tl.zeros((TILE,), tl.float32) + weight
+            q = load_features(Q, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
+            grad = load_rows(DOUT, tokens, there, heads * D, D)
+            delta = tl.load(DELTA + tokens, mask=there, other=0.0)
+            share = tl.zeros((TILE,), tl.float32) + weight
             if NORMALISE:
-                grad_scale /= tl.load(R + tokens, mask=there, other=1.0)
-            q = feature_map(q_in.to(tl.float32), FEATURES, FAST).to(dtype)
-            grad = (grad_in.to(tl.float32) * grad_scale[:, None]).to(dtype)
+                share /= tl.load(R + tokens, mask=there, other=1.0)
             x_i, y_i = tl.load(X + queries), tl.load(Y + queries)
             s = tl.dot(k_t, tl.trans(q), input_precision=PRECISION)
-            dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + grad_r[None, :]
+            dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + delta[None, :]
             if TWO:
                 mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
-                flux = s * dw
+                flux = s * dw * share[None, :]
                 i = tl.load(STEPS + queries, mask=there, other=0)
                 below, above = _add_flux(below, above, flux * mask, i[None, :], j[:, None])
                 x_i, y_i = tl.load(X + sums_c + queries), tl.load(Y + sums_c + queries)
@@ -352,18 +329,19 @@ def key_grad_kernel(
                 below_2, above_2 = _add_flux(
                     below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
                 )
-                mask += mask_2
+                mask = (mask + mask_2) * share[None, :]
                 s *= mask
             elif start + TILE <= first:
-                mask = to_earlier[:, None] * tl.exp2(x_e - y_i)[None, :]
+                mask = to_earlier[:, None] * (tl.exp2(x_e - y_i) * share)[None, :]
                 s *= mask
                 above += tl.sum(s * dw, 1)
             elif start >= first + ROWS:
-                mask = to_later[:, None] * tl.exp2(x_i - y_e)[None, :]
+                mask = to_later[:, None] * (tl.exp2(x_i - y_e) * share)[None, :]
                 s *= mask
                 below += tl.sum(s * dw, 1)
             else:
                 mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+                mask *= share[None, :]
                 s *= mask
                 below, above = _add_flux(below, above, s * dw, queries[None, :], steps[:, None])
             dw *= mask

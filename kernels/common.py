@@ -99,16 +99,17 @@ def decay_mask(x_i, y_i, x_j, y_j):
 
 
 @triton.jit
-def output_grad(
+def row_sum_grad(
     grad, OUT, R, rows, valid, stride, weight, D: tl.constexpr, NORMALISE: tl.constexpr
 ):
-    """Gradients `[R, D]` of the numerators and `[R]` of the denominators, both float32."""
-    grad = grad.to(tl.float32)
+    """`-dO_i . O_i` and `weight / r_i`, float32 `[R]`: gradients of weights are, of each query,
+    `dw_ij = weight / r_i (dO_i . v_j - dO_i . O_i)`, where equal terms cancel without a rest."""
     if NORMALISE:
         out = load_rows(OUT, rows, valid, stride, D).to(tl.float32)
-        scale = weight / tl.load(R + rows, mask=valid, other=1.0)
-        return grad * scale[:, None], -tl.sum(grad * out, 1) * scale
-    return grad * weight, tl.zeros_like(rows).to(tl.float32)
+        share = weight / tl.load(R + rows, mask=valid, other=1.0)
+        return -tl.sum(grad.to(tl.float32) * out, 1), share
+    zeros = tl.zeros_like(rows).to(tl.float32)
+    return zeros, zeros + weight
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
-from kernels.states import gates_kernel, states_kernel, sums_kernel
+from kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,9 +36,15 @@ def make_plan(n: int, dim: int, itemsize: int, unmasked: bool) -> Plan:
     rows = 64 if half else 32
     carried = unmasked or n > (256 if half else rows)
     block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
-    warps = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8}
-    tiles = {**warps, "TILE": 32}
-    return Plan(block, carried, warps, tiles, tiles, tiles)
+    if unmasked:
+        block = 256
+    shape = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8}
+    tiles = {**shape, "TILE": 32}
+    if half and dim == 64:  # measured on an H100
+        return Plan(
+            block, carried, shape, {**tiles, "maxnreg": 128}, {**tiles, "maxnreg": 168}, tiles
+        )
+    return Plan(block, carried, shape, tiles, tiles, tiles)
 
 
 @dataclass(frozen=True)
@@ -180,18 +186,29 @@ class Task:
         """States that enter each block, or of all tokens, and those of the row sums."""
         if not self.plan.carried:
             return self.projected, row_sums
-        directions = 1 if self.unmasked else 2
-        kinds = directions * (1 if grad is None else 2)
-        heads = self.sizes[0] * self.heads
-        places = heads if self.unmasked else heads * self.blocks
-        states = self.empty(places, kinds, self.dim, self.dim, dtype=self.projected.dtype)
-        vectors = self.empty(places, kinds, self.dim)
-        for queries in range(1 if grad is None else 2):
-            states_kernel[(heads, directions)](
+        directions, groups = 1 if self.unmasked else 2, 1 if grad is None else 2
+        kinds, heads = directions * groups, self.sizes[0] * self.heads
+        places = (heads * self.blocks, kinds)
+        states = self.empty(*places, self.dim, self.dim, dtype=self.projected.dtype)
+        vectors = self.empty(*places, self.dim)
+        for queries in range(groups):
+            added_kernel[(self.blocks, heads)](
                 *tensors, out, row_sums, self.or_any(grad), states, vectors, **options,
                 QUERIES=queries, KINDS=kinds, **self.plan.states,
             )  # fmt: skip
-        return states, vectors
+        if self.blocks == 1 and self.unmasked:
+            return states, vectors
+        totals, vector_totals = states, vectors
+        if self.unmasked:
+            totals = torch.empty_like(states[:heads])
+            vector_totals = torch.empty_like(vectors[:heads])
+        part = min(self.dim**2, 1024)
+        carry_kernel[(heads, kinds, self.dim**2 // part + 1)](
+            states, vectors, totals, vector_totals, tensors[2], self.blocks, self.heads,
+            options["sums_b"], D=self.dim, BLOCK=self.plan.block, PART=part,
+            UNMASKED=self.unmasked, num_warps=4,
+        )  # fmt: skip
+        return totals, vector_totals
 
     def gate_grads(self, c: int, flux: Tensor, states, dprojected: Tensor, ddecay: Tensor) -> None:
         """Writes the gradients of the gates of curve `c`, or of its decays by image and block."""

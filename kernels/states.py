@@ -16,11 +16,11 @@ import triton.language as tl
 from kernels.common import (
     counted,
     decay_sums,
-    feature_map,
     gate_logits,
+    load_features,
     load_rows,
     load_square,
-    output_grad,
+    row_sum_grad,
     visited,
 )
 
@@ -52,97 +52,117 @@ def sums_kernel(
 
 
 @triton.jit
-def _load_rows_of_two(
-    A, B, CURVE, place, n, stride_a, stride_b,
-    D: tl.constexpr, ROWS: tl.constexpr, CURVED: tl.constexpr,
-):  # fmt: skip
-    """Some rows of two matrices; nothing before the first and beyond the last token."""
-    steps = place * ROWS + tl.arange(0, ROWS)
-    there = (steps >= 0) & (steps < n)
-    tokens = visited(CURVE, steps, there, CURVED)
-    a = load_rows(A, tokens, there, stride_a, D)
-    return a, load_rows(B, tokens, there, stride_b, D)
+def _store_state(STATES, VECTORS, entry, state, vector, D: tl.constexpr):
+    dims = tl.arange(0, D)
+    square = STATES + entry * D * D + dims[:, None] * D + dims
+    tl.store(square, state.to(STATES.dtype.element_ty))
+    tl.store(VECTORS + entry * D + dims, vector)
 
 
 @triton.jit
-def states_kernel(
+def added_kernel(
     QKV, X, Y, CURVE, VALID, OUT, R, DOUT, STATES, VECTORS,
     n, blocks, heads, stride_b, stride_n, sums_b, scale, weight,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
     KINDS: tl.constexpr, UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
     CURVED: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """States of keys and values, or of queries and output gradients, that enter each block.
+    """What each block adds to states of keys and values, or of queries and output gradients.
 
-    Kinds are: keys from earlier (0) and later (1) blocks, queries from earlier (2) and later (3)
-    ones. Without a mask there is one state of all keys (0) and one of all queries (1), each divided
-    by n, for float16 would overflow. A program carries one state through the sequence, and loads
-    rows a turn ahead of their use: it waits for no memory.
+    Kinds are: keys for later (0) and earlier (1) blocks, queries for later (2) and earlier (3)
+    ones. Without a mask there is one of all keys (0) and one of all queries (1), each divided by n,
+    for float16 would overflow.
     """
-    bh, reverse = tl.program_id(0).to(tl.int64), tl.program_id(1) == 1
+    place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
-    VALID += b * n
+    K = Q + heads * D
+    V = K + heads * D
     OUT += (b * n * heads + h) * D
     DOUT += (b * n * heads + h) * D
-    R += bh * n
-    X += b * sums_b + h * blocks * BLOCK
-    Y += b * sums_b + h * blocks * BLOCK
-    if QUERIES:
-        A, B, stride = Q, DOUT, heads * D
-    else:
-        A, B, stride = Q + heads * D, Q + 2 * heads * D, stride_n
-    kind = QUERIES if UNMASKED else QUERIES * 2 + tl.program_id(1)
-    dims = tl.arange(0, D)
-    square = dims[:, None] * D + dims
-    state = tl.zeros((D, D), tl.float32)
-    vector = tl.zeros((D,), tl.float32)
-    total = 0.0
-    direction = tl.where(reverse, -1, 1)
-    turns = tl.cdiv(n, ROWS) if UNMASKED else blocks * (BLOCK // ROWS)
-    place = tl.where(reverse, turns - 1, 0)
-    a_next, b_next = _load_rows_of_two(A, B, CURVE, place, n, stride_n, stride, D, ROWS, CURVED)
-    for turn in range(turns):
-        a_in, b_in = a_next, b_next
-        a_next, b_next = _load_rows_of_two(
-            A, B, CURVE, place + direction, n, stride_n, stride, D, ROWS, CURVED
-        )
-        steps = place * ROWS + tl.arange(0, ROWS)
+    X += b * sums_b + (h * blocks + place) * BLOCK
+    Y += b * sums_b + (h * blocks + place) * BLOCK
+    later = tl.zeros((D, D), tl.float32)
+    later_sum = tl.zeros((D,), tl.float32)
+    earlier = tl.zeros((D, D), tl.float32)
+    earlier_sum = tl.zeros((D,), tl.float32)
+    for first in range(0, tl.minimum(BLOCK, n - place * BLOCK), ROWS):
+        inside = first + tl.arange(0, ROWS)
+        steps = place * BLOCK + inside
         valid = steps < n
-        tokens = visited(CURVE, steps, valid, CURVED)
+        rows = visited(CURVE, steps, valid, CURVED)
         if QUERIES:
-            factor = tl.where(valid, scale, 0.0)
-            grad, grad_r = output_grad(b_in, OUT, R, tokens, valid, stride, weight, D, NORMALISE)
-            second = grad.to(dtype)
+            a = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST)
+            second = load_rows(DOUT, rows, valid, heads * D, D)
+            second_r, share = row_sum_grad(
+                second, OUT, R + bh * n, rows, valid, heads * D, weight, D, NORMALISE
+            )
+            share = tl.where(valid, share * scale, 0.0)
         else:
-            factor = tl.where(counted(VALID, tokens, valid, PADDED), 1.0, 0.0)
-            grad_r = tl.full((ROWS,), 1.0, tl.float32)
-            second = b_in
+            a = load_features(K, rows, valid, stride_n, D, FEATURES, FAST)
+            second = load_rows(V, rows, valid, stride_n, D)
+            second_r = tl.full((ROWS,), 1.0, tl.float32)
+            share = tl.where(counted(VALID + b * n, rows, valid, PADDED), 1.0, 0.0)
         if UNMASKED:
-            factor /= n
+            share /= n
         else:
-            if turn % (BLOCK // ROWS) == 0:  # at the door of a block
-                block = place * ROWS // BLOCK
-                entry = (bh * blocks + block) * KINDS + kind
-                tl.store(STATES + entry * D * D + square, state.to(dtype))
-                tl.store(VECTORS + entry * D + dims, vector)
-                total = tl.load(Y + block * BLOCK + BLOCK - 1)
-                fade = tl.exp2(total)
-                state *= fade
-                vector *= fade
-            x, y = tl.load(X + steps), tl.load(Y + steps)
+            x, y = tl.load(X + inside), tl.load(Y + inside)
             if QUERIES:
                 x, y = y, x
-            factor *= tl.exp2(tl.where(reverse, y, total - x))
-        a = feature_map(a_in.to(tl.float32), FEATURES, FAST) * factor[:, None]
-        vector += tl.sum(a * grad_r[:, None], 0)
-        state += tl.dot(tl.trans(a.to(dtype)), second, input_precision=PRECISION)
-        place += direction
+            back = a * (share * tl.exp2(y))[:, None]
+            earlier += tl.dot(tl.trans(back.to(dtype)), second, input_precision=PRECISION)
+            earlier_sum += tl.sum(back * second_r[:, None], 0)
+            share *= tl.exp2(tl.load(Y + BLOCK - 1) - x)
+        a *= share[:, None]
+        later += tl.dot(tl.trans(a.to(dtype)), second, input_precision=PRECISION)
+        later_sum += tl.sum(a * second_r[:, None], 0)
+    entry = (bh * blocks + place) * KINDS + QUERIES * (1 if UNMASKED else 2)
+    _store_state(STATES, VECTORS, entry, later, later_sum, D)
+    if not UNMASKED:
+        _store_state(STATES, VECTORS, entry + 1, earlier, earlier_sum, D)
+
+
+@triton.jit
+def carry_kernel(
+    STATES, VECTORS, TOTALS, VECTOR_TOTALS, Y, blocks, heads, sums_b,
+    D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, UNMASKED: tl.constexpr,
+):  # fmt: skip
+    """Replaces what each block adds by the state that enters it; without a mask, sums all blocks.
+
+    A program carries some elements of one state; the last one has the row sums.
+    """
+    bh, kind, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kinds, parts = tl.num_programs(1), tl.num_programs(2)
+    Y += bh // heads * sums_b + bh % heads * blocks * BLOCK
+    reverse = kind % 2 == 1
+    elements = part * PART + tl.arange(0, PART)
+    dims = tl.arange(0, D)
+    state = tl.zeros((PART,), tl.float32)
+    vector = tl.zeros((D,), tl.float32)
+    for i in range(blocks):
+        place = i
+        fade = 1.0
+        if not UNMASKED:
+            place = tl.where(reverse, blocks - 1 - i, i)
+            fade = tl.exp2(tl.load(Y + place * BLOCK + BLOCK - 1))
+        entry = (bh * blocks + place) * kinds + kind
+        if part == parts - 1:
+            vector_added = tl.load(VECTORS + entry * D + dims)
+            if not UNMASKED:
+                tl.store(VECTORS + entry * D + dims, vector)
+            vector = vector * fade + vector_added
+        else:
+            added = tl.load(STATES + entry * D * D + elements).to(tl.float32)
+            if not UNMASKED:
+                tl.store(STATES + entry * D * D + elements, state.to(STATES.dtype.element_ty))
+            state = state * fade + added
     if UNMASKED:
-        entry = bh * KINDS + kind
-        tl.store(STATES + entry * D * D + square, state.to(dtype))
-        tl.store(VECTORS + entry * D + dims, vector)
+        entry = bh * kinds + kind
+        if part == parts - 1:
+            tl.store(VECTOR_TOTALS + entry * D + dims, vector)
+        else:
+            tl.store(TOTALS + entry * D * D + elements, state.to(TOTALS.dtype.element_ty))
 
 
 @triton.jit
