@@ -28,10 +28,23 @@ from kernels.common import (
 
 
 @triton.jit
-def _add_flux(below, above, flux, i, j):
+def _add_sides(before, after, flux, i, j):
     """Adds row sums of `flux` over the pairs on either side of the diagonal: i > j and i < j."""
-    below += tl.sum(tl.where(i > j, flux, 0.0), 1)
-    return below, above + tl.sum(tl.where(i < j, flux, 0.0), 1)
+    before += tl.sum(tl.where(i > j, flux, 0.0), 1)
+    return before, after + tl.sum(tl.where(i < j, flux, 0.0), 1)
+
+
+@triton.jit
+def _add_flux(before, after, flux, first, start, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """The same for rows from `first` and a tile from `start`, most of which are on one side."""
+    if start + TILE <= first:
+        before += tl.sum(flux, 1)
+    elif start >= first + ROWS:
+        after += tl.sum(flux, 1)
+    else:
+        rows, columns = first + tl.arange(0, ROWS), start + tl.arange(0, TILE)
+        before, after = _add_sides(before, after, flux, rows[:, None], columns[None, :])
+    return before, after
 
 
 @triton.jit
@@ -201,23 +214,25 @@ def query_grad_kernel(
                 mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
                 s *= dw
                 j = tl.load(STEPS + keys, mask=keys < n, other=0)
-                below, above = _add_flux(below, above, s * mask, i[:, None], j[None, :])
+                below, above = _add_sides(below, above, s * mask, i[:, None], j[None, :])
                 x_j, y_j = key_sums(
                     X + sums_c, Y + sums_c, CURVE, VALID, keys, high, CURVED, PADDED
                 )
                 mask_2 = decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
                 j = tl.load(STEPS + n + keys, mask=keys < n, other=0)
-                below_2, above_2 = _add_flux(below_2, above_2, s * mask_2, i_2[:, None], j[None, :])
+                below_2, above_2 = _add_sides(
+                    below_2, above_2, s * mask_2, i_2[:, None], j[None, :]
+                )
                 dw *= mask + mask_2
-            elif start + TILE <= first:
-                dw *= from_earlier[:, None] * tl.exp2(x_e - x_j)[None, :]
-                below += tl.sum(s * dw, 1)
-            elif start >= first + ROWS:
-                dw *= from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
-                above += tl.sum(s * dw, 1)
             else:
-                dw *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
-                below, above = _add_flux(below, above, s * dw, steps[:, None], keys[None, :])
+                if start + TILE <= first:
+                    mask = from_earlier[:, None] * tl.exp2(x_e - x_j)[None, :]
+                elif start >= first + ROWS:
+                    mask = from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
+                else:
+                    mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+                dw *= mask
+                below, above = _add_flux(below, above, s * dw, first, start, ROWS, TILE)
             dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
         FLUX += bh * blocks * BLOCK + steps
         tl.store(FLUX, below * share)
@@ -322,28 +337,25 @@ def key_grad_kernel(
                 mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
                 flux = s * dw * share[None, :]
                 i = tl.load(STEPS + queries, mask=there, other=0)
-                below, above = _add_flux(below, above, flux * mask, i[None, :], j[:, None])
+                below, above = _add_sides(below, above, flux * mask, i[None, :], j[:, None])
                 x_i, y_i = tl.load(X + sums_c + queries), tl.load(Y + sums_c + queries)
                 mask_2 = decay_mask(x_i[None, :], y_i[None, :], x_2[:, None], y_2[:, None])
                 i = tl.load(STEPS + n + queries, mask=there, other=0)
-                below_2, above_2 = _add_flux(
+                below_2, above_2 = _add_sides(
                     below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
                 )
                 mask = (mask + mask_2) * share[None, :]
                 s *= mask
-            elif start + TILE <= first:
-                mask = to_earlier[:, None] * (tl.exp2(x_e - y_i) * share)[None, :]
-                s *= mask
-                above += tl.sum(s * dw, 1)
-            elif start >= first + ROWS:
-                mask = to_later[:, None] * (tl.exp2(x_i - y_e) * share)[None, :]
-                s *= mask
-                below += tl.sum(s * dw, 1)
             else:
-                mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
-                mask *= share[None, :]
+                if start + TILE <= first:
+                    mask = to_earlier[:, None] * (tl.exp2(x_e - y_i) * share)[None, :]
+                elif start >= first + ROWS:
+                    mask = to_later[:, None] * (tl.exp2(x_i - y_e) * share)[None, :]
+                else:
+                    mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+                    mask *= share[None, :]
                 s *= mask
-                below, above = _add_flux(below, above, s * dw, queries[None, :], steps[:, None])
+                above, below = _add_flux(above, below, s * dw, first, start, ROWS, TILE)
             dw *= mask
             dv += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
             dk += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
