@@ -154,6 +154,20 @@ def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
         assert torch.allclose(plain, fast, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mask", ["Lit", "Selective"])
+def test_compiled_and_exported_whole(mask, monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda *_: True)
+    torch.manual_seed(0)
+    layer = LionAttention(32, 2, mask_type=mask).to(DEVICE)
+    x = torch.randn(2, 21, 32, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (layer, compiled)]
+    assert torch.equal(*gradients)
+    exported = torch.export.export(layer, (x,))
+    assert any("lion.mix" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(x), layer(x))
+
+
 def test_kernels_can_be_turned_off():
     code = "import kernels, torch; print(kernels.ENABLED)"
     off = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"LION_KERNELS": "0"},
@@ -184,9 +198,10 @@ def test_gpu_numerics(mask, order, n, gate, dtype):
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [197, 500])
 @pytest.mark.parametrize("mask, order", VARIANTS)
-def test_repeats_are_bitwise_equal(mask, order):
-    tensors = make_inputs(mask, order, 197, 64, torch.bfloat16, batch=4, heads=3)
+def test_repeats_are_bitwise_equal(mask, order, n):
+    tensors = make_inputs(mask, order, n, 64, torch.bfloat16, batch=4, heads=3)
     first = mix(*tensors, mask, 64)
     for _ in range(100):
         assert all(map(torch.equal, mix(*tensors, mask, 64), first))
