@@ -73,16 +73,16 @@ def forward_kernel(
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
-    q_t = q.to(dtype)
+    q_t = (load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale).to(dtype)
     out = tl.zeros((ROWS, D), tl.float32)
     r = tl.zeros((ROWS,), tl.float32)
     if not UNMASKED:
         x_i, y_i = tl.load(X + steps), tl.load(Y + steps)
     if CARRIED:
-        dims = tl.arange(0, D)
+        dims, q = tl.arange(0, D), q_t.to(tl.float32)
         state = bh if UNMASKED else (bh * blocks + place) * 2
-        out += tl.dot(q_t, load_square(STATES + state * D * D, D), input_precision=PRECISION)
+        earlier = load_square(STATES + state * D * D, D).to(dtype)
+        out += tl.dot(q_t, earlier, input_precision=PRECISION)
         r += tl.sum(q * tl.load(VECTORS + state * D + dims), 1)
         if not UNMASKED:
             fade = tl.exp2(x_i)
@@ -118,8 +118,9 @@ def forward_kernel(
                 w *= from_later[:, None] * tl.exp2(y_j - y_e)[None, :]
             else:
                 w *= decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
-            r += tl.sum(w, 1)
-            out += tl.dot(w.to(dtype), v, input_precision=PRECISION)
+            w = w.to(dtype)
+            r += tl.sum(w.to(tl.float32), 1)  # so weights sum to 1, rounded ones as well
+            out += tl.dot(w, v, input_precision=PRECISION)
     out *= weight
     r = (r + eps) * weight
     if ADD:  # the second curve adds to the first one's result
@@ -180,7 +181,11 @@ def query_grad_kernel(
         dims = tl.arange(0, D)
         state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
         earlier = load_square(STATES + state * D * D, D)
-        dq += tl.dot(grad, tl.trans(earlier), input_precision=PRECISION)
+        rounded = earlier.to(dtype)
+        dq += tl.dot(grad, tl.trans(rounded), input_precision=PRECISION)
+        if UNMASKED and dtype != tl.float32:  # most of this sum cancels with delta
+            rest = (earlier - rounded).to(dtype)
+            dq += tl.dot(grad, tl.trans(rest), input_precision=PRECISION)
         dq += delta[:, None] * tl.load(VECTORS + state * D + dims)
         if not UNMASKED:
             dq *= tl.exp2(x_i)[:, None]
@@ -290,7 +295,7 @@ def key_grad_kernel(
     if CARRIED:
         dims = tl.arange(0, D)
         state = bh * 2 + 1 if UNMASKED else (bh * blocks + place) * 4 + 3
-        late = load_square(STATES + state * D * D, D)
+        late = load_square(STATES + state * D * D, D).to(dtype)
         dk += tl.dot(v, tl.trans(late), input_precision=PRECISION)
         dk += tl.load(VECTORS + state * D + dims)
         dv += tl.dot(k_t, late, input_precision=PRECISION)

@@ -175,12 +175,13 @@ class Task:
         """Further options of the kernels in `blocks`."""
         return {
             "sums_c": 0 if sums is None else sums.stride(1), "CARRIED": self.plan.carried,
-            "TWO": self.two, "ADD": c > 0, "unit": self.unit(),
+            "TWO": self.two, "ADD": c > 0, "unit": 1.0 if self.normalise else self.counted,
         }  # fmt: skip
 
-    def unit(self) -> float:
-        """States of all tokens are means, and so are numerators; see `states_kernel`."""
-        return float(self.sizes[1]) if self.unmasked and not self.normalise else 1.0
+    @property
+    def counted(self) -> float:
+        """Tokens that sums are divided by, as states of all tokens are means."""
+        return float(self.blocks * self.plan.block) if self.unmasked else 1.0
 
     def states(self, tensors, options, out, row_sums, grad=None) -> tuple[Tensor, Tensor]:
         """States that enter each block, or of all tokens, and those of the row sums."""
@@ -189,7 +190,8 @@ class Task:
         directions, groups = 1 if self.unmasked else 2, 1 if grad is None else 2
         kinds, heads = directions * groups, self.sizes[0] * self.heads
         places = (heads * self.blocks, kinds)
-        states = self.empty(*places, self.dim, self.dim, dtype=self.projected.dtype)
+        dtype = torch.float32 if self.unmasked else self.projected.dtype  # those are few
+        states = self.empty(*places, self.dim, self.dim, dtype=dtype)
         vectors = self.empty(*places, self.dim)
         for queries in range(groups):
             added_kernel[(self.blocks, heads)](
@@ -252,7 +254,7 @@ def mix_operator(
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums)
         forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]), b * heads)](
-            *tensors, *states, out, row_sums, eps=eps / n if task.unmasked else eps,
+            *tensors, *states, out, row_sums, eps=eps / task.counted,
             **shared, **task.of_pairs(c, sums), **task.plan.forward,
         )  # fmt: skip
     return out, row_sums

@@ -70,8 +70,8 @@ def added_kernel(
     """What each block adds to states of keys and values, or of queries and output gradients.
 
     Kinds are: keys for later (0) and earlier (1) blocks, queries for later (2) and earlier (3)
-    ones. Without a mask there is one of all keys (0) and one of all queries (1), each divided by n,
-    for float16 would overflow.
+    ones. Without a mask there is one of all keys (0) and one of all queries (1), each a mean over
+    BLOCK tokens, for sums would overflow in float16.
     """
     place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -104,22 +104,23 @@ def added_kernel(
             second = load_rows(V, rows, valid, stride_n, D)
             second_r = tl.full((ROWS,), 1.0, tl.float32)
             share = tl.where(counted(VALID + b * n, rows, valid, PADDED), 1.0, 0.0)
-        if UNMASKED:
-            share /= n
-        else:
+        if not UNMASKED:
             x, y = tl.load(X + inside), tl.load(Y + inside)
             if QUERIES:
                 x, y = y, x
-            back = a * (share * tl.exp2(y))[:, None]
-            earlier += tl.dot(tl.trans(back.to(dtype)), second, input_precision=PRECISION)
-            earlier_sum += tl.sum(back * second_r[:, None], 0)
+            back = (a * (share * tl.exp2(y))[:, None]).to(dtype)
+            earlier += tl.dot(tl.trans(back), second, input_precision=PRECISION)
+            earlier_sum += tl.sum(back.to(tl.float32) * second_r[:, None], 0)
             share *= tl.exp2(tl.load(Y + BLOCK - 1) - x)
-        a *= share[:, None]
-        later += tl.dot(tl.trans(a.to(dtype)), second, input_precision=PRECISION)
-        later_sum += tl.sum(a * second_r[:, None], 0)
-    entry = (bh * blocks + place) * KINDS + QUERIES * (1 if UNMASKED else 2)
-    _store_state(STATES, VECTORS, entry, later, later_sum, D)
-    if not UNMASKED:
+        a = (a * share[:, None]).to(dtype)
+        later += tl.dot(tl.trans(a), second, input_precision=PRECISION)
+        later_sum += tl.sum(a.to(tl.float32) * second_r[:, None], 0)
+    if UNMASKED:
+        entry = (bh * blocks + place) * KINDS + QUERIES
+        _store_state(STATES, VECTORS, entry, later / BLOCK, later_sum / BLOCK, D)
+    else:
+        entry = (bh * blocks + place) * KINDS + QUERIES * 2
+        _store_state(STATES, VECTORS, entry, later, later_sum, D)
         _store_state(STATES, VECTORS, entry + 1, earlier, earlier_sum, D)
 
 
@@ -128,7 +129,7 @@ def carry_kernel(
     STATES, VECTORS, TOTALS, VECTOR_TOTALS, Y, blocks, heads, sums_b,
     D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, UNMASKED: tl.constexpr,
 ):  # fmt: skip
-    """Replaces what each block adds by the state that enters it; without a mask, sums all blocks.
+    """Replaces what each block adds by the state that enters it; without a mask, the mean of all.
 
     A program carries some elements of one state; the last one has the row sums.
     """
@@ -160,8 +161,9 @@ def carry_kernel(
     if UNMASKED:
         entry = bh * kinds + kind
         if part == parts - 1:
-            tl.store(VECTOR_TOTALS + entry * D + dims, vector)
+            tl.store(VECTOR_TOTALS + entry * D + dims, vector / blocks)
         else:
+            state /= blocks
             tl.store(TOTALS + entry * D * D + elements, state.to(TOTALS.dtype.element_ty))
 
 

@@ -72,7 +72,7 @@ def measure(case: Case, seconds: float, threads: int) -> Case:
     """The case with its speed over about `seconds`, and its peak memory."""
     torch.set_num_threads(threads)
     device = init_distributed(case.settings.device).device
-    chosen = sdpa_kernel(SDPBackend[case.backend]) if case.backend else nullcontext()
+    chosen = sdpa_kernel(getattr(SDPBackend, case.backend)) if case.backend else nullcontext()
     try:
         with peak_memory(device) as peak, chosen:
             step = _training(case, device)

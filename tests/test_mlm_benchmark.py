@@ -1,6 +1,7 @@
 """The benchmark of the language models: a row for each case, and what is told of bad input."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ def test_a_case_that_fails_is_a_row(monkeypatch):
         monkeypatch.setattr(benchmark, "_training", lambda *_, e=error: (_ for _ in ()).throw(e))
         failed = benchmark.measure(case, 1, threads=1)
         assert benchmark.row(failed, [failed]) == f"| 8 | 1 | bert-base | {reason} | |  |"
+
+
+def test_attention_of_one_backend():
+    (case,) = benchmark.make_cases(CONFIGS[:1], SMALL, [8], 8)
+    measured = benchmark.measure(replace(case, backend="MATH"), 0.01, threads=1)
+    assert measured.speed > 0 and not measured.failure
 
 
 @pytest.mark.parametrize(
