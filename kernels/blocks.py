@@ -140,14 +140,19 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, DQKV, FLUX,
-    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, REST, DQKV, FLUX,
+    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, eps, scale, weight,
+    unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
-    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of the queries, and `DELTA` for `key_grad_kernel`."""
+    """Of the queries, and `DELTA` for `key_grad_kernel`.
+
+    Over all curves `dq_i . q_i = -eps DELTA_i`, but for rounding errors, most of which are along the
+    mean of the keys: as features are positive, they are taken off along ones.
+    """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
@@ -245,6 +250,14 @@ def query_grad_kernel(
         if TWO:
             tl.store(FLUX + flux_c, below_2 * share)
             tl.store(FLUX + flux_c + flux_side, above_2 * share)
+    if NORMALISE and FEATURES != "none":
+        rest = tl.sum(q * dq, 1) + eps * delta
+        if ADD:
+            rest += tl.load(REST + bh * n + rows, mask=valid, other=0.0)
+        if LAST:
+            dq -= (rest / tl.sum(q, 1))[:, None]
+        else:
+            tl.store(REST + bh * n + rows, rest, mask=valid)
     q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
     dq = feature_map_grad(q_in, dq * (share * scale * unit)[:, None], FEATURES, FAST)
     if ADD:
@@ -254,12 +267,13 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, DQKV, FLUX,
-    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, scale, weight, unit,
+    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, REST, DQKV, FLUX,
+    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, eps, scale, weight,
+    unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
-    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
     bh = tl.program_id(1).to(tl.int64)

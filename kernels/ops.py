@@ -285,6 +285,7 @@ def mix_backward(
     lit: bool,
     features: str,
     normalise: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `projected`, and of `decay` by image and block `[C, B, H, blocks]`."""
     options = (heads, dim, scans, prefix, lit, features, normalise)
@@ -295,14 +296,15 @@ def mix_backward(
     dprojected = torch.empty_like(task.projected)
     task.gates_in(dprojected)[..., scans * heads if task.gated else 0 :] = 0
     flux = task.empty(scans, 4, b, heads, 0 if task.unmasked else task.blocks * task.plan.block)
-    grad_sums = task.empty(b, heads, n)
+    grad_sums, rests = (task.empty(b, heads, n) for _ in range(2))
     ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums, grad)
         for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
             kernel[(triton.cdiv(n, tiles["ROWS"]), b * heads)](
-                *tensors, steps, *states, out, row_sums, grad, grad_sums, dprojected, flux[c],
-                flux_side=flux.stride(1), flux_c=flux.stride(0),
+                *tensors, steps, *states, out, row_sums, grad, grad_sums, rests, dprojected,
+                flux[c], flux_side=flux.stride(1), flux_c=flux.stride(0),
+                eps=eps / task.counted, LAST=task.two or c == scans - 1,
                 **shared, **task.of_pairs(c, sums), **tiles,
             )  # fmt: skip
         for gates in range(scans if task.two else 1) if not lit else ():
@@ -320,7 +322,7 @@ def _(grad, projected, decay, curves, valid, documents, out, row_sums, heads, di
 
 
 def _save(ctx, inputs, output):
-    ctx.options = inputs[5:-1]
+    ctx.options = inputs[5:]
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.set_materialize_grads(False)
 

@@ -31,9 +31,9 @@ def parts(tensors, width):
 
 def assert_close(actual, expected, limit, of_gates=None):
     actual, expected = (parts(t, expected[0].shape[2]) for t in (actual, expected))
-    # Queries and keys have no gradient through closed gates, nor of one token, whose errors are
-    # measured by the gradient that they have of several.
-    floor = (5e-2 if expected["y"].shape[1] == 1 else 1e-2) * expected["dv"].norm()
+    # Queries and keys have hardly a gradient through closed gates, and none of one token: errors
+    # count beside the least that it is otherwise.
+    floor = 5e-2 * expected["dv"].norm()
     for name, b in expected.items():
         error = (actual[name].double() - b).norm() / b.norm().clamp(min=floor)
         allowed = of_gates if of_gates and name in ("dgates", "ddecay") else limit
