@@ -150,8 +150,8 @@ def query_grad_kernel(
 ):  # fmt: skip
     """Of the queries, and `DELTA` for `key_grad_kernel`.
 
-    Over all curves `dq_i . q_i = -eps DELTA_i`, but for rounding errors, most of which are along the
-    mean of the keys: as features are positive, they are taken off along ones.
+    Over all curves `dq_i . q_i = -eps DELTA_i` but for rounding errors. Most of these are along the
+    mean of the keys, whose features are positive: they are taken off along ones.
     """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
