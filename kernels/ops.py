@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
 from kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
 
+PART, WARPS, TURN = 1024, 4, 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -38,7 +39,7 @@ def make_plan(n: int, dim: int, itemsize: int, unmasked: bool) -> Plan:
     block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
     if unmasked:
         block = 256
-    shape = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8}
+    shape = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8, "num_stages": 1}
     tiles = {**shape, "TILE": 32}
     if half and dim == 64:  # measured on an H100
         return Plan(
@@ -164,7 +165,6 @@ class Task:
             "PADDED": self.valid is not None,
             "CURVED": self.curves is not None and self.plan.carried,
             "NORMALISE": self.normalise, "PRECISION": self.precision, "FAST": self.fast,
-            "num_stages": 1,
         }  # fmt: skip
         for c in range(1 if self.two else self.scans):
             x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
@@ -204,11 +204,11 @@ class Task:
         if self.unmasked:
             totals = torch.empty_like(states[:heads])
             vector_totals = torch.empty_like(vectors[:heads])
-        part = min(self.dim**2, 1024)
+        part = min(self.dim**2, PART)
         carry_kernel[(heads, kinds, self.dim**2 // part + 1)](
             states, vectors, totals, vector_totals, tensors[2], self.blocks, self.heads,
             options["sums_b"], D=self.dim, BLOCK=self.plan.block, PART=part,
-            UNMASKED=self.unmasked, num_warps=4,
+            TURN=TURN, UNMASKED=self.unmasked, num_warps=WARPS,
         )  # fmt: skip
         return totals, vector_totals
 

@@ -125,46 +125,54 @@ def added_kernel(
 
 
 @triton.jit
+def _carry(
+    STATES, TOTALS, Y, blocks, elements, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    TURN: tl.constexpr, UNMASKED: tl.constexpr,
+):  # fmt: skip
+    """Some elements of states of a SIZE; blocks of one turn are loaded at once."""
+    bh, kind, kinds = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    STATES += (bh * blocks * kinds + kind) * SIZE + elements
+    state = tl.zeros_like(elements).to(tl.float32)
+    for first in range(0, blocks, TURN):
+        places, added, fades = (), (), ()
+        for t in tl.static_range(TURN):
+            there = first + t < blocks
+            place = first + t
+            if not UNMASKED:
+                place = tl.where(kind % 2 == 1, blocks - 1 - place, place)
+                end = tl.load(Y + place * BLOCK + BLOCK - 1, mask=there, other=0.0)
+                fades = fades + (tl.exp2(end),)
+            places = places + (STATES + place * kinds * SIZE,)
+            added = added + (tl.load(places[t], mask=there, other=0.0),)
+        for t in tl.static_range(TURN):
+            if not UNMASKED:
+                entering = state.to(STATES.dtype.element_ty)
+                tl.store(places[t], entering, mask=first + t < blocks)
+                state *= fades[t]
+            state += added[t].to(tl.float32)
+    if UNMASKED:
+        mean = (state / blocks).to(TOTALS.dtype.element_ty)
+        tl.store(TOTALS + (bh * kinds + kind) * SIZE + elements, mean)
+
+
+@triton.jit
 def carry_kernel(
     STATES, VECTORS, TOTALS, VECTOR_TOTALS, Y, blocks, heads, sums_b,
-    D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, UNMASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TURN: tl.constexpr,
+    UNMASKED: tl.constexpr,
 ):  # fmt: skip
     """Replaces what each block adds by the state that enters it; without a mask, the mean of all.
 
     A program carries some elements of one state; the last one has the row sums.
     """
-    bh, kind, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kinds, parts = tl.num_programs(1), tl.num_programs(2)
+    bh, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     Y += bh // heads * sums_b + bh % heads * blocks * BLOCK
-    reverse = kind % 2 == 1
-    elements = part * PART + tl.arange(0, PART)
-    dims = tl.arange(0, D)
-    state = tl.zeros((PART,), tl.float32)
-    vector = tl.zeros((D,), tl.float32)
-    for i in range(blocks):
-        place = i
-        fade = 1.0
-        if not UNMASKED:
-            place = tl.where(reverse, blocks - 1 - i, i)
-            fade = tl.exp2(tl.load(Y + place * BLOCK + BLOCK - 1))
-        entry = (bh * blocks + place) * kinds + kind
-        if part == parts - 1:
-            vector_added = tl.load(VECTORS + entry * D + dims)
-            if not UNMASKED:
-                tl.store(VECTORS + entry * D + dims, vector)
-            vector = vector * fade + vector_added
-        else:
-            added = tl.load(STATES + entry * D * D + elements).to(tl.float32)
-            if not UNMASKED:
-                tl.store(STATES + entry * D * D + elements, state.to(STATES.dtype.element_ty))
-            state = state * fade + added
-    if UNMASKED:
-        entry = bh * kinds + kind
-        if part == parts - 1:
-            tl.store(VECTOR_TOTALS + entry * D + dims, vector / blocks)
-        else:
-            state /= blocks
-            tl.store(TOTALS + entry * D * D + elements, state.to(TOTALS.dtype.element_ty))
+    if part == tl.num_programs(2) - 1:
+        dims = tl.arange(0, D)
+        _carry(VECTORS, VECTOR_TOTALS, Y, blocks, dims, D, BLOCK, TURN, UNMASKED)
+    else:
+        elements = part * PART + tl.arange(0, PART)
+        _carry(STATES, TOTALS, Y, blocks, elements, D * D, BLOCK, TURN, UNMASKED)
 
 
 @triton.jit
