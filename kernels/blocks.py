@@ -21,6 +21,7 @@ from kernels.common import (
     load_features,
     load_rows,
     load_square,
+    my_part,
     row_sum_grad,
     store_rows,
     visited,
@@ -56,7 +57,7 @@ def forward_kernel(
     TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
@@ -67,7 +68,7 @@ def forward_kernel(
     Y += b * sums_b + h * blocks * BLOCK
     OUT += (b * n * heads + h) * D
     R += bh * n
-    first = tl.program_id(0) * ROWS
+    first = number * ROWS
     place = first // BLOCK
     low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
     steps = first + tl.arange(0, ROWS)
@@ -153,7 +154,7 @@ def query_grad_kernel(
     Over all curves `dq_i . q_i = -eps DELTA_i` but for rounding errors. Most of these are along the
     mean of the keys, whose features are positive: they are taken off along ones.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
@@ -163,7 +164,7 @@ def query_grad_kernel(
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
-    first = tl.program_id(0) * ROWS
+    first = number * ROWS
     place = first // BLOCK
     low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
     steps = first + tl.arange(0, ROWS)
@@ -276,7 +277,7 @@ def key_grad_kernel(
     NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
-    bh = tl.program_id(1).to(tl.int64)
+    number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
@@ -290,7 +291,7 @@ def key_grad_kernel(
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
-    first = tl.program_id(0) * ROWS
+    first = number * ROWS
     place = first // BLOCK
     low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
     steps = first + tl.arange(0, ROWS)

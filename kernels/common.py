@@ -5,6 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
+def my_part(parts):
+    """Which part of which sequence a program has. The grid's first dimension alone is long."""
+    pid = tl.program_id(0)
+    return pid % parts, (pid // parts).to(tl.int64)
+
+
+@triton.jit
 def _sigmoid(t, FAST: tl.constexpr):
     """`FAST` is the hardware's tanh, right to 2^-11: enough for half precision."""
     if FAST:

@@ -12,13 +12,12 @@ from torch import Tensor
 from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
 from kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
 
-PART, WARPS, TURN = 1024, 4, 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a sequence is cut: tokens per block; rows, tiles and warps of each kernel."""
+    """How a sequence is cut: tokens per block; rows, tiles and launch options of each kernel."""
 
     block: int
     carried: bool
@@ -38,14 +37,16 @@ def make_plan(n: int, dim: int, itemsize: int, unmasked: bool) -> Plan:
     carried = unmasked or n > (256 if half else rows)
     block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
     if unmasked:
-        block = 256
+        block = 512
     shape = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8, "num_stages": 1}
     tiles = {**shape, "TILE": 32}
-    if half and dim == 64:  # measured on an H100
-        return Plan(
-            block, carried, shape, {**tiles, "maxnreg": 128}, {**tiles, "maxnreg": 168}, tiles
-        )
-    return Plan(block, carried, shape, tiles, tiles, tiles)
+    if not (half and dim == 64):
+        return Plan(block, carried, shape, tiles, tiles, tiles)
+    # Measured on an H100.
+    lean = {**tiles, "maxnreg": 128}
+    if unmasked:
+        return Plan(block, carried, {**shape, "num_stages": 3}, tiles, lean, lean)
+    return Plan(block, carried, {**shape, "ROWS": 128}, lean, {**tiles, "maxnreg": 168}, tiles)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Task:
     def of_gates(self) -> dict[str, Any]:
         """Options of the kernels that read gates."""
         return {
-            "n": self.sizes[1], "heads": self.heads, **self.decays(), "BLOCK": self.plan.block,
+            "n": self.sizes[1], "blocks": self.blocks, "heads": self.heads, **self.decays(),
+            "BLOCK": self.plan.block,
             "PADDED": self.valid is not None, "CURVED": self.curves is not None,
             "BY_TOKEN": not self.plan.carried,
         }  # fmt: skip
@@ -146,7 +148,7 @@ class Task:
         alike = not self.gated and self.valid is None and self.documents is None
         images = 1 if alike else self.sizes[0]
         sums = self.empty(2, self.scans, images, self.heads, self.blocks * self.plan.block)
-        sums_kernel[(self.blocks, self.scans * images * self.heads)](
+        sums_kernel[(self.blocks * self.scans * images * self.heads,)](
             self.logits(), *map(self.or_any, (self.curves, self.valid, self.documents)), *sums,
             steps, images=images, **self.of_gates(), PACKED=self.documents is not None,
             num_warps=1,
@@ -194,7 +196,7 @@ class Task:
         states = self.empty(*places, self.dim, self.dim, dtype=dtype)
         vectors = self.empty(*places, self.dim)
         for queries in range(groups):
-            added_kernel[(self.blocks, heads)](
+            added_kernel[(self.blocks * heads,)](
                 *tensors, out, row_sums, self.or_any(grad), states, vectors, **options,
                 QUERIES=queries, KINDS=kinds, **self.plan.states,
             )  # fmt: skip
@@ -204,11 +206,11 @@ class Task:
         if self.unmasked:
             totals = torch.empty_like(states[:heads])
             vector_totals = torch.empty_like(vectors[:heads])
-        part = min(self.dim**2, PART)
+        part = min(self.dim**2, 1024)
         carry_kernel[(heads, kinds, self.dim**2 // part + 1)](
             states, vectors, totals, vector_totals, tensors[2], self.blocks, self.heads,
             options["sums_b"], D=self.dim, BLOCK=self.plan.block, PART=part,
-            TURN=TURN, UNMASKED=self.unmasked, num_warps=WARPS,
+            TURN=4, UNMASKED=self.unmasked, num_warps=4,
         )  # fmt: skip
         return totals, vector_totals
 
@@ -221,7 +223,7 @@ class Task:
         else:
             logits, grads = self.decay[c], ddecay[c]
         curve = None if self.curves is None else self.curves[c]
-        gates_kernel[(self.blocks, self.sizes[0] * self.heads)](
+        gates_kernel[(self.blocks * self.sizes[0] * self.heads,)](
             flux[c], *states, logits, *map(self.or_any, (curve, self.valid)), grads,
             flux_side=flux.stride(1), D=self.dim, CARRIED=self.plan.carried,
             **self.of_gates(), num_warps=4 if self.plan.carried else 1,
@@ -253,7 +255,7 @@ def mix_operator(
     sums, _ = task.sums()
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums)
-        forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]), b * heads)](
+        forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]) * b * heads,)](
             *tensors, *states, out, row_sums, eps=eps / task.counted,
             **shared, **task.of_pairs(c, sums), **task.plan.forward,
         )  # fmt: skip
@@ -301,7 +303,7 @@ def mix_backward(
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums, grad)
         for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
-            kernel[(triton.cdiv(n, tiles["ROWS"]), b * heads)](
+            kernel[(triton.cdiv(n, tiles["ROWS"]) * b * heads,)](
                 *tensors, steps, *states, out, row_sums, grad, grad_sums, rests, dprojected,
                 flux[c], flux_side=flux.stride(1), flux_c=flux.stride(0),
                 eps=eps / task.counted, LAST=task.two or c == scans - 1,

@@ -20,6 +20,7 @@ from kernels.common import (
     load_features,
     load_rows,
     load_square,
+    my_part,
     row_sum_grad,
     visited,
 )
@@ -27,23 +28,23 @@ from kernels.common import (
 
 @triton.jit
 def sums_kernel(
-    DECAY, CURVE, VALID, DOCUMENTS, X, Y, STEPS, n, images, heads, prefix,
+    DECAY, CURVE, VALID, DOCUMENTS, X, Y, STEPS, n, blocks, images, heads, prefix,
     decay_b, decay_n, decay_h,
     BLOCK: tl.constexpr, DECAYS: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr,
     CURVED: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """x and y of each block, `[C, images, H, blocks * BLOCK]`, by step or by token; then `STEPS`,
     `[C, N]`, is where the curves visit a token."""
-    cbh = tl.program_id(1).to(tl.int64)
+    place, cbh = my_part(blocks)
     c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
-    steps = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    steps = place * BLOCK + tl.arange(0, BLOCK)
     valid = steps < n
     tokens = visited(CURVE + c * n, steps, valid, CURVED)
     x, y = decay_sums(
         DECAY + b * decay_b + (c * heads + h) * decay_h, DOCUMENTS + b * n, steps, tokens, valid,
         counted(VALID + b * n, tokens, valid, PADDED), prefix, decay_n, DECAYS, PACKED,
     )  # fmt: skip
-    places = cbh * tl.num_programs(0) * BLOCK
+    places = cbh * blocks * BLOCK
     places += tl.where(valid, tokens, steps) if BY_TOKEN else steps
     tl.store(X + places, x)
     tl.store(Y + places, y)
@@ -73,7 +74,7 @@ def added_kernel(
     ones. Without a mask there is one of all keys (0) and one of all queries (1), each a mean over
     BLOCK tokens, for sums would overflow in float16.
     """
-    place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place, bh = my_part(blocks)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
@@ -178,7 +179,7 @@ def carry_kernel(
 @triton.jit
 def gates_kernel(
     FLUX, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
-    n, heads, prefix, flux_side, decay_b, decay_n, decay_h,
+    n, blocks, heads, prefix, flux_side, decay_b, decay_n, decay_h,
     D: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr, PADDED: tl.constexpr,
     CURVED: tl.constexpr, CARRIED: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
@@ -192,8 +193,7 @@ def gates_kernel(
     The sum over blocks of what begins and ends there would be the same, but for rounding errors,
     which grow with the number of blocks.
     """
-    place, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    blocks = tl.num_programs(0)
+    place, bh = my_part(blocks)
     b, h = bh // heads, bh % heads
     inside = tl.arange(0, BLOCK)
     steps = place * BLOCK + inside

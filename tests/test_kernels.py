@@ -207,3 +207,10 @@ def test_repeats_are_bitwise_equal(mask, order, n):
     first = mix(*tensors, mask, 64)
     for _ in range(100):
         assert all(map(torch.equal, mix(*tensors, mask, 64), first))
+
+
+@gpu
+@pytest.mark.gpu
+def test_more_sequences_than_a_grid_is_high():
+    tensors = make_inputs("Selective", "Normal", 3, batch=40_000)
+    assert_close(mix(*tensors, "Selective"), exact(*tensors, "Selective", formula=attention), 1e-5)
