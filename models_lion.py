@@ -400,11 +400,11 @@ class LionAttention(nn.Module):
         if self.mask_type == "Selective":
             count = len(gates) * self.num_heads
             padding = kernels.padded_gates(count) - count
-            weight = torch.cat([weight, *(gate.weight for gate in gates)])
-            weight = F.pad(weight, (0, 0, 0, padding))
+            zeros = weight.new_zeros(padding, weight.shape[1])
             if bias is None:
                 bias = weight.new_zeros(self.qkv.out_features)
-            bias = F.pad(torch.cat([bias, *(gate.bias for gate in gates)]), (0, padding))
+            bias = torch.cat([bias, *(gate.bias for gate in gates), zeros[:, 0]])
+            weight = torch.cat([weight, *(gate.weight for gate in gates), zeros])
         elif self.mask_type == "Decay":
             decay = torch.stack(gates).float()
         return kernels.mix(

@@ -98,6 +98,7 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
     done = job.folder / "result.json"
     weights = hashlib.sha256(Path(job.model, "model.safetensors").read_bytes()).hexdigest()
     facts = {**asdict(job), "weights": weights}
+    del facts["task"]["seeds"]  # others may have been added
     if done.exists():
         before = json.loads(done.read_text())
         if before["job"] == facts:

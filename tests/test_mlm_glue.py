@@ -154,6 +154,7 @@ def test_transfer_regression_seeds_over_two_devices_and_what_is_done_stays(
     assert loaded.config.num_labels == 1
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
     assert ending(call, *arguments, *small).out.endswith("\n".join(rows) + "\n")
+    assert ending(call, *arguments, *small, "tasks.STS-B.seeds=[2]").code == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
