@@ -16,6 +16,7 @@ import triton.language as tl
 from kernels.common import (
     counted,
     decay_mask,
+    feature_map,
     feature_map_grad,
     key_sums,
     load_features,
@@ -251,7 +252,9 @@ def query_grad_kernel(
         if TWO:
             tl.store(FLUX + flux_c, below_2 * share)
             tl.store(FLUX + flux_c + flux_side, above_2 * share)
+    q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
     if NORMALISE and FEATURES != "none":
+        q = feature_map(q_in, FEATURES, FAST) * scale
         rest = tl.sum(q * dq, 1) + eps * delta
         if ADD:
             rest += tl.load(REST + bh * n + rows, mask=valid, other=0.0)
@@ -259,7 +262,6 @@ def query_grad_kernel(
             dq -= (rest / tl.sum(q, 1))[:, None]
         else:
             tl.store(REST + bh * n + rows, rest, mask=valid)
-    q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
     dq = feature_map_grad(q_in, dq * (share * scale * unit)[:, None], FEATURES, FAST)
     if ADD:
         dq += load_rows(DQ, rows, valid, stride_n, D).to(tl.float32)

@@ -92,21 +92,21 @@ def sweep(cases: Sequence[Case], model: nn.Module, setting: argparse.Namespace) 
 
 
 def measure(case: Case, model: nn.Module, setting: argparse.Namespace) -> None:
-    """Runs the case once and then up to `repeats` times, as often as fits into its time."""
+    """Warms up, for kernels may be compiled, then runs up to `repeats` times while time is left."""
     device, dtype = setting.device, precision(setting.device)
     images = torch.randn(setting.batch_size, 3, case.pixels, case.pixels, device=device)
     images = images.to(dtype)
     run = partial(model, images)
     with torch.inference_mode():
         with peak_memory(device) as peak:
-            taken = [seconds(run, device)]
-        while len(taken) <= setting.repeats and sum(taken) + taken[-1] <= setting.seconds:
+            first = seconds(run, device)
+        if math.isnan(first):
+            case.note = OUT_OF_MEMORY
+            return
+        taken = [seconds(run, device)]
+        while len(taken) < setting.repeats and sum(taken) + taken[-1] <= setting.seconds:
             taken.append(seconds(run, device))
-    if math.isnan(taken[0]):
-        case.note = OUT_OF_MEMORY
-        return
-    counted = taken[1:] or taken
-    case.seconds, case.runs = median(counted), len(counted)
+    case.seconds, case.runs = median(taken), len(taken)
     case.bytes = peak.bytes + images.nbytes + weight_bytes(model)
 
 

@@ -99,9 +99,9 @@ def test_larger_images_are_not_run_without_memory_or_time(monkeypatch):
         return [(case.runs, case.note) for case in cases]
 
     nan, late = math.nan, (0, "longer than 1 s")
-    assert swept(0.1, 0.1, 0.2, 0.2, 0.6) == [(3, ""), (1, ""), late]
+    assert swept(9.0, 0.1, 0.2, 0.3, 0.5, 0.6) == [(3, ""), (1, ""), late]
     assert swept(0.1, 0.2, 0.3, 0.3, nan)[1:] == [(0, "out of memory")] * 2
-    assert swept(3.0) == [(1, ""), late, late]
+    assert swept(9.0, 3.0) == [(1, ""), late, late]
     assert swept(None) == [(0, "an operation fails")] * 3
 
 
