@@ -27,14 +27,15 @@ class Plan:
     keys: dict[str, int]
 
 
-def make_plan(n: int, dim: int, itemsize: int, unmasked: bool) -> Plan:
+def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Plan:
     """Short sequences are one block; without a mask there are no pairs, but one state.
 
-    Blocks are short in float32: sums of decays near closed gates are large and round the others.
+    Two curves share the pairs of one block, but no states: it pays up to more tokens. In float32
+    blocks are short: sums of decays near closed gates are large and round the others.
     """
     half = itemsize == 2
     rows = 64 if half else 32
-    carried = unmasked or n > (256 if half else rows)
+    carried = unmasked or n > ({1: 320, 2: 512}[scans] if half else rows)
     block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
     if unmasked:
         block = 512
@@ -76,7 +77,7 @@ class Task:
     @cached_property
     def plan(self) -> Plan:
         itemsize = self.projected.element_size()
-        return make_plan(self.sizes[1], self.dim, itemsize, self.unmasked)
+        return make_plan(self.sizes[1], self.dim, itemsize, self.scans, self.unmasked)
 
     @cached_property
     def blocks(self) -> int:
@@ -317,7 +318,7 @@ def mix_backward(
 @mix_backward.register_fake
 def _(grad, projected, decay, curves, valid, documents, out, row_sums, heads, dim, scans, *_):
     b, n, _ = projected.shape
-    plan = make_plan(n, dim, projected.element_size(), unmasked=False)
+    plan = make_plan(n, dim, projected.element_size(), scans, unmasked=False)
     blocks = 0 if decay is None else -(-n // plan.block)
     ddecay = projected.new_empty(scans, b, heads, blocks, dtype=torch.float32)
     return torch.empty_like(projected), ddecay

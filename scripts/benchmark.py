@@ -78,6 +78,7 @@ def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, str
     device = cases[0].device
     repeats, seconds = EFFORT[device][2:]
     deadline = time.perf_counter() + options.stop_after
+    done = []
     for group in [list(group) for _, group in groupby(cases, key=lambda case: case.group)]:
         start = time.perf_counter()
         if group[0].compiled and start < deadline:
@@ -87,9 +88,10 @@ def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, str
         taken = time.perf_counter() - start
         print(f"{report.title_of(group[0])}, {group[0].tokens} tokens: {taken:.1f} s",
               file=sys.stderr)  # fmt: skip
+        done += group
         if options.output:
-            report.write_csv(options.output / "benchmark.csv", cases)
-            (options.output / "benchmark.md").write_text(report.text(facts, cases) + "\n")
+            report.write_csv(options.output / "benchmark.csv", done)
+            (options.output / "benchmark.md").write_text(report.text(facts, done) + "\n")
 
 
 def cpu_name() -> str:
