@@ -191,8 +191,8 @@ def query_grad_kernel(
         rounded = earlier.to(dtype)
         dq += tl.dot(grad, tl.trans(rounded), input_precision=PRECISION)
         if UNMASKED and dtype != tl.float32:  # most of this sum cancels with delta
-            rest = (earlier - rounded).to(dtype)
-            dq += tl.dot(grad, tl.trans(rest), input_precision=PRECISION)
+            remainder = (earlier - rounded).to(dtype)
+            dq += tl.dot(grad, tl.trans(remainder), input_precision=PRECISION)
         dq += delta[:, None] * tl.load(VECTORS + state * D + dims)
         if not UNMASKED:
             dq *= tl.exp2(x_i)[:, None]

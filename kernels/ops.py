@@ -35,7 +35,8 @@ def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Pl
     """
     half = itemsize == 2
     rows = 64 if half else 32
-    carried = unmasked or n > ({1: 320, 2: 512}[scans] if half else rows)
+    longest = (320 if scans == 1 else 512) if half else rows
+    carried = unmasked or n > longest
     block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
     if unmasked:
         block = 512
@@ -178,11 +179,11 @@ class Task:
         """Further options of the kernels in `blocks`."""
         return {
             "sums_c": 0 if sums is None else sums.stride(1), "CARRIED": self.plan.carried,
-            "TWO": self.two, "ADD": c > 0, "unit": 1.0 if self.normalise else self.counted,
+            "TWO": self.two, "ADD": c > 0, "unit": 1.0 if self.normalise else self.divisor,
         }  # fmt: skip
 
     @property
-    def counted(self) -> float:
+    def divisor(self) -> float:
         """Tokens that sums are divided by, as states of all tokens are means."""
         return float(self.blocks * self.plan.block) if self.unmasked else 1.0
 
@@ -257,7 +258,7 @@ def mix_operator(
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums)
         forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]) * b * heads,)](
-            *tensors, *states, out, row_sums, eps=eps / task.counted,
+            *tensors, *states, out, row_sums, eps=eps / task.divisor,
             **shared, **task.of_pairs(c, sums), **task.plan.forward,
         )  # fmt: skip
     return out, row_sums
@@ -307,7 +308,7 @@ def mix_backward(
             kernel[(triton.cdiv(n, tiles["ROWS"]) * b * heads,)](
                 *tensors, steps, *states, out, row_sums, grad, grad_sums, rests, dprojected,
                 flux[c], flux_side=flux.stride(1), flux_c=flux.stride(0),
-                eps=eps / task.counted, LAST=task.two or c == scans - 1,
+                eps=eps / task.divisor, LAST=task.two or c == scans - 1,
                 **shared, **task.of_pairs(c, sums), **tiles,
             )  # fmt: skip
         for gates in range(scans if task.two else 1) if not lit else ():
