@@ -29,11 +29,9 @@ def parts(tensors, width):
     return {name: t for name, t in zip(names, pieces, strict=False) if t.numel()}
 
 
-def assert_close(actual, expected, limit, of_gates=None):
+def assert_close(actual, expected, limit, of_gates=None, least=1e-2):
     actual, expected = (parts(t, expected[0].shape[2]) for t in (actual, expected))
-    # Queries and keys have hardly a gradient through closed gates, and none of one token: errors
-    # count beside the least that it is otherwise.
-    floor = 5e-2 * expected["dv"].norm()
+    floor = least * expected["dv"].norm()  # of one token, or through closed gates, there is no more
     for name, b in expected.items():
         error = (actual[name].double() - b).norm() / b.norm().clamp(min=floor)
         allowed = of_gates if of_gates and name in ("dgates", "ddecay") else limit
@@ -195,7 +193,10 @@ def test_gpu_numerics(mask, order, n, gate, dtype):
     tensors = make_inputs(mask, order, n, 64, dtype, batch=1, gate=gate)
     expected = exact(*tensors, mask, 64, formula=attention)
     closed = CLOSED.get(dtype) if gate > 1 else None
-    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], closed)
+    # Of one token, or through closed gates, errors count beside the least gradient that queries and
+    # keys have otherwise.
+    least = 5e-2 if n == 1 or gate > 1 else 1e-2
+    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], closed, least)
 
 
 @gpu
