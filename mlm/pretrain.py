@@ -26,6 +26,7 @@ from mlm.settings import check, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
 from samplers import EpochSampler
 from utils import (
+    Interrupted,
     Journal,
     Mean,
     Progress,
@@ -249,20 +250,25 @@ class Pretraining:
         progress = Progress("Step:", settings.steps, tokens, start=self.step, unit="tok",
                             interval=LOG_INTERVAL, show=world.is_main)  # fmt: skip
         batches = iter(self.loader)
-        while self.step < settings.steps:
-            due = progress.due(self.step)
-            loss, stopping = self._train_step(model, batches, due, stop)
-            meter.update(loss)
-            progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
-            self.step += 1
+        while self.step < settings.steps or meter.count:
+            stopping = False
+            if not (meter.count and self._line_due()):  # else it was stopped while it evaluated
+                due = progress.due(self.step)
+                loss, stopping = self._train_step(model, batches, due, stop)
+                meter.update(loss)
+                progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
+                self.step += 1
+            if self._line_due() and not stopping:
+                try:
+                    journal.write(self._record(meter, progress, stop))
+                    meter = Mean(world.device)
+                except Interrupted:
+                    stopping = True
             last = self.step == settings.steps
-            if last or self.step % settings.eval_every == 0:
-                journal.write(self._record(meter, progress))
-                meter = Mean(world.device)
             if last or stopping or self.step % settings.save_every == 0:
                 with progress.paused():
                     self.save(meter)
-            if stopping and not last:
+            if stopping:
                 progress.close()
                 print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
                 sys.exit(stop.exit_code)
@@ -275,6 +281,9 @@ class Pretraining:
             return self.model
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=devices)
+
+    def _line_due(self) -> bool:
+        return self.step % self.settings.eval_every == 0 or self.step == self.settings.steps
 
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -316,14 +325,17 @@ class Pretraining:
     def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
 
-    def _record(self, meter: Mean, progress: Progress) -> dict[str, float]:
-        """A line of log.txt: losses, accuracy, memory, and speed since the line before."""
+    def _record(self, meter: Mean, progress: Progress, stop: StopSignal) -> dict[str, float]:
+        """A line of log.txt: losses, accuracy, memory, and speed since the line before.
+
+        Raises Interrupted on all processes together when `stop` was signalled to any.
+        """
         train_loss = meter.over(self.world)  # a GPU has done the steps then
         speed, memory = progress.lap(self.step), 0
         if self.world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.world.device)
         with progress.paused():
-            scores = self.evaluate()
+            scores = self.evaluate(stop)
         record = {
             "step": self.step,
             "train_loss": train_loss,
@@ -338,18 +350,27 @@ class Pretraining:
         return record
 
     @torch.inference_mode()
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy (in %) over the masked tokens of the evaluation split."""
+    def evaluate(self, stop: StopSignal) -> dict[str, float]:
+        """Loss and accuracy (in %) over the masked tokens of the evaluation split.
+
+        Raises Interrupted on all processes together when `stop` was signalled to any.
+        """
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        # loss, hits, masked tokens, stopped
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         for batch in self.eval_loader:
+            if stop:
+                break
             batch = self._moved(batch)
             with autocast(self.world.device, self.dtype):
                 result = self.model(**batch, num_items_in_batch=1)
             labels = batch["labels"][batch["labels"] >= 0]
             hits = (result.logits.argmax(1) == labels).sum()
-            sums += torch.stack([result.loss, hits, labels.new_tensor(len(labels))]).double()
-        loss, hits, count = self.world.reduce(sums).tolist()
+            sums[:3] += torch.stack([result.loss, hits, labels.new_tensor(len(labels))]).double()
+        sums[3] = bool(stop)
+        loss, hits, count, stopped = self.world.reduce(sums).tolist()
+        if stopped:
+            raise Interrupted
         return {"loss": loss / max(count, 1), "accuracy": 100 * hits / max(count, 1)}
 
 

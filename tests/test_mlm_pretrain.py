@@ -43,23 +43,25 @@ def rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -
     short(corpus, output, init_method=rendezvous(folder), **settings)
 
 
-def interrupted(monkeypatch, call: int) -> None:
-    """This process receives SIGTERM in the given step, counted from 1."""
-    step, calls = pretrain.Pretraining._train_step, 0
+def interrupted(monkeypatch, call: int, method: str = "_train_step") -> None:
+    """This process receives SIGTERM in the given call of a method, counted from 1."""
+    original, calls = getattr(pretrain.Pretraining, method), 0
 
     def counted(*args):
         nonlocal calls
         calls += 1
         if calls == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return original(*args)
 
-    monkeypatch.setattr(pretrain.Pretraining, "_train_step", counted)
+    monkeypatch.setattr(pretrain.Pretraining, method, counted)
 
 
-def interrupted_rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -> None:
+def interrupted_rank(
+    _rank: int, folder: Path, corpus: Path, output: Path, settings: dict, at: tuple
+) -> None:
     if _rank == 1:
-        interrupted(pytest.MonkeyPatch(), 7)
+        interrupted(pytest.MonkeyPatch(), *at)
     rank(_rank, folder, corpus, output, settings)
 
 
@@ -112,11 +114,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_two_ranks_go_on_bit_for_bit(corpus, tmp_path):
+@pytest.mark.parametrize(("call", "step"), [(2, 8), (3, 12)])
+def test_a_stop_in_an_evaluation_does_not_wait_for_it(
+    call, step, whole, corpus, ending, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupted(patch, call, "evaluate")
+        ended = ending(short, corpus, tmp_path)
+    assert ended.code == 128 + signal.SIGTERM
+    assert f"Stopped at step {step}: go on by resume=auto\n" in ended.out
+    assert [record["step"] for record in records(tmp_path)] == [4, 8][: call - 1]
+    ended = ending(short, corpus, tmp_path, resume="auto")
+    assert ended.code == 0, ended.err
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("at", [(7,), (2, "evaluate")], ids=str)
+def test_two_ranks_go_on_bit_for_bit(at, corpus, tmp_path):
     settings = {"workers": 0}
     ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)
     assert ranks.wait() == [0, 0], ranks.errors()
-    ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, function=interrupted_rank)
+    ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, at, function=interrupted_rank)
     assert ranks.wait() == [143, 143], ranks.errors()
     settings = {"workers": 2, "resume": "auto"}
     ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, function=rank)
