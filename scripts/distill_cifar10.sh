@@ -13,7 +13,7 @@ shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 options=(--input-size 64 --sched-on-updates --drop-path 0 --no-model-ema --no-repeated-aug
-    --resume auto --src --eval-crop-ratio 1 --aa none --color-jitter 0 --reprob 0 --mixup 0
+    --resume auto --eval-crop-ratio 1 --aa none --color-jitter 0 --reprob 0 --mixup 0
     --cutmix 0)
 
 gpus=${GPUS:-2} jobs=${JOBS:-9} cores=${CORES:-$(nproc)}

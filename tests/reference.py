@@ -10,7 +10,7 @@ def dense_mask(decay: Tensor) -> Tensor:
     """M `[..., N, N]` of decays `[..., N]` in token order, row by row as the paper defines it."""
     lower = _products_below_diagonal(decay)
     upper = _products_below_diagonal(decay.flip(-1)).flip(-1, -2)
-    return lower + upper + torch.eye(decay.shape[-1], dtype=decay.dtype)
+    return lower + upper + torch.eye(decay.shape[-1]).to(decay)
 
 
 def dense(
