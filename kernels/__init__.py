@@ -8,17 +8,18 @@ from torch import Tensor
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ENABLED = os.environ.get("LION_KERNELS", "1") != "0" and importlib.util.find_spec("triton")
+ENABLED = os.environ.get("LION_KERNELS", "1") != "0" and bool(importlib.util.find_spec("triton"))
 
 
 def available(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Whether there are kernels for a device, a dtype and heads of width `dim`."""
-    return bool(ENABLED) and device.type == "cuda" and dim in HEAD_DIMS and dtype in DTYPES
+    return ENABLED and device.type == "cuda" and dim in HEAD_DIMS and dtype in DTYPES
 
 
 def padded_gates(count: int) -> int:
-    """Columns that `count` gates take, so that rows of `projected` stay aligned."""
-    return -(-count // 16) * 16
+    """Columns that `count` gates take. Rows stay multiples of 128 bytes, without which
+    torch.compile would pad and copy them."""
+    return -(-count // 64) * 64
 
 
 def mix(
