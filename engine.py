@@ -148,8 +148,9 @@ def train_one_epoch(
         if not scaler.is_enabled():  # a scaler skips steps with infinite gradients by itself
             broken |= ~norm.isfinite()
         lr = optimizer.param_groups[0]["lr"]
+        told = bool(stop)  # in every step, for then it listens anew
         if device.type == "cpu" or progress.due(step):
-            stopping, is_broken = agreed(world, bool(stop), broken)
+            stopping, is_broken = agreed(world, told, broken)
             if is_broken:
                 raise FloatingPointError(
                     f"Loss {loss.item()} or gradient norm {norm.item()} is not finite (epoch "

@@ -113,20 +113,30 @@ def setup_logging(is_main: bool) -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a run can save before it leaves."""
+    """Remembers SIGTERM and SIGINT, so that a run can save before it leaves.
+
+    Asked, it also listens anew, for Triton's compiler puts LLVM's handlers in the place of others:
+    these step aside at a first signal, but a second one meanwhile, as launchers send it, would end
+    the process at once.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        self._listen()
 
     def __bool__(self) -> bool:
+        if self.received is None:
+            self._listen()
         return self.received is not None
 
     @property
     def exit_code(self) -> int:
         """What a shell reports of a process that the signal ended."""
         return 128 + (self.received or signal.SIGTERM)
+
+    def _listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number)

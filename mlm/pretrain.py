@@ -310,9 +310,9 @@ class Pretraining:
                     loss = model(**part, num_items_in_batch=asked).loss
                 loss.backward()
             total += loss.detach()
-        stopping = False
+        stopping, told = False, bool(stop)  # in every step, for then it listens anew
         if due or world.device.type == "cpu":
-            stopping, broken = agreed(world, bool(stop), ~total.isfinite())
+            stopping, broken = agreed(world, told, ~total.isfinite())
             if broken:
                 raise FloatingPointError(
                     f"The loss is not finite (step {self.step}, rank {world.rank}); the last "

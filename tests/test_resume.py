@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,17 @@ def test_weights_alone_start_a_run_from_its_beginning(whole, run, data_path, tmp
     for name, tensor in saved["model"].items():
         assert tensor.equal(weights[name])
         assert torch.allclose(saved["model_ema"][name], weights[name])
+
+
+def test_a_signal_counts_though_a_compiler_took_its_handler():
+    code = """
+import ctypes, os, signal
+from utils import StopSignal
+
+stop = StopSignal()
+ctypes.CDLL(None).signal(signal.SIGTERM, 0)  # the default, as LLVM's handler leaves it for a while
+assert not stop
+os.kill(os.getpid(), signal.SIGTERM)
+assert stop
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
