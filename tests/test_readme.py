@@ -94,8 +94,6 @@ def test_command(line, places, tmp_path):
         "OMP_NUM_THREADS": "1",
         "GPUS": "2",
         "SEEDS": "0",
-        "IMAGES": "8",
-        "PASSES": "2",
     }
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,8 +103,6 @@ def test_command(line, places, tmp_path):
         scores = dict(row.split(":") for row in done.stdout.splitlines()[-4:])
         assert list(scores) == ["teacher", "none", "hard", "soft"]
         assert "head_dist.weight" in weights(tmp_path / "run" / "soft-0")
-        links = list((tmp_path / "run" / "few" / "train").glob("class*/*/*.png"))
-        assert len(links) == 3 * 8 * 2 and len({link.resolve() for link in links}) == 3 * 8
 
 
 def test_python():
