@@ -6,4 +6,4 @@ source scripts/environment.sh
 
 ruff check
 ruff format --check
-python -m pytest "$@"
+python -m pytest --numprocesses 2 "$@"
