@@ -250,28 +250,27 @@ class Pretraining:
         progress = Progress("Step:", settings.steps, tokens, start=self.step, unit="tok",
                             interval=LOG_INTERVAL, show=world.is_main)  # fmt: skip
         batches = iter(self.loader)
-        while self.step < settings.steps or meter.count:
-            stopping = False
-            if not (meter.count and self._line_due()):  # else it was stopped while it evaluated
-                due = progress.due(self.step)
-                loss, stopping = self._train_step(model, batches, due, stop)
-                meter.update(loss)
-                progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
-                self.step += 1
-            if self._line_due() and not stopping:
-                try:
+        try:
+            while self.step < settings.steps or meter.count:
+                if not (meter.count and self._line_due()):  # else it was stopped while it evaluated
+                    due = progress.due(self.step)
+                    loss, stopping = self._train_step(model, batches, due, stop)
+                    meter.update(loss)
+                    progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
+                    self.step += 1
+                    if stopping:
+                        raise Interrupted
+                if self._line_due():
                     journal.write(self._record(meter, progress, stop))
                     meter = Mean(world.device)
-                except Interrupted:
-                    stopping = True
-            last = self.step == settings.steps
-            if last or stopping or self.step % settings.save_every == 0:
-                with progress.paused():
-                    self.save(meter)
-            if stopping:
-                progress.close()
-                print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
-                sys.exit(stop.exit_code)
+                if self.step == settings.steps or self.step % settings.save_every == 0:
+                    with progress.paused():
+                        self.save(meter)
+        except Interrupted:
+            progress.close()
+            self.save(meter)
+            print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
+            sys.exit(stop.exit_code)
         progress.close()
 
     def _wrapped(self) -> nn.Module:

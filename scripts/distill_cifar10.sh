@@ -40,7 +40,7 @@ for seed in ${SEEDS:-1 2 3}; do
 done
 for job in $(jobs -p); do wait "$job" || failed=1; done
 
-python3 - "$output" << 'END'
+python3 - "$output" << 'EOF'
 import json, statistics, sys
 from pathlib import Path
 
@@ -49,5 +49,5 @@ for kind in ("teacher", "none", "hard", "soft"):
     top1 = [json.loads(log.read_text().splitlines()[-1])["test_acc1"] for log in logs]
     if top1:
         print(f"{kind}: {statistics.mean(top1):.2f}  ({', '.join(f'{x:.2f}' for x in top1)})")
-END
+EOF
 exit $failed
