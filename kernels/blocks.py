@@ -50,6 +50,13 @@ def _add_flux(before, after, flux, first, start, ROWS: tl.constexpr, TILE: tl.co
 
 
 @triton.jit
+def _store_sides(FLUX, flux, i, j, flux_side):
+    """Column sums of `flux`, i > j, and of i < j one side further."""
+    tl.store(FLUX, tl.sum(tl.where(i > j, flux, 0.0), 0))
+    tl.store(FLUX + flux_side, tl.sum(tl.where(i < j, flux, 0.0), 0))
+
+
+@triton.jit
 def forward_kernel(
     QKV, X, Y, CURVE, VALID, STATES, VECTORS, OUT, R,
     n, blocks, heads, stride_b, stride_n, sums_b, sums_c, eps, scale, weight, unit,
@@ -154,10 +161,15 @@ def query_grad_kernel(
 
     Over all curves `dq_i . q_i = -eps DELTA_i` but for rounding errors. Most of these are along the
     mean of the keys, whose features are positive: they are taken off along ones.
+
+    With WHOLE the rows are all of the block, and the flux of its keys is summed here, too: it has
+    the same rounding, and cancels where a gate is closed.
     """
+    WHOLE: tl.constexpr = ROWS == BLOCK
     number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
+    exact = FLUX.dtype.element_ty
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
@@ -165,6 +177,7 @@ def query_grad_kernel(
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
+    FLUX += bh * blocks * BLOCK
     first = number * ROWS
     place = first // BLOCK
     low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
@@ -180,10 +193,11 @@ def query_grad_kernel(
     )  # fmt: skip
     tl.store(DELTA + bh * n + rows, delta, mask=valid)
     dq = tl.zeros((ROWS, D), tl.float32)
-    below = tl.zeros((ROWS,), tl.float32)
-    above = tl.zeros((ROWS,), tl.float32)
+    below = tl.zeros((ROWS,), exact)
+    above = tl.zeros((ROWS,), exact)
     if not UNMASKED:
         x_i, y_i = tl.load(X + steps), tl.load(Y + steps)
+        shares = share.to(exact)
     if CARRIED:
         dims = tl.arange(0, D)
         state = bh * 2 if UNMASKED else (bh * blocks + place) * 4
@@ -196,19 +210,20 @@ def query_grad_kernel(
         dq += delta[:, None] * tl.load(VECTORS + state * D + dims)
         if not UNMASKED:
             dq *= tl.exp2(x_i)[:, None]
-            below += tl.sum(q * dq, 1)
+            below += tl.sum(q * dq, 1).to(exact)
             later = load_square(STATES + (state + 1) * D * D, D)
             part = tl.dot(grad, tl.trans(later), input_precision=PRECISION)
             part += delta[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
             part *= tl.exp2(tl.load(Y + low + BLOCK - 1) - y_i)[:, None]
-            above += tl.sum(q * part, 1)
+            from_later = tl.sum(q * part, 1) * share
+            tl.store(FLUX + 5 * flux_side + steps, from_later.to(exact))
             dq += part
     if not UNMASKED:
         if TWO:
             x_2, y_2 = tl.load(X + sums_c + steps) - 1.0, tl.load(Y + sums_c + steps) + 1.0
             x_i, y_i = x_i - 1.0, y_i + 1.0
-            below_2 = tl.zeros((ROWS,), tl.float32)
-            above_2 = tl.zeros((ROWS,), tl.float32)
+            below_2 = tl.zeros((ROWS,), exact)
+            above_2 = tl.zeros((ROWS,), exact)
             i = tl.load(STEPS + steps, mask=valid, other=0)
             i_2 = tl.load(STEPS + n + steps, mask=valid, other=0)
         x_e, y_e = tl.load(X + first), tl.load(Y + first + ROWS - 1)
@@ -225,16 +240,23 @@ def query_grad_kernel(
             if TWO:
                 mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
                 s *= dw
+                flux = (s * mask).to(exact)
                 j = tl.load(STEPS + keys, mask=keys < n, other=0)
-                below, above = _add_sides(below, above, s * mask, i[:, None], j[None, :])
+                below, above = _add_sides(below, above, flux, i[:, None], j[None, :])
+                if WHOLE:
+                    of_keys = FLUX + 2 * flux_side + keys
+                    flux *= shares[:, None]
+                    _store_sides(of_keys, flux, i[:, None], j[None, :], flux_side)
                 x_j, y_j = key_sums(
                     X + sums_c, Y + sums_c, CURVE, VALID, keys, high, CURVED, PADDED
                 )
                 mask_2 = decay_mask(x_2[:, None], y_2[:, None], x_j[None, :], y_j[None, :])
+                flux = (s * mask_2).to(exact)
                 j = tl.load(STEPS + n + keys, mask=keys < n, other=0)
-                below_2, above_2 = _add_sides(
-                    below_2, above_2, s * mask_2, i_2[:, None], j[None, :]
-                )
+                below_2, above_2 = _add_sides(below_2, above_2, flux, i_2[:, None], j[None, :])
+                if WHOLE:
+                    flux *= shares[:, None]
+                    _store_sides(of_keys + flux_c, flux, i_2[:, None], j[None, :], flux_side)
                 dw *= mask + mask_2
             else:
                 if start + TILE <= first:
@@ -244,14 +266,19 @@ def query_grad_kernel(
                 else:
                     mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
                 dw *= mask
-                below, above = _add_flux(below, above, s * dw, first, start, ROWS, TILE)
+                flux = (s * dw).to(exact)
+                below, above = _add_flux(below, above, flux, first, start, ROWS, TILE)
+                if WHOLE:
+                    of_keys = FLUX + 2 * flux_side + keys
+                    flux *= shares[:, None]
+                    _store_sides(of_keys, flux, steps[:, None], keys[None, :], flux_side)
             dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
-        FLUX += bh * blocks * BLOCK + steps
-        tl.store(FLUX, below * share)
-        tl.store(FLUX + flux_side, above * share)
+        FLUX += steps
+        tl.store(FLUX, below * shares)
+        tl.store(FLUX + flux_side, above * shares)
         if TWO:
-            tl.store(FLUX + flux_c, below_2 * share)
-            tl.store(FLUX + flux_c + flux_side, above_2 * share)
+            tl.store(FLUX + flux_c, below_2 * shares)
+            tl.store(FLUX + flux_c + flux_side, above_2 * shares)
     q_in = load_rows(Q, rows, valid, stride_n, D).to(tl.float32)  # again: registers are few
     if NORMALISE and FEATURES != "none":
         q = feature_map(q_in, FEATURES, FAST) * scale
@@ -279,9 +306,11 @@ def key_grad_kernel(
     NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
+    WHOLE: tl.constexpr = ROWS == BLOCK
     number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
+    exact = FLUX.dtype.element_ty
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
@@ -293,6 +322,7 @@ def key_grad_kernel(
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
+    FLUX += bh * blocks * BLOCK
     first = number * ROWS
     place = first // BLOCK
     low, high = place * BLOCK, tl.minimum(place * BLOCK + BLOCK, n)
@@ -320,7 +350,8 @@ def key_grad_kernel(
             fade = tl.exp2(tl.load(Y + low + BLOCK - 1) - x_j)[:, None]
             dk *= fade
             dv *= fade
-            below += tl.sum(k * dk, 1)
+            to_later = tl.where(counts, tl.sum(k * dk, 1), 0.0)
+            tl.store(FLUX + 4 * flux_side + steps, to_later.to(exact))
             early = load_square(STATES + (state - 1) * D * D, D)
             fade = tl.exp2(y_j)[:, None]
             part = tl.dot(v, tl.trans(early), input_precision=PRECISION)
@@ -357,15 +388,17 @@ def key_grad_kernel(
             dw = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + delta[None, :]
             if TWO:
                 mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
-                flux = s * dw * share[None, :]
-                i = tl.load(STEPS + queries, mask=there, other=0)
-                below, above = _add_sides(below, above, flux * mask, i[None, :], j[:, None])
+                if not WHOLE:
+                    flux = s * dw * share[None, :]
+                    i = tl.load(STEPS + queries, mask=there, other=0)
+                    below, above = _add_sides(below, above, flux * mask, i[None, :], j[:, None])
                 x_i, y_i = tl.load(X + sums_c + queries), tl.load(Y + sums_c + queries)
                 mask_2 = decay_mask(x_i[None, :], y_i[None, :], x_2[:, None], y_2[:, None])
-                i = tl.load(STEPS + n + queries, mask=there, other=0)
-                below_2, above_2 = _add_sides(
-                    below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
-                )
+                if not WHOLE:
+                    i = tl.load(STEPS + n + queries, mask=there, other=0)
+                    below_2, above_2 = _add_sides(
+                        below_2, above_2, flux * mask_2, i[None, :], j_2[:, None]
+                    )
                 mask = (mask + mask_2) * share[None, :]
                 s *= mask
             else:
@@ -377,16 +410,21 @@ def key_grad_kernel(
                     mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
                     mask *= share[None, :]
                 s *= mask
-                above, below = _add_flux(above, below, s * dw, first, start, ROWS, TILE)
+                if not WHOLE:
+                    above, below = _add_flux(above, below, s * dw, first, start, ROWS, TILE)
             dw *= mask
             dv += tl.dot(s.to(dtype), grad, input_precision=PRECISION)
             dk += tl.dot(dw.to(dtype), q, input_precision=PRECISION)
-        FLUX += bh * blocks * BLOCK + steps
-        tl.store(FLUX + 2 * flux_side, tl.where(counts, below, 0.0))
-        tl.store(FLUX + 3 * flux_side, tl.where(counts, above, 0.0))
-        if TWO:
-            tl.store(FLUX + flux_c + 2 * flux_side, tl.where(counts, below_2, 0.0))
-            tl.store(FLUX + flux_c + 3 * flux_side, tl.where(counts, above_2, 0.0))
+        FLUX += 2 * flux_side + steps
+        below, above = tl.where(counts, below, 0.0), tl.where(counts, above, 0.0)
+        if not WHOLE:
+            tl.store(FLUX, below)
+            tl.store(FLUX + flux_side, above)
+            if TWO:
+                tl.store(FLUX + flux_c, tl.where(counts, below_2, 0.0))
+                tl.store(FLUX + flux_c + flux_side, tl.where(counts, above_2, 0.0))
+        elif CARRIED:
+            tl.store(FLUX + flux_side, tl.load(FLUX + flux_side) + above)
     dv *= unit
     if PADDED:
         dk, dv = tl.where(counts[:, None], dk, 0.0), tl.where(counts[:, None], dv, 0.0)

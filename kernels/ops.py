@@ -216,7 +216,9 @@ class Task:
         )  # fmt: skip
         return totals, vector_totals
 
-    def gate_grads(self, c: int, flux: Tensor, states, dprojected: Tensor, ddecay: Tensor) -> None:
+    def gate_grads(
+        self, c: int, flux: Tensor, y: Tensor, states, dprojected: Tensor, ddecay: Tensor
+    ) -> None:
         """Writes the gradients of the gates of curve `c`, or of its decays by image and block."""
         if self.gated:
             logits, grads = (
@@ -226,8 +228,9 @@ class Task:
             logits, grads = self.decay[c], ddecay[c]
         curve = None if self.curves is None else self.curves[c]
         gates_kernel[(self.blocks * self.sizes[0] * self.heads,)](
-            flux[c], *states, logits, *map(self.or_any, (curve, self.valid)), grads,
-            flux_side=flux.stride(1), D=self.dim, CARRIED=self.plan.carried,
+            flux[c], y, *states, logits, *map(self.or_any, (curve, self.valid)), grads,
+            flux_side=flux.stride(1), sums_b=0 if y.shape[0] == 1 else y.stride(0), D=self.dim,
+            CARRIED=self.plan.carried,
             **self.of_gates(), num_warps=4 if self.plan.carried else 1,
         )  # fmt: skip
 
@@ -299,7 +302,9 @@ def mix_backward(
     sums, steps = task.sums()
     dprojected = torch.empty_like(task.projected)
     task.gates_in(dprojected)[..., scans * heads if task.gated else 0 :] = 0
-    flux = task.empty(scans, 4, b, heads, 0 if task.unmasked else task.blocks * task.plan.block)
+    exact = torch.float64 if projected.dtype == torch.float32 else torch.float32
+    places = 0 if task.unmasked else task.blocks * plan.block
+    flux = task.empty(scans, 6 if plan.carried else 4, b, heads, places, dtype=exact)
     grad_sums, rests = (task.empty(b, heads, n) for _ in range(2))
     ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
     for c, tensors, shared in task.passes(sums):
@@ -312,7 +317,7 @@ def mix_backward(
                 **shared, **task.of_pairs(c, sums), **tiles,
             )  # fmt: skip
         for gates in range(scans if task.two else 1) if not lit else ():
-            task.gate_grads(c + gates, flux, states, dprojected, ddecay)
+            task.gate_grads(c + gates, flux, sums[1, c + gates], states, dprojected, ddecay)
     return dprojected, ddecay
 
 

@@ -178,23 +178,25 @@ def carry_kernel(
 
 @triton.jit
 def gates_kernel(
-    FLUX, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
-    n, blocks, heads, prefix, flux_side, decay_b, decay_n, decay_h,
+    FLUX, Y, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
+    n, blocks, heads, prefix, flux_side, sums_b, decay_b, decay_n, decay_h,
     D: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr, PADDED: tl.constexpr,
     CURVED: tl.constexpr, CARRIED: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates' logits, in their place, or of a head's logit by image and block.
 
-    A step's log decay l meets every pair that it lies between: with what begins and ends at each
-    step of the block, dx and dy, and the pairs that cross its end,
+    A step's log decay l meets every pair that it lies between. With what begins and ends at each
+    step, dx and dy, these are of pairs inside the block, or with a key or query in it
 
-        dl_s = sum_(t>s) dx_t + sum_(t>=s) dy_t + crossing
+        dl_s = sum_(t>s) dx_t + sum_(t>=s) dy_t,  sum_(t<=s) to_later_t + sum_(t<s) from_later_t
 
-    The sum over blocks of what begins and ends there would be the same, but for rounding errors,
-    which grow with the number of blocks.
+    and the pairs around it, whose states enter from either side. Little comes through a closed
+    gate beside what begins and ends at other steps: of pairs inside the block, dx and dy take off
+    what they add, and those over its edges are summed from the side on which they cross the gate.
     """
     place, bh = my_part(blocks)
     b, h = bh // heads, bh % heads
+    Y += b * sums_b + h * blocks * BLOCK
     inside = tl.arange(0, BLOCK)
     steps = place * BLOCK + inside
     valid = steps < n
@@ -206,19 +208,24 @@ def gates_kernel(
     dy = tl.load(FLUX + 3 * flux_side, mask=valid, other=0.0)
     dy -= tl.load(FLUX + flux_side, mask=valid, other=0.0)
     dl = tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy
-    if CARRIED and place < blocks - 1:
+    if CARRIED:
+        to_later = tl.load(FLUX + 4 * flux_side, mask=valid, other=0.0)
+        from_later = tl.load(FLUX + 5 * flux_side, mask=valid, other=0.0)
+        dl += tl.cumsum(to_later + from_later, 0) - from_later
         entry = (bh * blocks + place) * 4
         dims = tl.arange(0, D)
-        ends = tl.zeros((D,), tl.float32)
+        around = tl.zeros((D,), tl.float32)
         for side in tl.static_range(2):
-            ahead, behind = entry + 4 + 2 * side, entry + 3 - 2 * side
+            ahead, behind = entry + side, entry + 3 - side
             pairs = load_square(STATES + ahead * D * D, D).to(tl.float32)
-            ends += tl.sum(pairs * load_square(STATES + behind * D * D, D), 1)
-            ends += tl.load(VECTORS + ahead * D + dims) * tl.load(VECTORS + behind * D + dims)
-        dl += tl.sum(ends, 0)
+            around += tl.sum(pairs * load_square(STATES + behind * D * D, D), 1)
+            around += tl.load(VECTORS + ahead * D + dims) * tl.load(VECTORS + behind * D + dims)
+        fade = tl.exp2(tl.load(Y + place * BLOCK + BLOCK - 1))
+        dl += tl.sum(around, 0) * fade
     z = gate_logits(DECAY + b * decay_b + h * decay_h, tokens, valid, decay_n, DECAYS)
     counts = counted(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
-    counts &= z < 16  # through a decay of 2^-23 comes nothing but the rounding of these sums
+    if FLUX.dtype.element_ty == tl.float32:
+        counts &= z < 16  # through a decay of 2^-23 comes nothing but the rounding of these sums
     dz = tl.where(counts, -tl.sigmoid(z) * dl, 0.0)
     if DECAYS == "tokens":
         address = GRAD + b * decay_b + h * decay_h + tokens * decay_n

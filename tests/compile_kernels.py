@@ -16,8 +16,9 @@ from kernels.scan import selective_scan
 from kernels.semiseparable import semiseparable_product
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block can have
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
+            torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+            torch.uint8: "*u8"}  # fmt: skip
 
 
 def type_of(value: object) -> str:

@@ -29,17 +29,12 @@ def parts(tensors, width):
     return {name: t for name, t in zip(names, pieces, strict=False) if t.numel()}
 
 
-def assert_close(actual, expected, limit, of_gates=None, least=1e-2):
+def assert_close(actual, expected, limit, least=1e-2):
     actual, expected = (parts(t, expected[0].shape[2]) for t in (actual, expected))
     floor = least * expected["dv"].norm()  # of one token, or through closed gates, there is no more
     for name, b in expected.items():
         error = (actual[name].double() - b).norm() / b.norm().clamp(min=floor)
-        allowed = of_gates if of_gates and name in ("dgates", "ddecay") else limit
-        assert error < allowed, f"{name}: error ratio {error:.1e}"
-
-
-# Gradients of closed gates are differences of large sums; plain float32 has errors of 1e-5 to 3e-4.
-CLOSED = {torch.float32: 1e-4}
+        assert error < limit, f"{name}: error ratio {error:.1e}"
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 130])
@@ -56,11 +51,18 @@ def test_half_precision_and_wide_heads(mask, order, dim):
     assert_close(mix(*tensors, mask, dim), exact(*tensors, mask, dim), LIMITS[torch.float16])
 
 
+@pytest.mark.parametrize("n", [32, 130])
 @pytest.mark.parametrize("mask, order", VARIANTS[1:])
-def test_saturated_gates(mask, order):
-    tensors = make_inputs(mask, order, 97, gate=40.0)
-    actual, expected = (f(*tensors, mask) for f in (mix, exact))
-    assert_close(actual, expected, LIMITS[torch.float32], CLOSED[torch.float32])
+def test_saturated_gates(mask, order, n):
+    tensors = make_inputs(mask, order, n, gate=40.0)
+    assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32])
+
+
+def test_a_closed_gate_has_its_gradient():
+    """A millionth of the others, it is right to as many digits."""
+    tensors = make_inputs("Decay", "Normal", 130, gate=40.0)
+    (*_, actual), (*_, expected) = (f(*tensors, "Decay") for f in (mix, exact))
+    assert torch.allclose(actual.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.fixture(params=["one block", "carried"])
@@ -74,14 +76,10 @@ def plan(request, monkeypatch):
 
 
 @pytest.mark.parametrize("plan", ["carried"], indirect=True)
-@pytest.mark.parametrize("gate", [1.0, 40.0])
 @pytest.mark.parametrize("mask, order", VARIANTS)
-def test_states_between_blocks(mask, order, gate, plan):
-    tensors = make_inputs(mask, order, 81, gate=gate)
-    actual, expected = (f(*tensors, mask) for f in (mix, exact))
-    assert_close(
-        actual, expected, LIMITS[torch.float32], CLOSED[torch.float32] if gate > 1 else None
-    )
+def test_states_between_blocks(mask, order, plan):
+    tensors = make_inputs(mask, order, 81)
+    assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32])
 
 
 @pytest.mark.parametrize("mask, order", VARIANTS)
@@ -193,11 +191,10 @@ def test_kernels_compile_for_hopper(tmp_path):
 def test_gpu_numerics(mask, order, n, gate, dtype):
     tensors = make_inputs(mask, order, n, 64, dtype, batch=1, gate=gate)
     expected = exact(*tensors, mask, 64, formula=attention)
-    closed = CLOSED.get(dtype) if gate > 1 else None
-    # Of one token, or through closed gates, errors count beside the least gradient that queries and
-    # keys have otherwise.
-    least = 5e-2 if n == 1 or gate > 1 else 1e-2
-    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], closed, least)
+    # In half precision errors count, of one token or through closed gates, beside the least
+    # gradient that queries and keys have otherwise.
+    small = dtype != torch.float32 and (n == 1 or gate > 1)
+    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], 5e-2 if small else 1e-2)
 
 
 @gpu
