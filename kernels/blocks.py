@@ -6,6 +6,9 @@ what decays on either side of an edge of the rows: `M_ij = 2^(x_i - x_e) 2^(x_e 
 keys, `2^(y_e - y_i) 2^(y_j - y_e)` for later ones, with every exponent at most 0. `TWO` averages
 two curves in one pass, over one block in the order of tokens, with the mask as it stands.
 
+Where a row is in many tiles, its features are `READY`: those of keys come from `features_kernel`,
+those of queries, in the backward pass, from `query_grad_kernel`.
+
 With `CARRIED`, states come in from the earlier and the later blocks of the curve; LION-Lit has
 nothing but one state, of all tokens.
 """
@@ -27,6 +30,20 @@ from kernels.common import (
     store_rows,
     visited,
 )
+
+
+@triton.jit
+def features_kernel(
+    QKV, PHI_K, n, heads, stride_b, stride_n,
+    D: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """phi of the keys, `[B, N, H, D]`."""
+    number, bh = my_part(tl.cdiv(n, ROWS))
+    b, h = bh // heads, bh % heads
+    rows = number * ROWS + tl.arange(0, ROWS)
+    K = QKV + b * stride_b + (heads + h) * D
+    k = load_features(K, rows, rows < n, stride_n, D, FEATURES, FAST)
+    store_rows(PHI_K + (b * n * heads + h) * D, rows, rows < n, heads * D, k, D)
 
 
 @triton.jit
@@ -58,19 +75,25 @@ def _store_sides(FLUX, flux, i, j, flux_side):
 
 @triton.jit
 def forward_kernel(
-    QKV, X, Y, CURVE, VALID, STATES, VECTORS, OUT, R,
+    QKV, PHI_K, X, Y, CURVE, VALID, STATES, VECTORS, OUT, R,
     n, blocks, heads, stride_b, stride_n, sums_b, sums_c, eps, scale, weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
+    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, READY: tl.constexpr, PADDED: tl.constexpr,
+    CARRIED: tl.constexpr,
     TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    MAP: tl.constexpr = "none" if READY else FEATURES
     number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
+    stride_k = stride_n
+    if READY:
+        K = PHI_K + (b * n * heads + h) * D
+        stride_k = heads * D
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
@@ -111,7 +134,7 @@ def forward_kernel(
         for start in range(low, high, TILE):
             keys = start + inside
             tokens = visited(CURVE, keys, keys < high, CURVED)
-            k = load_features(K, tokens, keys < high, stride_n, D, FEATURES, FAST).to(dtype)
+            k = load_features(K, tokens, keys < high, stride_k, D, MAP, FAST).to(dtype)
             v = load_rows(V, tokens, keys < high, stride_n, D)
             w = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
             x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
@@ -149,11 +172,12 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, REST, DQKV, FLUX,
-    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, eps, scale, weight,
-    unit,
+    QKV, PHI_Q, PHI_K, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, REST, DQKV,
+    FLUX, n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, eps, scale,
+    weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
+    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, READY: tl.constexpr, PADDED: tl.constexpr,
+    CARRIED: tl.constexpr,
     TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
     NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -166,6 +190,7 @@ def query_grad_kernel(
     the same rounding, and cancels where a gate is closed.
     """
     WHOLE: tl.constexpr = ROWS == BLOCK
+    MAP: tl.constexpr = "none" if READY else FEATURES
     number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
@@ -173,6 +198,10 @@ def query_grad_kernel(
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
+    stride_k = stride_n
+    if READY:
+        K = PHI_K + (b * n * heads + h) * D
+        stride_k = heads * D
     DQ = DQKV + b * n * stride_n + h * D
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
@@ -184,7 +213,10 @@ def query_grad_kernel(
     steps = first + tl.arange(0, ROWS)
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
-    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST) * scale
+    q = load_features(Q, rows, valid, stride_n, D, FEATURES, FAST)
+    if READY:
+        store_rows(PHI_Q + (b * n * heads + h) * D, rows, valid, heads * D, q, D)
+    q *= scale
     q_t = q.to(dtype)
     grad = load_rows(DOUT + (b * n * heads + h) * D, rows, valid, heads * D, D)
     delta, share = row_sum_grad(
@@ -232,7 +264,7 @@ def query_grad_kernel(
         for start in range(low, high, TILE):
             keys = start + inside
             tokens = visited(CURVE, keys, keys < high, CURVED)
-            k = load_features(K, tokens, keys < high, stride_n, D, FEATURES, FAST).to(dtype)
+            k = load_features(K, tokens, keys < high, stride_k, D, MAP, FAST).to(dtype)
             v = load_rows(V, tokens, keys < high, stride_n, D)
             s = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
             dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + delta[:, None]
@@ -297,16 +329,18 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    QKV, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, REST, DQKV, FLUX,
-    n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, eps, scale, weight,
-    unit,
+    QKV, PHI_Q, PHI_K, X, Y, CURVE, VALID, STEPS, STATES, VECTORS, OUT, R, DOUT, DELTA, REST, DQKV,
+    FLUX, n, blocks, heads, stride_b, stride_n, sums_b, sums_c, flux_side, flux_c, eps, scale,
+    weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, CARRIED: tl.constexpr,
+    UNMASKED: tl.constexpr, FEATURES: tl.constexpr, READY: tl.constexpr, PADDED: tl.constexpr,
+    CARRIED: tl.constexpr,
     TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
     NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
     WHOLE: tl.constexpr = ROWS == BLOCK
+    MAP: tl.constexpr = "none" if READY else FEATURES
     number, bh = my_part(tl.cdiv(n, ROWS))
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
@@ -330,7 +364,13 @@ def key_grad_kernel(
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
     counts = counted(VALID, rows, valid, PADDED)
-    k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST)
+    if READY:
+        phi = (b * n * heads + h) * D
+        Q, stride_q = PHI_Q + phi, heads * D
+        k = load_rows(PHI_K + phi, rows, valid, stride_q, D).to(tl.float32)
+    else:
+        stride_q = stride_n
+        k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST)
     k_t = k.to(dtype)
     v = load_rows(V, rows, valid, stride_n, D)
     dk = tl.zeros((ROWS, D), tl.float32)
@@ -377,7 +417,7 @@ def key_grad_kernel(
             queries = start + inside
             there = queries < high
             tokens = visited(CURVE, queries, there, CURVED)
-            q = load_features(Q, tokens, there, stride_n, D, FEATURES, FAST).to(dtype)
+            q = load_features(Q, tokens, there, stride_q, D, MAP, FAST).to(dtype)
             grad = load_rows(DOUT, tokens, there, heads * D, D)
             delta = tl.load(DELTA + tokens, mask=there, other=0.0)
             share = tl.zeros((TILE,), tl.float32) + weight

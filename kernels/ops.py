@@ -9,7 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.blocks import forward_kernel, key_grad_kernel, query_grad_kernel
+from kernels.blocks import (
+    features_kernel,
+    forward_kernel,
+    key_grad_kernel,
+    query_grad_kernel,
+)
+from kernels.registry import operator
 from kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,7 +54,10 @@ def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Pl
     lean = {**tiles, "maxnreg": 128}
     if unmasked:
         return Plan(block, carried, {**shape, "num_stages": 3}, tiles, lean, lean)
-    return Plan(block, carried, {**shape, "ROWS": 128}, lean, {**tiles, "maxnreg": 168}, tiles)
+    less = {**tiles, "maxnreg": 168}
+    two = scans == 2 and not carried
+    keys = {**less, "TILE": 16} if two else less
+    return Plan(block, carried, {**shape, "ROWS": 128}, lean, less, keys)
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,28 @@ class Task:
         )  # fmt: skip
         return sums, steps
 
+    @property
+    def ready(self) -> bool:
+        """Whether features are computed once, as several programs read each."""
+        plan = self.plan
+        return not plan.carried and plan.block > plan.forward["ROWS"] and self.features != "none"
+
+    def like_output(self) -> Tensor:
+        b, n, _ = self.sizes
+        return self.empty(b, n, self.heads * self.dim, dtype=self.projected.dtype)
+
+    def key_features(self) -> Tensor:
+        """`[B, N, H * D]`, or any tensor."""
+        if not self.ready:
+            return self.projected
+        b, n, width = self.sizes
+        phi, rows = self.like_output(), self.plan.forward["ROWS"]
+        features_kernel[(triton.cdiv(n, rows) * b * self.heads,)](
+            self.projected, phi, n, self.heads, n * width, width, D=self.dim, ROWS=rows,
+            FEATURES=self.features, FAST=self.fast,
+        )  # fmt: skip
+        return phi
+
     def passes(self, sums: Tensor | None):
         """For each launch, the number of its curve, its tensors and its options."""
         _, n, width = self.sizes
@@ -173,13 +204,14 @@ class Task:
         for c in range(1 if self.two else self.scans):
             x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
             curve = None if self.curves is None else self.curves[c]
-            yield c, (self.projected, x, y, *map(self.or_any, (curve, self.valid))), options
+            yield c, (x, y, *map(self.or_any, (curve, self.valid))), options
 
     def of_pairs(self, c: int, sums: Tensor | None) -> dict[str, Any]:
         """Further options of the kernels in `blocks`."""
         return {
             "sums_c": 0 if sums is None else sums.stride(1), "CARRIED": self.plan.carried,
-            "TWO": self.two, "ADD": c > 0, "unit": 1.0 if self.normalise else self.divisor,
+            "TWO": self.two, "READY": self.ready, "ADD": c > 0,
+            "unit": 1.0 if self.normalise else self.divisor,
         }  # fmt: skip
 
     @property
@@ -199,8 +231,8 @@ class Task:
         vectors = self.empty(*places, self.dim)
         for queries in range(groups):
             added_kernel[(self.blocks * heads,)](
-                *tensors, out, row_sums, self.or_any(grad), states, vectors, **options,
-                QUERIES=queries, KINDS=kinds, **self.plan.states,
+                self.projected, *tensors, out, row_sums, self.or_any(grad), states, vectors,
+                **options, QUERIES=queries, KINDS=kinds, **self.plan.states,
             )  # fmt: skip
         if self.blocks == 1 and self.unmasked:
             return states, vectors
@@ -210,7 +242,7 @@ class Task:
             vector_totals = torch.empty_like(vectors[:heads])
         part = min(self.dim**2, 1024)
         carry_kernel[(heads, kinds, self.dim**2 // part + 1)](
-            states, vectors, totals, vector_totals, tensors[2], self.blocks, self.heads,
+            states, vectors, totals, vector_totals, tensors[1], self.blocks, self.heads,
             options["sums_b"], D=self.dim, BLOCK=self.plan.block, PART=part,
             TURN=4, UNMASKED=self.unmasked, num_warps=4,
         )  # fmt: skip
@@ -235,7 +267,7 @@ class Task:
         )  # fmt: skip
 
 
-@torch.library.custom_op("lion::mix", mutates_args=())
+@operator("mix")
 def mix_operator(
     projected: Tensor,
     decay: Tensor | None,
@@ -255,19 +287,19 @@ def mix_operator(
     options = (heads, dim, scans, prefix, lit, features, normalise)
     task = Task(projected.contiguous(), decay, curves, valid, documents, *options)
     b, n, _ = task.sizes
-    out = task.empty(b, n, heads * dim, dtype=projected.dtype)
+    out, phi = task.like_output(), task.key_features()
     row_sums = task.empty(b, heads, n if normalise else 0)
     sums, _ = task.sums()
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums)
         forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]) * b * heads,)](
-            *tensors, *states, out, row_sums, eps=eps / task.divisor,
+            task.projected, phi, *tensors, *states, out, row_sums, eps=eps / task.divisor,
             **shared, **task.of_pairs(c, sums), **task.plan.forward,
         )  # fmt: skip
     return out, row_sums
 
 
-@mix_operator.register_fake
+@torch.library.register_fake("lion::mix")
 def _(projected, decay, curves, valid, documents, heads, dim, scans, prefix, lit, *options):
     b, n, _ = projected.shape
     normalise = options[1]
@@ -275,7 +307,7 @@ def _(projected, decay, curves, valid, documents, heads, dim, scans, prefix, lit
     return projected.new_empty(b, n, heads * dim), row_sums
 
 
-@torch.library.custom_op("lion::mix_backward", mutates_args=())
+@operator("mix_backward")
 def mix_backward(
     grad: Tensor,
     projected: Tensor,
@@ -307,12 +339,13 @@ def mix_backward(
     flux = task.empty(scans, 6 if plan.carried else 4, b, heads, places, dtype=exact)
     grad_sums, rests = (task.empty(b, heads, n) for _ in range(2))
     ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
+    phi = (task.like_output() if task.ready else task.projected, task.key_features())
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums, grad)
         for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
             kernel[(triton.cdiv(n, tiles["ROWS"]) * b * heads,)](
-                *tensors, steps, *states, out, row_sums, grad, grad_sums, rests, dprojected,
-                flux[c], flux_side=flux.stride(1), flux_c=flux.stride(0),
+                task.projected, *phi, *tensors, steps, *states, out, row_sums, grad, grad_sums,
+                rests, dprojected, flux[c], flux_side=flux.stride(1), flux_c=flux.stride(0),
                 eps=eps / task.divisor, LAST=task.two or c == scans - 1,
                 **shared, **task.of_pairs(c, sums), **tiles,
             )  # fmt: skip
@@ -321,7 +354,7 @@ def mix_backward(
     return dprojected, ddecay
 
 
-@mix_backward.register_fake
+@torch.library.register_fake("lion::mix_backward")
 def _(grad, projected, decay, curves, valid, documents, out, row_sums, heads, dim, scans, *_):
     b, n, _ = projected.shape
     plan = make_plan(n, dim, projected.element_size(), scans, unmasked=False)
@@ -346,4 +379,4 @@ def _gradients(ctx, grad, _):
     return dprojected, decay, *(None,) * 11
 
 
-mix_operator.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd("lion::mix", _gradients, setup_context=_save)

@@ -29,6 +29,7 @@ from kernels.common import (
     visited,
 )
 from kernels.ops import Task
+from kernels.registry import operator
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     return {"ROWS": 64 if dim <= 64 else 32, "COLUMNS": dim, "num_warps": 4 if dim <= 64 else 8}
 
 
-@torch.library.custom_op("lion::recurrence", mutates_args=())
+@operator("recurrence")
 def recurrence_operator(
     projected: Tensor,
     decay: Tensor | None,
@@ -201,6 +202,6 @@ def recurrence_operator(
     return out
 
 
-@recurrence_operator.register_fake
+@torch.library.register_fake("lion::recurrence")
 def _(projected, decay, curves, valid, documents, heads, dim, *_):
     return projected.new_empty(*projected.shape[:2], heads * dim)

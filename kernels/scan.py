@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.registry import operator
+
 CHUNK = 8  # tokens
 BLOCK = 64  # channels of a program, which is one warp: its sums over channels cross no other
 
@@ -181,7 +183,7 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return scan_operator(*inputs, keep)[0]
 
 
-@torch.library.custom_op("lion::selective_scan", mutates_args=())
+@operator("selective_scan")
 def scan_operator(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -198,12 +200,12 @@ def scan_operator(
     return y, states
 
 
-@scan_operator.register_fake
+@torch.library.register_fake("lion::selective_scan")
 def _(x, delta, a, b, c, keep):
     return _outputs(x, a, keep)
 
 
-@torch.library.custom_op("lion::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def scan_backward(
     grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -221,7 +223,7 @@ def scan_backward(
     return dx, ddelta, da.sum(0).mT.to(a.dtype), db, dc
 
 
-@scan_backward.register_fake
+@torch.library.register_fake("lion::selective_scan_backward")
 def _(grad, x, delta, a, b, c, states):
     dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
     return dx, ddelta, da.mT, db.mT, dc.mT
@@ -259,4 +261,4 @@ def _gradients(ctx, grad, _):
     return *scan_backward(grad, *ctx.saved_tensors), None
 
 
-scan_operator.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd("lion::selective_scan", _gradients, setup_context=_save)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.registry import operator
+
 CHUNK = 64
 WARPS = {"forward": 4, "backward": 4}
 
@@ -161,7 +163,7 @@ def backward_kernel(
         dstate = dstate * tl.exp2(total) + tl.dot(read, dy, input_precision=PRECISION)
 
 
-@torch.library.custom_op("lion::semiseparable_product", mutates_args=())
+@operator("semiseparable_product")
 def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """As that of `state_space`: `x` `[B, N, H, P]`; `b`, `c` `[B, N, S]`; `log_decay` `[B, N, H]`.
 
@@ -177,12 +179,12 @@ def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) ->
     return y
 
 
-@semiseparable_product.register_fake
+@torch.library.register_fake("lion::semiseparable_product")
 def _(x, log_decay, b, c):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("lion::semiseparable_backward", mutates_args=())
+@operator("semiseparable_backward")
 def semiseparable_backward(
     grad: Tensor, x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,7 +202,7 @@ def semiseparable_backward(
     return dx, ddecay, db.sum(1), dc.sum(1)
 
 
-@semiseparable_backward.register_fake
+@torch.library.register_fake("lion::semiseparable_backward")
 def _(grad, x, log_decay, b, c):
     return tuple(t.new_empty(t.shape) for t in (x, log_decay, b, c))
 
@@ -230,4 +232,4 @@ def _gradients(ctx, grad):
     return semiseparable_backward(grad, *ctx.saved_tensors)
 
 
-semiseparable_product.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd("lion::semiseparable_product", _gradients, setup_context=_save)

@@ -1,0 +1,20 @@
+"""How the kernels become operators of PyTorch, `lion::...`, for `torch.compile` and export."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Makes a function of tensors that changes none of them the operator `lion::name`.
+
+    `torch.library.custom_op` does the same, but has more Python around each call.
+    """
+
+    def register(function: Callable) -> torch._ops.OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"lion::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"lion::{name}", "default", function)
+        return getattr(torch.ops.lion, name).default
+
+    return register
