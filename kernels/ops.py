@@ -41,7 +41,7 @@ def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Pl
     """
     half = itemsize == 2
     rows = 64 if half else 32
-    longest = (320 if scans == 1 else 512) if half else rows
+    longest = (320 if scans == 1 else 640) if half else rows
     carried = unmasked or n > longest
     block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
     if unmasked:

@@ -188,7 +188,7 @@ def test_kernels_compile_for_hopper(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("gate", [1.0, 40.0])
-@pytest.mark.parametrize("n", [1, 63, 64, 197, 500, 1025, 4097])
+@pytest.mark.parametrize("n", [1, 63, 64, 197, 500, 577, 1025, 4097])
 @pytest.mark.parametrize("mask, order", VARIANTS)
 def test_gpu_numerics(mask, order, n, gate, dtype):
     tensors = make_inputs(mask, order, n, 64, dtype, batch=1, gate=gate)
