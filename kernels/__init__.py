@@ -42,7 +42,7 @@ def mix(
     """`num / (den + eps)` of LION (arXiv 2502.16249), or `num` alone if not `normalise`.
 
     The feature map and the scale `D**-0.5` of the queries are applied inside. Sums are float32; the
-    result is bitwise repeatable. All pairs up to 320 tokens, with two curves 512 (in float32 32);
+    result is bitwise repeatable. All pairs up to 320 tokens, with two curves 640 (in float32 32);
     from there on blocks of pairs and states between them: work linear in N.
 
     - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
