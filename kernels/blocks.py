@@ -11,6 +11,10 @@ those of queries, in the backward pass, from `query_grad_kernel`.
 
 With `CARRIED`, states come in from the earlier and the later blocks of the curve; LION-Lit has
 nothing but one state, of all tokens.
+
+`FLUX`, for `gates_kernel`, holds sums of `dw_ij w_ij` by step: in the block, of queries with
+earlier (0) and later keys (1), of keys with later (2) and earlier queries (3), of which 0 and 3
+include other blocks; then with later blocks alone, of keys (4) and of queries (5).
 """
 
 import triton
@@ -79,9 +83,8 @@ def forward_kernel(
     n, blocks, heads, stride_b, stride_n, sums_b, sums_c, eps, scale, weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, READY: tl.constexpr, PADDED: tl.constexpr,
-    CARRIED: tl.constexpr,
-    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     MAP: tl.constexpr = "none" if READY else FEATURES
     number, bh = my_part(tl.cdiv(n, ROWS))
@@ -177,9 +180,8 @@ def query_grad_kernel(
     weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, READY: tl.constexpr, PADDED: tl.constexpr,
-    CARRIED: tl.constexpr,
-    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
-    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
+    LAST: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the queries, and `DELTA` for `key_grad_kernel`.
 
@@ -247,8 +249,8 @@ def query_grad_kernel(
             part = tl.dot(grad, tl.trans(later), input_precision=PRECISION)
             part += delta[:, None] * tl.load(VECTORS + (state + 1) * D + dims)
             part *= tl.exp2(tl.load(Y + low + BLOCK - 1) - y_i)[:, None]
-            from_later = tl.sum(q * part, 1) * share
-            tl.store(FLUX + 5 * flux_side + steps, from_later.to(exact))
+            of_later = tl.sum(q * part, 1) * share
+            tl.store(FLUX + 5 * flux_side + steps, of_later.to(exact))
             dq += part
     if not UNMASKED:
         if TWO:
@@ -334,9 +336,8 @@ def key_grad_kernel(
     weight, unit,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNMASKED: tl.constexpr, FEATURES: tl.constexpr, READY: tl.constexpr, PADDED: tl.constexpr,
-    CARRIED: tl.constexpr,
-    TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
-    NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    CARRIED: tl.constexpr, TWO: tl.constexpr, CURVED: tl.constexpr, ADD: tl.constexpr,
+    LAST: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the keys and of the values; all products are transposed, `[keys, queries]`."""
     WHOLE: tl.constexpr = ROWS == BLOCK
@@ -390,8 +391,8 @@ def key_grad_kernel(
             fade = tl.exp2(tl.load(Y + low + BLOCK - 1) - x_j)[:, None]
             dk *= fade
             dv *= fade
-            to_later = tl.where(counts, tl.sum(k * dk, 1), 0.0)
-            tl.store(FLUX + 4 * flux_side + steps, to_later.to(exact))
+            of_later = tl.where(counts, tl.sum(k * dk, 1), 0.0)
+            tl.store(FLUX + 4 * flux_side + steps, of_later.to(exact))
             early = load_square(STATES + (state - 1) * D * D, D)
             fade = tl.exp2(y_j)[:, None]
             part = tl.dot(v, tl.trans(early), input_precision=PRECISION)
