@@ -45,9 +45,9 @@ def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
     assert shared <= SHARED_MEMORY, f"{shared} bytes of shared memory"
 
 
-def launch_mixer(dtype: torch.dtype, dim: int, mask: str) -> None:
-    projected = torch.zeros(1, 100, 3 * dim + kernels.padded_gates(2), dtype=dtype)
-    curves = None if mask == "Lit" else torch.arange(100).repeat(2, 1)
+def launch_mixer(dtype: torch.dtype, dim: int, mask: str, n: int = 100) -> None:
+    projected = torch.zeros(1, n, 3 * dim + kernels.padded_gates(2), dtype=dtype)
+    curves = None if mask == "Lit" else torch.arange(n).repeat(2, 1)
     decay = torch.zeros(2, 1) if mask == "Decay" else None
     options = {"heads": 1, "dim": dim, "scans": 1 if mask == "Lit" else 2, "lit": mask == "Lit"}
     kernels.mix(projected.requires_grad_(), decay, curves, **options).sum().backward()
@@ -66,6 +66,7 @@ if __name__ == "__main__":
     JITFunction.run = compile_launch
     for mask in ("Lit", "Decay", "Selective"):
         launch_mixer(torch.bfloat16, 64, mask)
+    launch_mixer(torch.bfloat16, 64, "Selective", n=1000)
     launch_mixer(torch.float32, 128, "Selective")
     launch_baselines(torch.bfloat16, 64)
     launch_baselines(torch.float32, 128)
