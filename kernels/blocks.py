@@ -51,6 +51,15 @@ def features_kernel(
 
 
 @triton.jit
+def _features_of(PHI, rows, stride, first, heads, D: tl.constexpr, READY: tl.constexpr):
+    """Where features are, `[.., H, D]` from a `first` row, or rows to compute them from; and their
+    stride."""
+    if READY:
+        return PHI + first * D, heads * D
+    return rows, stride
+
+
+@triton.jit
 def _add_sides(before, after, flux, i, j):
     """Adds row sums of `flux` over the pairs on either side of the diagonal: i > j and i < j."""
     before += tl.sum(tl.where(i > j, flux, 0.0), 1)
@@ -93,10 +102,7 @@ def forward_kernel(
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
-    stride_k = stride_n
-    if READY:
-        K = PHI_K + (b * n * heads + h) * D
-        stride_k = heads * D
+    K, stride_k = _features_of(PHI_K, K, stride_n, b * n * heads + h, heads, D, READY)
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
     Y += b * sums_b + h * blocks * BLOCK
@@ -200,10 +206,7 @@ def query_grad_kernel(
     Q = QKV + b * stride_b + h * D
     K = Q + heads * D
     V = K + heads * D
-    stride_k = stride_n
-    if READY:
-        K = PHI_K + (b * n * heads + h) * D
-        stride_k = heads * D
+    K, stride_k = _features_of(PHI_K, K, stride_n, b * n * heads + h, heads, D, READY)
     DQ = DQKV + b * n * stride_n + h * D
     VALID += b * n
     X += b * sums_b + h * blocks * BLOCK
@@ -271,6 +274,7 @@ def query_grad_kernel(
             s = tl.dot(q_t, tl.trans(k), input_precision=PRECISION)
             dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + delta[:, None]
             x_j, y_j = key_sums(X, Y, CURVE, VALID, keys, high, CURVED, PADDED)
+            of_keys = FLUX + 2 * flux_side + keys
             if TWO:
                 mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
                 s *= dw
@@ -278,7 +282,6 @@ def query_grad_kernel(
                 j = tl.load(STEPS + keys, mask=keys < n, other=0)
                 below, above = _add_sides(below, above, flux, i[:, None], j[None, :])
                 if WHOLE:
-                    of_keys = FLUX + 2 * flux_side + keys
                     flux *= shares[:, None]
                     _store_sides(of_keys, flux, i[:, None], j[None, :], flux_side)
                 x_j, y_j = key_sums(
@@ -303,7 +306,6 @@ def query_grad_kernel(
                 flux = (s * dw).to(exact)
                 below, above = _add_flux(below, above, flux, first, start, ROWS, TILE)
                 if WHOLE:
-                    of_keys = FLUX + 2 * flux_side + keys
                     flux *= shares[:, None]
                     _store_sides(of_keys, flux, steps[:, None], keys[None, :], flux_side)
             dq += tl.dot(dw.to(dtype), k, input_precision=PRECISION)
@@ -365,13 +367,9 @@ def key_grad_kernel(
     valid = steps < n
     rows = visited(CURVE, steps, valid, CURVED)
     counts = counted(VALID, rows, valid, PADDED)
-    if READY:
-        phi = (b * n * heads + h) * D
-        Q, stride_q = PHI_Q + phi, heads * D
-        k = load_rows(PHI_K + phi, rows, valid, stride_q, D).to(tl.float32)
-    else:
-        stride_q = stride_n
-        k = load_features(K, rows, valid, stride_n, D, FEATURES, FAST)
+    Q, stride = _features_of(PHI_Q, Q, stride_n, b * n * heads + h, heads, D, READY)
+    K_MAP, _ = _features_of(PHI_K, K, stride_n, b * n * heads + h, heads, D, READY)
+    k = load_features(K_MAP, rows, valid, stride, D, MAP, FAST)
     k_t = k.to(dtype)
     v = load_rows(V, rows, valid, stride_n, D)
     dk = tl.zeros((ROWS, D), tl.float32)
@@ -418,7 +416,7 @@ def key_grad_kernel(
             queries = start + inside
             there = queries < high
             tokens = visited(CURVE, queries, there, CURVED)
-            q = load_features(Q, tokens, there, stride_q, D, MAP, FAST).to(dtype)
+            q = load_features(Q, tokens, there, stride, D, MAP, FAST).to(dtype)
             grad = load_rows(DOUT, tokens, there, heads * D, D)
             delta = tl.load(DELTA + tokens, mask=there, other=0.0)
             share = tl.zeros((TILE,), tl.float32) + weight

@@ -9,12 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.blocks import (
-    features_kernel,
-    forward_kernel,
-    key_grad_kernel,
-    query_grad_kernel,
-)
+from kernels.blocks import features_kernel, forward_kernel, key_grad_kernel, query_grad_kernel
 from kernels.registry import operator
 from kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
 
@@ -37,7 +32,8 @@ def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Pl
     """Short sequences are one block; without a mask there are no pairs, but one state.
 
     Two curves share the pairs of one block, but no states: it pays up to more tokens. In float32
-    blocks are short: sums of decays near closed gates are large and round the others.
+    blocks are short, all rows of one program: sums of decays near closed gates are large and round
+    the others, and what begins and ends inside a block has to cancel (`query_grad_kernel`).
     """
     half = itemsize == 2
     rows = 64 if half else 32
@@ -152,7 +148,7 @@ class Task:
         }  # fmt: skip
 
     def sums(self) -> tuple[Tensor | None, Tensor]:
-        """Sums of log2 decays `[2, C, B or 1, H, blocks * block]`, and steps of tokens `[C, N]`."""
+        """Sums of log2 decays `[2, C, B, H, blocks * block]`, and steps of tokens `[C, N]`."""
         steps = self.empty(self.scans, self.sizes[1], dtype=torch.int32)
         if self.unmasked:
             return None, steps
@@ -164,7 +160,7 @@ class Task:
             steps, images=images, **self.of_gates(), PACKED=self.documents is not None,
             num_warps=1,
         )  # fmt: skip
-        return sums, steps
+        return sums.expand(-1, -1, self.sizes[0], -1, -1), steps
 
     @property
     def ready(self) -> bool:
@@ -176,12 +172,17 @@ class Task:
         b, n, _ = self.sizes
         return self.empty(b, n, self.heads * self.dim, dtype=self.projected.dtype)
 
-    def key_features(self) -> Tensor:
+    def place_for_features(self) -> Tensor:
         """`[B, N, H * D]`, or any tensor."""
+        return self.like_output() if self.ready else self.projected
+
+    def key_features(self) -> Tensor:
+        """The same, filled."""
+        phi = self.place_for_features()
         if not self.ready:
-            return self.projected
+            return phi
         b, n, width = self.sizes
-        phi, rows = self.like_output(), self.plan.forward["ROWS"]
+        rows = self.plan.forward["ROWS"]
         features_kernel[(triton.cdiv(n, rows) * b * self.heads,)](
             self.projected, phi, n, self.heads, n * width, width, D=self.dim, ROWS=rows,
             FEATURES=self.features, FAST=self.fast,
@@ -191,10 +192,9 @@ class Task:
     def passes(self, sums: Tensor | None):
         """For each launch, the number of its curve, its tensors and its options."""
         _, n, width = self.sizes
-        alike = sums is None or sums.shape[2] == 1
         options = {
             "n": n, "blocks": self.blocks, "heads": self.heads, "stride_b": n * width,
-            "stride_n": width, "sums_b": 0 if alike else sums.stride(2),
+            "stride_n": width, "sums_b": 0 if sums is None else sums.stride(2),
             "scale": self.dim**-0.5, "weight": 1.0 if self.two else 1 / self.scans, "D": self.dim,
             "BLOCK": self.plan.block, "UNMASKED": self.unmasked, "FEATURES": self.features,
             "PADDED": self.valid is not None,
@@ -261,9 +261,8 @@ class Task:
         curve = None if self.curves is None else self.curves[c]
         gates_kernel[(self.blocks * self.sizes[0] * self.heads,)](
             flux[c], y, *states, logits, *map(self.or_any, (curve, self.valid)), grads,
-            flux_side=flux.stride(1), sums_b=0 if y.shape[0] == 1 else y.stride(0), D=self.dim,
-            CARRIED=self.plan.carried,
-            **self.of_gates(), num_warps=4 if self.plan.carried else 1,
+            flux_side=flux.stride(1), sums_b=y.stride(0), D=self.dim,
+            CARRIED=self.plan.carried, **self.of_gates(), num_warps=4 if self.plan.carried else 1,
         )  # fmt: skip
 
 
@@ -339,7 +338,7 @@ def mix_backward(
     flux = task.empty(scans, 6 if plan.carried else 4, b, heads, places, dtype=exact)
     grad_sums, rests = (task.empty(b, heads, n) for _ in range(2))
     ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
-    phi = (task.like_output() if task.ready else task.projected, task.key_features())
+    phi = task.place_for_features(), task.key_features()
     for c, tensors, shared in task.passes(sums):
         states = task.states(tensors, shared, out, row_sums, grad)
         for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):

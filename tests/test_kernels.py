@@ -29,12 +29,17 @@ def parts(tensors, width):
     return {name: t for name, t in zip(names, pieces, strict=False) if t.numel()}
 
 
-def assert_close(actual, expected, limit, least=1e-2):
+def assert_close(actual, expected, limit, of_gates=None, least=1e-2):
     actual, expected = (parts(t, expected[0].shape[2]) for t in (actual, expected))
     floor = least * expected["dv"].norm()  # of one token, or through closed gates, there is no more
     for name, b in expected.items():
         error = (actual[name].double() - b).norm() / b.norm().clamp(min=floor)
-        assert error < limit, f"{name}: error ratio {error:.1e}"
+        allowed = of_gates if of_gates and name in ("dgates", "ddecay") else limit
+        assert error < allowed, f"{name}: error ratio {error:.1e}"
+
+
+# Of closed gates. On a GPU, products in tf32 leave 1.3e-5 beside 1 % of dv, less beside 5 %.
+CLOSED = 1e-5 if DEVICE == "cpu" else 1e-4
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 130])
@@ -51,11 +56,11 @@ def test_half_precision_and_wide_heads(mask, order, dim):
     assert_close(mix(*tensors, mask, dim), exact(*tensors, mask, dim), LIMITS[torch.float16])
 
 
-@pytest.mark.parametrize("n", [32, 130])
+@pytest.mark.parametrize("n", [32, 97, 130])
 @pytest.mark.parametrize("mask, order", VARIANTS[1:])
 def test_saturated_gates(mask, order, n):
     tensors = make_inputs(mask, order, n, gate=40.0)
-    assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32], 5e-2)
+    assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32], CLOSED)
 
 
 def test_a_closed_gate_has_its_gradient():
@@ -78,8 +83,18 @@ def plan(request, monkeypatch):
     monkeypatch.setattr(ops, "make_plan", make_plan)
 
 
+@pytest.mark.parametrize("plan", ["carried"], indirect=True)
+@pytest.mark.parametrize("gate", [1.0, 40.0])
+@pytest.mark.parametrize("mask, order", VARIANTS)
+def test_states_between_blocks(mask, order, gate, plan):
+    tensors = make_inputs(mask, order, 81, gate=gate)
+    actual, expected = (f(*tensors, mask) for f in (mix, exact))
+    assert_close(actual, expected, LIMITS[torch.float32], CLOSED if gate > 1 else None)
+
+
+@pytest.mark.parametrize("plan", ["one block"], indirect=True)
 @pytest.mark.parametrize("mask, order", VARIANTS[1:])
-def test_blocks_of_several_rows(mask, order, plan):
+def test_one_block_of_several_rows(mask, order, plan):
     tensors = make_inputs(mask, order, 81)
     assert_close(mix(*tensors, mask), exact(*tensors, mask), LIMITS[torch.float32])
 
@@ -196,7 +211,7 @@ def test_gpu_numerics(mask, order, n, gate, dtype):
     # Of one token, or through closed gates, errors count beside the least gradient that queries and
     # keys have otherwise.
     least = 5e-2 if n == 1 or gate > 1 else 1e-2
-    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], least)
+    assert_close(mix(*tensors, mask, 64), expected, LIMITS[dtype], least=least)
 
 
 @gpu
