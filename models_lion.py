@@ -34,7 +34,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-import kernels
+import lion_kernels
 from curves import ORDERS, inverse, scan_curves
 
 # Products of decays stop at exp(LEAST_LOG): nothing beside the weight 1 that a token gives itself,
@@ -389,7 +389,7 @@ class LionAttention(nn.Module):
         trained = x.requires_grad or any(p.requires_grad for p in self.parameters())
         if self.format == "RNN" and torch.is_grad_enabled() and trained:
             return False  # that kernel has no gradients
-        return kernels.available(x.device, dtype, dim)
+        return lion_kernels.available(x.device, dtype, dim)
 
     def _mix_by_kernel(
         self, x: Tensor, curves: Tensor | None, valid: Tensor | None, documents: Tensor | None
@@ -399,7 +399,7 @@ class LionAttention(nn.Module):
         weight, bias, decay = self.qkv.weight, self.qkv.bias, None
         if self.mask_type == "Selective":
             count = len(gates) * self.num_heads
-            padding = kernels.padded_gates(count) - count
+            padding = lion_kernels.padded_gates(count) - count
             zeros = weight.new_zeros(padding, weight.shape[1])
             if bias is None:
                 bias = weight.new_zeros(self.qkv.out_features)
@@ -407,7 +407,7 @@ class LionAttention(nn.Module):
             weight = torch.cat([weight, *(gate.weight for gate in gates), zeros])
         elif self.mask_type == "Decay":
             decay = torch.stack(gates).float()
-        return kernels.mix(
+        return lion_kernels.mix(
             F.linear(x, weight, bias),
             decay,
             curves,

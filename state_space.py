@@ -2,7 +2,7 @@
 
 Both read tokens in order, so a direction is chosen by the order of the tokens handed over. Time and
 memory are linear in N, backward included; states are float32 or wider. On a GPU they are Triton
-kernels (`kernels/semiseparable.py`, `kernels/scan.py`), which choose their chunks themselves.
+kernels (`lion_kernels.semiseparable`, `lion_kernels.scan`), which choose their chunks themselves.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import kernels
+import lion_kernels
 
 
 def semiseparable_product(
@@ -28,8 +28,8 @@ def semiseparable_product(
 
     Returns `[B, N, H, P]` in the dtype of `x`.
     """
-    if has_kernels(x) and {x.shape[3], b.shape[2]} <= set(kernels.HEAD_DIMS):
-        from kernels.semiseparable import semiseparable_product
+    if has_kernels(x) and {x.shape[3], b.shape[2]} <= set(lion_kernels.HEAD_DIMS):
+        from lion_kernels.semiseparable import semiseparable_product
 
         return semiseparable_product(x, log_decay, b, c)
     n = x.shape[1]
@@ -62,7 +62,7 @@ def selective_scan(
     Returns `[B, N, C]` in the dtype of `x`.
     """
     if has_kernels(x):
-        from kernels.scan import selective_scan
+        from lion_kernels.scan import selective_scan
 
         return selective_scan(x, delta, a, b, c)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -82,7 +82,7 @@ def selective_scan(
 
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for tensors like `x`."""
-    return bool(kernels.ENABLED) and x.is_cuda and x.dtype in kernels.DTYPES
+    return bool(lion_kernels.ENABLED) and x.is_cuda and x.dtype in lion_kernels.DTYPES
 
 
 def draw_step_bias(

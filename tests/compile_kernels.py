@@ -1,4 +1,4 @@
-"""Compiles for Hopper what the operators of `kernels/` launch; needs Triton, but no GPU."""
+"""Compiles for Hopper what the operators of `lion_kernels/` launch; needs Triton, but no GPU."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import kernels
-from kernels.scan import selective_scan
-from kernels.semiseparable import semiseparable_product
+import lion_kernels
+from lion_kernels.scan import selective_scan
+from lion_kernels.semiseparable import semiseparable_product
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block can have
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
@@ -46,12 +46,12 @@ def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
 
 
 def launch_mixer(dtype: torch.dtype, dim: int, mask: str, n: int = 100) -> None:
-    projected = torch.zeros(1, n, 3 * dim + kernels.padded_gates(2), dtype=dtype)
+    projected = torch.zeros(1, n, 3 * dim + lion_kernels.padded_gates(2), dtype=dtype)
     curves = None if mask == "Lit" else torch.arange(n).repeat(2, 1)
     decay = torch.zeros(2, 1) if mask == "Decay" else None
     options = {"heads": 1, "dim": dim, "scans": 1 if mask == "Lit" else 2, "lit": mask == "Lit"}
-    kernels.mix(projected.requires_grad_(), decay, curves, **options).sum().backward()
-    kernels.mix(projected.detach(), decay, curves, **options, recurrent=True)
+    lion_kernels.mix(projected.requires_grad_(), decay, curves, **options).sum().backward()
+    lion_kernels.mix(projected.detach(), decay, curves, **options, recurrent=True)
 
 
 def launch_baselines(dtype: torch.dtype, dim: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from reference import curves_for, dense
 from torch.nn import functional as F
 
-import kernels
+import lion_kernels
 from models_lion import FEATURE_MAPS, attention
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -20,7 +20,7 @@ def make_inputs(mask, order, n, dim=16, dtype=torch.float32, batch=2, heads=2, g
     """Projected tokens, LION-D's logits or None, curves or None, and the output's gradient."""
     generator = torch.Generator().manual_seed(n)
     scans = 2 if order == "S" else 1
-    gates = kernels.padded_gates(scans * heads) if mask == "Selective" else 0
+    gates = lion_kernels.padded_gates(scans * heads) if mask == "Selective" else 0
     projected, grad = (
         torch.randn(batch, n, width, generator=generator)
         for width in (3 * heads * dim + gates, heads * dim)
@@ -39,7 +39,7 @@ def call(
     projected, decay, curves, grad, mask, dim=16, valid=None, documents=None, **options
 ):  # fmt: skip
     """The output of the kernels."""
-    return kernels.mix(
+    return lion_kernels.mix(
         projected, decay, curves, valid, documents,
         heads=grad.shape[2] // dim, dim=dim, scans=1 if curves is None else 2, prefix=1,
         lit=mask == "Lit", **{"features": "elu" if mask == "Lit" else "silu", **options},

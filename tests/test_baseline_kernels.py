@@ -6,7 +6,7 @@ import timm
 import torch
 
 import state_space
-from kernels import scan, semiseparable
+from lion_kernels import scan, semiseparable
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +157,7 @@ def test_kernels_are_for_gpus_and_can_be_turned_off(monkeypatch):
     OnGPU.dtype = torch.float64
     assert not state_space.has_kernels(OnGPU)
     OnGPU.dtype = torch.float32
-    monkeypatch.setattr(state_space.kernels, "ENABLED", False)
+    monkeypatch.setattr(state_space.lion_kernels, "ENABLED", False)
     assert not state_space.has_kernels(OnGPU)
 
 

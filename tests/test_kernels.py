@@ -9,8 +9,8 @@ from helpers import ROOT
 from kernel_cases import DEVICE, LIMITS, VARIANTS, call, exact, gpu, make_inputs
 from reference import curves_for
 
-import kernels
-from kernels import ops
+import lion_kernels
+from lion_kernels import ops
 from models_lion import FEATURE_MAPS, LionAttention, attention
 
 
@@ -128,16 +128,18 @@ def test_strided_input():
     projected, decay, curves, grad = make_inputs("Decay", "S", 30)
     wider = torch.cat([projected, torch.full((2, 30, 8), torch.nan, device=DEVICE)], 2)
     options = {"heads": 2, "dim": 16, "scans": 2}
-    expected = kernels.mix(projected, decay, curves, **options)
-    assert torch.equal(kernels.mix(wider[..., :-8], decay, curves, **options), expected)
+    expected = lion_kernels.mix(projected, decay, curves, **options)
+    assert torch.equal(lion_kernels.mix(wider[..., :-8], decay, curves, **options), expected)
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="width 16, 32, 64 or 128, not 24"):
-        kernels.mix(torch.zeros(1, 4, 72), lit=True, heads=1, dim=24)
+        lion_kernels.mix(torch.zeros(1, 4, 72), lit=True, heads=1, dim=24)
     order = torch.arange(4)
     with pytest.raises(ValueError, match="token order alone: give no curves"):
-        kernels.mix(torch.zeros(1, 4, 64), None, order[None], None, order[None], heads=1, dim=16)
+        lion_kernels.mix(
+            torch.zeros(1, 4, 64), None, order[None], None, order[None], heads=1, dim=16
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
     curves = curves if curves is None else curves.to(DEVICE)
     results = []
     for enabled in (False, True):
-        monkeypatch.setattr(kernels, "available", lambda *_, enabled=enabled: enabled)
+        monkeypatch.setattr(lion_kernels, "available", lambda *_, enabled=enabled: enabled)
         layer.zero_grad()
         y = layer(x, curves, valid=valid)
         y.square().sum().backward()
@@ -172,7 +174,7 @@ def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
 @pytest.mark.parametrize("mask", ["Lit", "Selective"])
 def test_compiled_and_exported_whole(mask, monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "available", lambda *_: True)
+        monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
     torch.manual_seed(0)
     layer = LionAttention(32, 2, mask_type=mask).to(DEVICE)
     x = torch.randn(2, 21, 32, device=DEVICE, requires_grad=True)
@@ -185,7 +187,7 @@ def test_compiled_and_exported_whole(mask, monkeypatch):
 
 
 def test_kernels_can_be_turned_off():
-    code = "import kernels, torch; print(kernels.ENABLED)"
+    code = "import lion_kernels, torch; print(lion_kernels.ENABLED)"
     off = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"LION_KERNELS": "0"},
                          capture_output=True, text=True, check=True)  # fmt: skip
     assert off.stdout.strip() == "False"

@@ -7,8 +7,8 @@ import torch
 from kernel_cases import DEVICE, LIMITS, VARIANTS, call, exact, gpu, make_inputs
 from reference import curves_for, dense
 
-import kernels
-from kernels import recurrence
+import lion_kernels
+from lion_kernels import recurrence
 from models_lion import FEATURE_MAPS, LionAttention, attention
 
 
@@ -73,11 +73,11 @@ def test_the_layer_is_the_same_with_the_kernel(mask, order, monkeypatch):
     valid = torch.arange(21, device=DEVICE).repeat(2, 1) < 19
     x, curves = torch.randn(2, 21, 32, device=DEVICE), curves_for(order, 21)
     curves = curves if curves is None else curves.to(DEVICE)
-    mix = Mock(wraps=kernels.mix)
-    monkeypatch.setattr(kernels, "mix", mix)
+    mix = Mock(wraps=lion_kernels.mix)
+    monkeypatch.setattr(lion_kernels, "mix", mix)
     results = []
     for enabled in (False, True):
-        monkeypatch.setattr(kernels, "available", lambda *_, enabled=enabled: enabled)
+        monkeypatch.setattr(lion_kernels, "available", lambda *_, enabled=enabled: enabled)
         with torch.no_grad():
             results.append(layer(x, curves, valid=valid))
     assert mix.call_count == 1

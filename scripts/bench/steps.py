@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
+import lion_kernels
 import models_lion
 from curves import scan_curves
 from scripts.bench.cases import BACKWARD, FORWARD, HEADS, NO_MIXING, SOFTMAX, Case
@@ -80,7 +80,7 @@ def softmax_mixer(case: Case) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]
 
 
 def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """`mix(projected)`, or `mix(projected, decay)` of LION-D; see `kernels.mix`.
+    """`mix(projected)`, or `mix(projected, decay)` of LION-D; see `lion_kernels.mix`.
 
     The snake curves are those of the grid of N - 1 patches that is nearest to a square.
     """
@@ -90,14 +90,14 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
     grid = (height, patches // max(height, 1))
     curves = scan_curves(order or "Normal", grid, num_prefix=1, device=case.device)
     scans = 1 if curves is None else 2
-    gates = kernels.padded_gates(scans * heads) if mask == "Selective" else 0
+    gates = lion_kernels.padded_gates(scans * heads) if mask == "Selective" else 0
     leaves = [random(case, 3 * heads * DIM + gates)]
     if mask == "Decay":
         leaves.append(torch.randn(scans, heads, device=case.device))
     if case.format == "kernels":
         features = "elu" if mask == "Lit" else "silu"
         options = {"scans": scans, "prefix": 1, "lit": mask == "Lit", "features": features}
-        mix = partial(kernels.mix, heads=heads, dim=DIM, **options)
+        mix = partial(lion_kernels.mix, heads=heads, dim=DIM, **options)
     else:
         mix = partial(plain_mixer, case, scans)
     return lambda projected, decay=None: mix(projected, decay, curves), leaves
@@ -106,7 +106,7 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
 def plain_mixer(
     case: Case, scans: int, projected: Tensor, decay: Tensor | None, curves: Tensor | None
 ) -> Tensor:
-    """What `kernels.mix` computes, in plain PyTorch."""
+    """What `lion_kernels.mix` computes, in plain PyTorch."""
     mask, heads = case.variant.partition("-")[0], HEADS[case.scale]
     qkv, gates = projected.tensor_split((3 * heads * DIM,), 2)
     q, k, v = qkv.unflatten(2, (3, heads, DIM)).permute(2, 0, 3, 1, 4)

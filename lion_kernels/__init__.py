@@ -60,7 +60,7 @@ def mix(
     Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width,
     and for documents along curves.
     """
-    from kernels import ops, recurrence
+    from lion_kernels import ops, recurrence
 
     if dim not in HEAD_DIMS:
         raise ValueError(f"The kernels have heads of width 16, 32, 64 or 128, not {dim}.")

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.registry import operator
+from lion_kernels.registry import operator
 
 CHUNK = 64
 WARPS = {"forward": 4, "backward": 4}

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.registry import operator
+from lion_kernels.registry import operator
 
 CHUNK = 8  # tokens
 BLOCK = 64  # channels of a program, which is one warp: its sums over channels cross no other

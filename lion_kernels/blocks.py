@@ -20,7 +20,7 @@ include other blocks; then with later blocks alone, of keys (4) and of queries (
 import triton
 import triton.language as tl
 
-from kernels.common import (
+from lion_kernels.common import (
     counted,
     decay_mask,
     feature_map,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import (
+from lion_kernels.common import (
     counted,
     decay_mask,
     decay_sums,
@@ -28,8 +28,8 @@ from kernels.common import (
     store_rows,
     visited,
 )
-from kernels.ops import Task
-from kernels.registry import operator
+from lion_kernels.ops import Task
+from lion_kernels.registry import operator
 
 
 @triton.jit

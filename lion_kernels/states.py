@@ -13,7 +13,7 @@ most 0.
 import triton
 import triton.language as tl
 
-from kernels.common import (
+from lion_kernels.common import (
     counted,
     decay_sums,
     gate_logits,

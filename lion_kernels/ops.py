@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.blocks import features_kernel, forward_kernel, key_grad_kernel, query_grad_kernel
-from kernels.registry import operator
-from kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
+from lion_kernels.blocks import features_kernel, forward_kernel, key_grad_kernel, query_grad_kernel
+from lion_kernels.registry import operator
+from lion_kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -60,7 +60,7 @@ def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Pl
 class Task:
     """A call of the operator: what the launches of its kernels share.
 
-    Tensors and options are those of `kernels.mix`; `projected` is contiguous.
+    Tensors and options are those of `lion_kernels.mix`; `projected` is contiguous.
     """
 
     projected: Tensor
