@@ -1,6 +1,5 @@
 """The custom operator `lion::mix` and its gradient: what `torch.compile` and export see."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,261 +8,330 @@ import torch
 import triton
 from torch import Tensor
 
-from lion_kernels.blocks import features_kernel, forward_kernel, key_grad_kernel, query_grad_kernel
+from lion_kernels import chunks, linear, pairs, tuning
+from lion_kernels.decay import NUM_VECTORS, decay_cumsum_kernel, gate_bwd_kernel
 from lion_kernels.registry import operator
-from lion_kernels.states import added_kernel, carry_kernel, gates_kernel, sums_kernel
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from lion_kernels.states import chunk_state_kernel, state_passing_kernel
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a sequence is cut: tokens per block; rows, tiles and launch options of each kernel."""
+class Call:
+    """One call of the operator: what the launches of its kernels share.
 
-    block: int
-    carried: bool
-    states: dict[str, int]
-    forward: dict[str, int]
-    queries: dict[str, int]
-    keys: dict[str, int]
-
-
-def make_plan(n: int, dim: int, itemsize: int, scans: int, unmasked: bool) -> Plan:
-    """Short sequences are one block; without a mask there are no pairs, but one state.
-
-    Two curves share the pairs of one block, but no states: it pays up to more tokens. In float32
-    blocks are short, all rows of one program: sums of decays near closed gates are large and round
-    the others, and what begins and ends inside a block has to cancel (`query_grad_kernel`).
-    """
-    half = itemsize == 2
-    rows = 64 if half else 32
-    longest = (320 if scans == 1 else 640) if half else rows
-    carried = unmasked or n > longest
-    block = (128 if half else rows) if carried else max(rows, triton.next_power_of_2(n))
-    if unmasked:
-        block = 512
-    shape = {"ROWS": rows, "num_warps": 4 if dim < 128 else 8, "num_stages": 1}
-    tiles = {**shape, "TILE": 32}
-    if not (half and dim == 64):
-        return Plan(block, carried, shape, tiles, tiles, tiles)
-    # Measured on an H100.
-    lean = {**tiles, "maxnreg": 128}
-    if unmasked:
-        return Plan(block, carried, {**shape, "num_stages": 3}, tiles, lean, lean)
-    less = {**tiles, "maxnreg": 168}
-    two = scans == 2 and not carried
-    keys = {**less, "TILE": 16} if two else less
-    return Plan(block, carried, {**shape, "ROWS": 128}, lean, less, keys)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A call of the operator: what the launches of its kernels share.
-
-    Tensors and options are those of `lion_kernels.mix`; `projected` is contiguous.
+    Tensors and options are those of `lion_kernels.mix`; `qkv` is `projected`, contiguous.
     """
 
-    projected: Tensor
+    qkv: Tensor
     decay: Tensor | None
     curves: Tensor | None
     valid: Tensor | None
     documents: Tensor | None
     heads: int
     dim: int
-    scans: int
+    num_curves: int
     prefix: int
     lit: bool
     features: str
     normalise: bool
+    eps: float
 
     @cached_property
-    def sizes(self) -> tuple[int, int, int]:
-        return tuple(self.projected.shape)
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.qkv.shape)
 
     @cached_property
-    def plan(self) -> Plan:
-        itemsize = self.projected.element_size()
-        return make_plan(self.sizes[1], self.dim, itemsize, self.scans, self.unmasked)
+    def plan(self) -> tuning.Plan:
+        no_decay = self.lit and self.documents is None
+        size = self.qkv.element_size()
+        return tuning.make_plan(self.shape[1], self.dim, size, self.num_curves, no_decay)
 
     @cached_property
-    def blocks(self) -> int:
-        return triton.cdiv(self.sizes[1], self.plan.block)
+    def num_chunks(self) -> int:
+        return triton.cdiv(self.shape[1], self.plan.chunk)
 
     @property
-    def two(self) -> bool:
-        """Both curves in one pass."""
-        return self.scans == 2 and not self.plan.carried
-
-    @property
-    def gated(self) -> bool:
-        return not self.lit and self.decay is None
-
-    @property
-    def unmasked(self) -> bool:
-        return self.lit and self.documents is None
-
-    @property
-    def fast(self) -> bool:
-        return self.projected.dtype == torch.bfloat16 and not INTERPRETED
-
-    @property
-    def precision(self) -> str:
-        """Of products: three tf32 products in float32, but wide heads have no room for them."""
-        if self.projected.dtype != torch.float32:
-            return "tf32"
-        return "tf32x3" if self.dim <= 64 else "ieee"
+    def sequences(self) -> int:
+        return self.shape[0] * self.heads
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.projected.new_empty(shape, dtype=dtype)
+        return self.qkv.new_empty(shape, dtype=dtype)
 
-    def or_any(self, tensor: Tensor | None) -> Tensor:
-        """A kernel takes any tensor in the place of one that it does not read."""
+    def like_out(self, *leading: int) -> Tensor:
+        """`[B, N, H * D]` in the dtype of `qkv`."""
+        b, n, _ = self.shape
+        return self.qkv.new_empty(*leading, b, n, self.heads * self.dim)
+
+    def pointer(self, tensor: Tensor | None) -> Tensor:
+        """A tensor for a kernel; a dummy pointer for an absent input."""
         if tensor is None:
-            return self.projected
+            return self.qkv
         tensor = tensor.contiguous()
         return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
+    def gates(self, tensor: Tensor) -> Tensor:
+        """The columns behind queries, keys and values."""
+        return tensor[..., 3 * self.heads * self.dim :]
+
+    @cached_property
     def decays(self) -> dict[str, Any]:
-        """How the kernels find the logits of a head's decays."""
-        _, n, width = self.sizes
-        by_token = {"DECAYS": "tokens", "decay_b": n * width, "decay_n": width, "decay_h": 1}
-        by_head = {"DECAYS": "head", "decay_b": 0, "decay_n": 0, "decay_h": 1}
-        options = by_token if self.gated else by_head
-        prefix = self.prefix if self.gated else 0
-        return {**options, "prefix": prefix} | ({"DECAYS": "none"} if self.lit else {})
-
-    def logits(self) -> Tensor:
-        return self.gates_in(self.projected) if self.gated else self.or_any(self.decay)
-
-    def gates_in(self, projected: Tensor) -> Tensor:
-        return projected[..., 3 * self.heads * self.dim :]
-
-    def of_gates(self) -> dict[str, Any]:
-        """Options of the kernels that read gates."""
-        return {
-            "n": self.sizes[1], "blocks": self.blocks, "heads": self.heads, **self.decays(),
-            "BLOCK": self.plan.block,
-            "PADDED": self.valid is not None, "CURVED": self.curves is not None,
-            "BY_TOKEN": not self.plan.carried,
-        }  # fmt: skip
-
-    def sums(self) -> tuple[Tensor | None, Tensor]:
-        """Sums of log2 decays `[2, C, B, H, blocks * block]`, and steps of tokens `[C, N]`."""
-        steps = self.empty(self.scans, self.sizes[1], dtype=torch.int32)
-        if self.unmasked:
-            return None, steps
-        alike = not self.gated and self.valid is None and self.documents is None
-        images = 1 if alike else self.sizes[0]
-        sums = self.empty(2, self.scans, images, self.heads, self.blocks * self.plan.block)
-        sums_kernel[(self.blocks * self.scans * images * self.heads,)](
-            self.logits(), *map(self.or_any, (self.curves, self.valid, self.documents)), *sums,
-            steps, images=images, **self.of_gates(), PACKED=self.documents is not None,
-            num_warps=1,
-        )  # fmt: skip
-        return sums.expand(-1, -1, self.sizes[0], -1, -1), steps
-
-    @property
-    def ready(self) -> bool:
-        """Whether features are computed once, as several programs read each."""
-        plan = self.plan
-        return not plan.carried and plan.block > plan.forward["ROWS"] and self.features != "none"
-
-    def like_output(self) -> Tensor:
-        b, n, _ = self.sizes
-        return self.empty(b, n, self.heads * self.dim, dtype=self.projected.dtype)
-
-    def place_for_features(self) -> Tensor:
-        """`[B, N, H * D]`, or any tensor."""
-        return self.like_output() if self.ready else self.projected
-
-    def key_features(self) -> Tensor:
-        """The same, filled."""
-        phi = self.place_for_features()
-        if not self.ready:
-            return phi
-        b, n, width = self.sizes
-        rows = self.plan.forward["ROWS"]
-        features_kernel[(triton.cdiv(n, rows) * b * self.heads,)](
-            self.projected, phi, n, self.heads, n * width, width, D=self.dim, ROWS=rows,
-            FEATURES=self.features, FAST=self.fast,
-        )  # fmt: skip
-        return phi
-
-    def passes(self, sums: Tensor | None):
-        """For each launch, the number of its curve, its tensors and its options."""
-        _, n, width = self.sizes
-        options = {
-            "n": n, "blocks": self.blocks, "heads": self.heads, "stride_b": n * width,
-            "stride_n": width, "sums_b": 0 if sums is None else sums.stride(2),
-            "scale": self.dim**-0.5, "weight": 1.0 if self.two else 1 / self.scans, "D": self.dim,
-            "BLOCK": self.plan.block, "UNMASKED": self.unmasked, "FEATURES": self.features,
-            "PADDED": self.valid is not None,
-            "CURVED": self.curves is not None and self.plan.carried,
-            "NORMALISE": self.normalise, "PRECISION": self.precision, "FAST": self.fast,
-        }  # fmt: skip
-        for c in range(1 if self.two else self.scans):
-            x, y = (self.projected,) * 2 if sums is None else (sums[0, c], sums[1, c])
-            curve = None if self.curves is None else self.curves[c]
-            yield c, (x, y, *map(self.or_any, (curve, self.valid))), options
-
-    def of_pairs(self, c: int, sums: Tensor | None) -> dict[str, Any]:
-        """Further options of the kernels in `blocks`."""
-        return {
-            "sums_c": 0 if sums is None else sums.stride(1), "CARRIED": self.plan.carried,
-            "TWO": self.two, "READY": self.ready, "ADD": c > 0,
-            "unit": 1.0 if self.normalise else self.divisor,
-        }  # fmt: skip
-
-    @property
-    def divisor(self) -> float:
-        """Tokens that sums are divided by, as states of all tokens are means."""
-        return float(self.blocks * self.plan.block) if self.unmasked else 1.0
-
-    def states(self, tensors, options, out, row_sums, grad=None) -> tuple[Tensor, Tensor]:
-        """States that enter each block, or of all tokens, and those of the row sums."""
-        if not self.plan.carried:
-            return self.projected, row_sums
-        directions, groups = 1 if self.unmasked else 2, 1 if grad is None else 2
-        kinds, heads = directions * groups, self.sizes[0] * self.heads
-        places = (heads * self.blocks, kinds)
-        dtype = torch.float32 if self.unmasked else self.projected.dtype  # those are few
-        states = self.empty(*places, self.dim, self.dim, dtype=dtype)
-        vectors = self.empty(*places, self.dim)
-        for queries in range(groups):
-            added_kernel[(self.blocks * heads,)](
-                self.projected, *tensors, out, row_sums, self.or_any(grad), states, vectors,
-                **options, QUERIES=queries, KINDS=kinds, **self.plan.states,
-            )  # fmt: skip
-        if self.blocks == 1 and self.unmasked:
-            return states, vectors
-        totals, vector_totals = states, vectors
-        if self.unmasked:
-            totals = torch.empty_like(states[:heads])
-            vector_totals = torch.empty_like(vectors[:heads])
-        part = min(self.dim**2, 1024)
-        carry_kernel[(heads, kinds, self.dim**2 // part + 1)](
-            states, vectors, totals, vector_totals, tensors[1], self.blocks, self.heads,
-            options["sums_b"], D=self.dim, BLOCK=self.plan.block, PART=part,
-            TURN=4, UNMASKED=self.unmasked, num_warps=4,
-        )  # fmt: skip
-        return totals, vector_totals
-
-    def gate_grads(
-        self, c: int, flux: Tensor, y: Tensor, states, dprojected: Tensor, ddecay: Tensor
-    ) -> None:
-        """Writes the gradients of the gates of curve `c`, or of its decays by image and block."""
-        if self.gated:
-            logits, grads = (
-                self.gates_in(t)[..., c * self.heads :] for t in (self.projected, dprojected)
-            )
+        """How kernels find decays: DECAY and its strides over curves, images and tokens."""
+        _, n, width = self.shape
+        if self.lit:
+            found = ("none", self.qkv, 0, 0, 0)
+        elif self.decay is None:
+            found = ("gates", self.gates(self.qkv), self.heads, n * width, width)
+        elif self.decay.dim() == 2:
+            found = ("head", self.decay.contiguous(), self.heads, 0, 0)
         else:
-            logits, grads = self.decay[c], ddecay[c]
-        curve = None if self.curves is None else self.curves[c]
-        gates_kernel[(self.blocks * self.sizes[0] * self.heads,)](
-            flux[c], y, *states, logits, *map(self.or_any, (curve, self.valid)), grads,
-            flux_side=flux.stride(1), sums_b=y.stride(0), D=self.dim,
-            CARRIED=self.plan.carried, **self.of_gates(), num_warps=4 if self.plan.carried else 1,
+            own = n * self.heads
+            found = ("logs", self.decay.contiguous(), self.shape[0] * own, own, self.heads)
+        names = ("DECAYS", "DECAY", "decay_c", "decay_b", "decay_n")
+        prefix = self.prefix if found[0] == "gates" else 0
+        return {**dict(zip(names, found, strict=True)), "prefix": prefix}
+
+    @property
+    def by_token(self) -> bool:
+        return self.plan.form == "pairs"
+
+    @property
+    def sequence_options(self) -> dict[str, Any]:
+        """Arguments of every kernel that goes over tokens."""
+        return {
+            "n": self.shape[1], "heads": self.heads, "stride_n": self.shape[2], "D": self.dim,
+            "BLOCK": self.plan.block, "FEATURES": self.features,
+        }  # fmt: skip
+
+    def cumulative_decays(self) -> tuple[Tensor, Tensor]:
+        """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; and,
+        by token, steps on the curves `[C, size]`."""
+        b, n, _ = self.shape
+        shared = self.decays["DECAYS"] in ("head", "none")
+        images = 1 if shared and self.valid is None and self.documents is None else b
+        size = self.plan.size
+        sums = self.empty(
+            self.num_curves, images, self.heads, self.num_chunks, NUM_VECTORS.value, size
+        )
+        places = self.empty(self.num_curves if self.by_token else 0, size, dtype=torch.int32)
+        decay_cumsum_kernel[(self.num_chunks * self.num_curves * images * self.heads,)](
+            **self.decays, CURVE=self.pointer(self.curves), VALID=self.pointer(self.valid),
+            DOCUMENTS=self.pointer(self.documents), SUMS=sums, PLACES=places, n=n,
+            images=images, heads=self.heads, CHUNK=self.plan.chunk, SIZE=size,
+            RANGE=triton.next_power_of_2(size), BLOCK=self.plan.block,
+            PADDED=self.valid is not None, PACKED=self.documents is not None,
+            CURVED=self.curves is not None, BY_TOKEN=self.by_token, num_warps=1,
         )  # fmt: skip
+        return sums.expand(-1, b, -1, -1, -1, -1), places
+
+
+# ---------------------------------------------------------------- along one curve after the other
+
+
+def _inputs(call: Call, sums: Tensor, c: int) -> dict[str, Any]:
+    """Arguments that the kernels of `chunks.py` and `states.py` share, along curve `c`."""
+    curve = None if call.curves is None else call.curves[c]
+    return {
+        "QKV": call.qkv, "SUMS": sums[c], "CURVE": call.pointer(curve),
+        "VALID": call.pointer(call.valid), "sums_b": sums.stride(1), "CURVED": curve is not None,
+        "PADDED": call.valid is not None, "CHUNK": call.plan.chunk, **call.sequence_options,
+    }  # fmt: skip
+
+
+def _states(call: Call, inputs: dict[str, Any], **of_queries: Tensor) -> dict[str, Any]:
+    """States that enter each chunk: of keys, and of queries too if their tensors are given."""
+    if call.num_chunks == 1:
+        return {"STATES": call.qkv, "VECTORS": call.qkv, "CHUNKED": False}
+    num_states = 4 if of_queries else 2
+    shape = (call.sequences * call.num_chunks, num_states, call.dim)
+    states = call.empty(*shape, call.dim, dtype=call.qkv.dtype)
+    vectors = call.empty(*shape)
+    absent = dict.fromkeys(("OUT", "INV_DENOM", "DO"), call.qkv)
+    for queries in range(num_states // 2):
+        chunk_state_kernel[(call.sequences * call.num_chunks,)](
+            **{**inputs, **absent, **of_queries, **call.plan.state}, STATES=states,
+            VECTORS=vectors, NUM_STATES=num_states, OF_QUERIES=queries > 0,
+            NORMALISE=call.normalise, curve_weight=1 / call.num_curves,
+        )  # fmt: skip
+    part = min(call.dim**2, 1024)
+    state_passing_kernel[(call.sequences, num_states, call.dim**2 // part + 1)](
+        STATES=states, VECTORS=vectors, SUMS=inputs["SUMS"], n=inputs["n"], heads=call.heads,
+        sums_b=inputs["sums_b"], D=call.dim, CHUNK=call.plan.chunk, PART=part, GROUP=4,
+        NUM_STATES=num_states,
+    )  # fmt: skip
+    return {"STATES": states, "VECTORS": vectors, "CHUNKED": True}
+
+
+def _chunks_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
+    sums, _ = call.cumulative_decays()
+    for c in range(call.num_curves):
+        inputs = _inputs(call, sums, c)
+        chunks.mix_fwd_kernel[(call.sequences * call.num_chunks,)](
+            **inputs, **_states(call, inputs), OUT=out, INV_DENOM=inv_denom, eps=call.eps,
+            curve_weight=1 / call.num_curves, NORMALISE=call.normalise, ADD=c > 0,
+            **call.plan.fwd,
+        )  # fmt: skip
+
+
+def _chunks_backward(
+    call: Call, out: Tensor, inv_denom: Tensor, grad: Tensor, dqkv: Tensor, ddecay: Tensor
+) -> None:
+    sums, _ = call.cumulative_decays()
+    delta, dq_residual = torch.empty_like(inv_denom), torch.empty_like(inv_denom)
+    dlog_mask = call.empty(6, call.sequences * call.num_chunks, call.plan.size)
+    shared = {"DO": grad, "PHI_Q": call.like_out(), "PHI_K": call.like_out(),
+              "DELTA": delta, "DQKV": dqkv, "DLOG_MASK": dlog_mask,
+              "side": dlog_mask.stride(0)}  # fmt: skip
+    for c in range(call.num_curves):
+        inputs = _inputs(call, sums, c)
+        states = _states(call, inputs, OUT=out, INV_DENOM=inv_denom, DO=grad)
+        chunks.mix_bwd_dq_kernel[(call.sequences * call.num_chunks,)](
+            **inputs, **states, **shared, OUT=out, INV_DENOM=inv_denom, DQ_RESIDUAL=dq_residual,
+            eps=call.eps, curve_weight=1 / call.num_curves, NORMALISE=call.normalise, ADD=c > 0,
+            LAST=c == call.num_curves - 1, **call.plan.dq,
+        )  # fmt: skip
+        tiles = call.num_chunks * call.plan.size // call.plan.block
+        chunks.mix_bwd_dkv_kernel[(call.sequences * tiles,)](
+            **inputs, **states, **shared, ADD=c > 0, **call.plan.dkv
+        )
+        _gate_gradients(call, c, sums, dlog_mask, dqkv, ddecay, states)
+
+
+def _gate_gradients(
+    call: Call, c: int, sums: Tensor, dlog_mask: Tensor, dqkv: Tensor, ddecay: Tensor,
+    states: dict[str, Any],
+) -> None:  # fmt: skip
+    """Gradients of curve `c`'s gates, into `dqkv`, or of its decays, into `ddecay`."""
+    if call.lit:
+        return
+    decays = dict(call.decays)
+    del decays["decay_c"]
+    gated = decays["DECAYS"] == "gates"
+    first = c * call.heads
+    decays["DECAY"] = decays["DECAY"][..., first:] if gated else decays["DECAY"][c]
+    grad = call.gates(dqkv)[..., first:] if gated else ddecay[c]
+    _, n, width = call.shape
+    curve = None if call.curves is None else call.curves[c]
+    gate_bwd_kernel[(call.sequences * call.num_chunks,)](
+        **decays, **states, DLOG_MASK=dlog_mask, SUMS=sums[c], CURVE=call.pointer(curve),
+        VALID=call.pointer(call.valid), GRAD=grad, n=n, heads=call.heads,
+        side=dlog_mask.stride(0), sums_b=sums.stride(1),
+        grad_b=n * (width if gated else call.heads), grad_n=width if gated else call.heads,
+        D=call.dim, CHUNK=call.plan.chunk, SIZE=call.plan.size,
+        RANGE=triton.next_power_of_2(call.plan.size), PADDED=call.valid is not None,
+        CURVED=curve is not None, BY_TOKEN=call.by_token,
+        num_warps=4 if states["CHUNKED"] else 1,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------- several curves at once
+
+
+def _pair_inputs(call: Call, sums: Tensor) -> dict[str, Any]:
+    return {
+        "QKV": call.qkv, "SUMS": sums, "sums_c": sums.stride(0), "sums_b": sums.stride(1),
+        "NUM_CURVES": call.num_curves, "SIZE": call.plan.size, **call.sequence_options,
+    }  # fmt: skip
+
+
+def _key_features(call: Call, phi_k: Tensor) -> None:
+    tiles = call.plan.size // call.plan.block
+    pairs.key_feature_kernel[(call.sequences * tiles,)](
+        QKV=call.qkv, VALID=call.pointer(call.valid), PHI_K=phi_k, PADDED=call.valid is not None,
+        **call.sequence_options,
+    )  # fmt: skip
+
+
+def _pairs_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
+    phi_k = call.like_out()
+    _key_features(call, phi_k)
+    pairs.mix_fwd_kernel[(call.sequences * call.plan.size // call.plan.block,)](
+        **_pair_inputs(call, call.cumulative_decays()[0]), PHI_K=phi_k, OUT=out,
+        INV_DENOM=inv_denom, eps=call.eps, NORMALISE=call.normalise, **call.plan.fwd,
+    )  # fmt: skip
+
+
+def _pairs_backward(
+    call: Call, out: Tensor, inv_denom: Tensor, grad: Tensor, dqkv: Tensor, ddecay: Tensor
+) -> None:
+    (sums, places), phi = call.cumulative_decays(), call.like_out(2)
+    _key_features(call, phi[1])
+    size = call.plan.size
+    dlog_mask = call.empty(call.num_curves, 6, call.sequences, size)
+    shared = {
+        **_pair_inputs(call, sums), "PHI": phi, "PLACES": places, "DO": grad,
+        "DELTA": torch.empty_like(inv_denom), "DQKV": dqkv, "DLOG_MASK": dlog_mask,
+        "side": dlog_mask.stride(1),
+    }  # fmt: skip
+    grid = (call.sequences * size // call.plan.block,)
+    pairs.mix_bwd_dq_kernel[grid](
+        **shared, OUT=out, INV_DENOM=inv_denom, eps=call.eps, NORMALISE=call.normalise,
+        **call.plan.dq,
+    )  # fmt: skip
+    pairs.mix_bwd_dkv_kernel[grid](
+        **shared, VALID=call.pointer(call.valid), PADDED=call.valid is not None, **call.plan.dkv
+    )
+    states = {"STATES": call.qkv, "VECTORS": call.qkv, "CHUNKED": False}
+    for c in range(call.num_curves):
+        _gate_gradients(call, c, sums, dlog_mask[c], dqkv, ddecay, states)
+
+
+# ----------------------------------------------------------------------------------------- no decay
+
+
+def _linear_state(call: Call) -> dict[str, Tensor]:
+    shape = (call.sequences * call.num_chunks, call.dim)
+    return {"STATES": call.empty(*shape, call.dim), "VECTORS": call.empty(*shape)}
+
+
+def _linear_inputs(call: Call) -> dict[str, Any]:
+    """Arguments of every kernel of `linear.py`."""
+    return {"QKV": call.qkv, "PART": call.plan.chunk, **call.sequence_options}
+
+
+def _linear_key_state(call: Call) -> dict[str, Tensor]:
+    states = _linear_state(call)
+    linear.key_state_kernel[(call.sequences * call.num_chunks,)](
+        **{**_linear_inputs(call), **call.plan.state}, **states, VALID=call.pointer(call.valid),
+        PADDED=call.valid is not None,
+    )  # fmt: skip
+    return states
+
+
+def _linear_scales(call: Call) -> dict[str, float]:
+    """States are means over this many tokens."""
+    tokens = float(call.num_chunks * call.plan.chunk)
+    return {"eps": call.eps / tokens, "out_scale": 1.0 if call.normalise else tokens}
+
+
+def _linear_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
+    linear.mix_fwd_kernel[(call.sequences * call.num_chunks,)](
+        **{**_linear_inputs(call), **call.plan.fwd}, **_linear_key_state(call),
+        **_linear_scales(call), OUT=out, INV_DENOM=inv_denom, NORMALISE=call.normalise,
+    )  # fmt: skip
+
+
+def _linear_backward(
+    call: Call, out: Tensor, inv_denom: Tensor, grad: Tensor, dqkv: Tensor, ddecay: Tensor
+) -> None:
+    grid, inputs, scales = (
+        (call.sequences * call.num_chunks,),
+        _linear_inputs(call),
+        _linear_scales(call),
+    )
+    of_queries = {f"QUERY_{name}": tensor for name, tensor in _linear_state(call).items()}
+    linear.mix_bwd_dq_kernel[grid](
+        **{**inputs, **call.plan.dq}, **_linear_key_state(call), **of_queries, **scales, OUT=out,
+        INV_DENOM=inv_denom, DO=grad, DQKV=dqkv, NORMALISE=call.normalise,
+    )  # fmt: skip
+    linear.mix_bwd_dkv_kernel[grid](
+        **{**inputs, **call.plan.dkv}, **of_queries, out_scale=scales["out_scale"], DQKV=dqkv,
+        VALID=call.pointer(call.valid), PADDED=call.valid is not None,
+    )  # fmt: skip
+
+
+FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": _linear_forward}
+BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _linear_backward}
+
+# ------------------------------------------------------------------------------------ the operators
 
 
 @operator("mix")
@@ -275,35 +343,32 @@ def mix_operator(
     documents: Tensor | None,
     heads: int,
     dim: int,
-    scans: int,
+    num_curves: int,
     prefix: int,
     lit: bool,
     features: str,
     normalise: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, N, H * D]` and the row sums plus eps, float32 `[B, H, N]`."""
-    options = (heads, dim, scans, prefix, lit, features, normalise)
-    task = Task(projected.contiguous(), decay, curves, valid, documents, *options)
-    b, n, _ = task.sizes
-    out, phi = task.like_output(), task.key_features()
-    row_sums = task.empty(b, heads, n if normalise else 0)
-    sums, _ = task.sums()
-    for c, tensors, shared in task.passes(sums):
-        states = task.states(tensors, shared, out, row_sums)
-        forward_kernel[(triton.cdiv(n, task.plan.forward["ROWS"]) * b * heads,)](
-            task.projected, phi, *tensors, *states, out, row_sums, eps=eps / task.divisor,
-            **shared, **task.of_pairs(c, sums), **task.plan.forward,
-        )  # fmt: skip
-    return out, row_sums
+    """Output `[B, N, H * D]` and 1 / (denominator + eps), float32 `[B, H, N]`."""
+    options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
+    call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
+    b, n, _ = call.shape
+    out = call.like_out()
+    inv_denom = (
+        call.empty(b, heads, n)
+        if normalise
+        else projected.new_ones(b, heads, n, dtype=torch.float32)
+    )
+    FORWARD[call.plan.form](call, out, inv_denom)
+    return out, inv_denom
 
 
 @torch.library.register_fake("lion::mix")
-def _(projected, decay, curves, valid, documents, heads, dim, scans, prefix, lit, *options):
+def _(projected, decay, curves, valid, documents, heads, dim, *_):
     b, n, _ = projected.shape
-    normalise = options[1]
-    row_sums = projected.new_empty(b, heads, n if normalise else 0, dtype=torch.float32)
-    return projected.new_empty(b, n, heads * dim), row_sums
+    inv_denom = projected.new_empty(b, heads, n, dtype=torch.float32)
+    return projected.new_empty(b, n, heads * dim), inv_denom
 
 
 @operator("mix_backward")
@@ -315,51 +380,43 @@ def mix_backward(
     valid: Tensor | None,
     documents: Tensor | None,
     out: Tensor,
-    row_sums: Tensor,
+    inv_denom: Tensor,
     heads: int,
     dim: int,
-    scans: int,
+    num_curves: int,
     prefix: int,
     lit: bool,
     features: str,
     normalise: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `projected`, and of `decay` by image and block `[C, B, H, blocks]`."""
-    options = (heads, dim, scans, prefix, lit, features, normalise)
-    task = Task(projected.contiguous(), decay, curves, valid, documents, *options)
-    grad, plan = grad.contiguous(), task.plan
-    b, n, _ = task.sizes
-    sums, steps = task.sums()
-    dprojected = torch.empty_like(task.projected)
-    task.gates_in(dprojected)[..., scans * heads if task.gated else 0 :] = 0
-    exact = torch.float64 if projected.dtype == torch.float32 else torch.float32
-    places = 0 if task.unmasked else task.blocks * plan.block
-    flux = task.empty(scans, 6 if plan.carried else 4, b, heads, places, dtype=exact)
-    grad_sums, rests = (task.empty(b, heads, n) for _ in range(2))
-    ddecay = task.empty(scans, b, heads, 0 if decay is None else task.blocks)
-    phi = task.place_for_features(), task.key_features()
-    for c, tensors, shared in task.passes(sums):
-        states = task.states(tensors, shared, out, row_sums, grad)
-        for kernel, tiles in ((query_grad_kernel, plan.queries), (key_grad_kernel, plan.keys)):
-            kernel[(triton.cdiv(n, tiles["ROWS"]) * b * heads,)](
-                task.projected, *phi, *tensors, steps, *states, out, row_sums, grad, grad_sums,
-                rests, dprojected, flux[c], flux_side=flux.stride(1), flux_c=flux.stride(0),
-                eps=eps / task.divisor, LAST=task.two or c == scans - 1,
-                **shared, **task.of_pairs(c, sums), **tiles,
-            )  # fmt: skip
-        for gates in range(scans if task.two else 1) if not lit else ():
-            task.gate_grads(c + gates, flux, sums[1, c + gates], states, dprojected, ddecay)
+    """Gradients of `projected`, and of `decay`: logits' `[C, B, H, chunks]`, log decays' whole."""
+    options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
+    call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
+    dprojected = torch.empty_like(call.qkv)
+    written = num_curves * heads if call.decays["DECAYS"] == "gates" else 0
+    call.gates(dprojected)[..., written:] = 0
+    ddecay = call.empty(*_ddecay_shape(projected, decay, heads, call.num_chunks))
+    BACKWARD[call.plan.form](call, out, inv_denom, grad.contiguous(), dprojected, ddecay)
     return dprojected, ddecay
 
 
+def _ddecay_shape(
+    projected: Tensor, decay: Tensor | None, heads: int, num_chunks: int
+) -> tuple[int, ...]:
+    if decay is None:
+        return (0,)
+    if decay.dim() == 2:
+        return (decay.shape[0], projected.shape[0], heads, num_chunks)
+    return tuple(decay.shape)
+
+
 @torch.library.register_fake("lion::mix_backward")
-def _(grad, projected, decay, curves, valid, documents, out, row_sums, heads, dim, scans, *_):
-    b, n, _ = projected.shape
-    plan = make_plan(n, dim, projected.element_size(), scans, unmasked=False)
-    blocks = 0 if decay is None else -(-n // plan.block)
-    ddecay = projected.new_empty(scans, b, heads, blocks, dtype=torch.float32)
-    return torch.empty_like(projected), ddecay
+def _(grad, projected, decay, curves, valid, documents, out, inv_denom, heads, dim, num_curves, *_):
+    n, size = projected.shape[1], projected.element_size()
+    plan = tuning.make_plan(n, dim, size, num_curves, no_decay=False)
+    shape = _ddecay_shape(projected, decay, heads, -(-n // plan.chunk))
+    return torch.empty_like(projected), projected.new_empty(shape, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -374,7 +431,8 @@ def _gradients(ctx, grad, _):
     projected, decay, *others = ctx.saved_tensors
     dprojected, ddecay = mix_backward(grad, projected, decay, *others, *ctx.options)
     if decay is not None:
-        decay = ddecay.sum((1, 3)).to(decay.dtype)
+        ddecay = ddecay.sum((1, 3)) if decay.dim() == 2 else ddecay
+        decay = ddecay.to(decay.dtype)
     return dprojected, decay, *(None,) * 11
 
 

@@ -1,0 +1,381 @@
+"""LION along one curve: pairs inside a chunk of tokens, and the states of the other chunks.
+
+A short sequence is one chunk; CHUNKED adds what the states carry in (`states.py`). A program of
+`mix_fwd_kernel` and `mix_bwd_dq_kernel` has one chunk of one head of one image, whose keys and
+values stay in shared memory, as tiles of BLOCK tokens and one of the rest; tiles of queries pass
+by. A program of `mix_bwd_dkv_kernel`, with four products a pair instead of two, has room for one
+tile of keys and values; tiles of queries pass by.
+
+With phi and M as in `models_lion`, r_i the denominator and q'_i = scale phi(q_i) / r_i,
+
+    w_ij = M_ij scale phi(q_i) . phi(k_j)    r_i = sum_j w_ij + eps    out_i = sum_j w_ij v_j / r_i
+    dw_ij = M_ij (dO_i . v_j - delta_i)      delta_i = dO_i . out_i
+    d phi(q_i) = scale / r_i sum_j dw_ij phi(k_j)
+    d phi(k_j) = sum_i dw_ij q'_i
+    dv_j = sum_i M_ij (q'_i . phi(k_j)) dO_i
+
+A log decay's gradient needs sums of g_ij = (q'_i . phi(k_j)) dw_ij over the pairs on either side of
+the diagonal, by query and by key. They are q'_i and phi(k_j) times what is summed into d phi when
+the diagonal is reached, and cost no products of pairs. Both kernels round dw_ij alike, so that what
+begins at one token and ends at another cancels exactly between them.
+"""
+
+import triton
+import triton.language as tl
+
+from lion_kernels.common import (
+    add_dot,
+    decay_mask,
+    dot,
+    feature_map,
+    feature_map_grad,
+    feature_slope,
+    key_mask,
+    load_state,
+    load_tile,
+    part_of_sequence,
+    store_tile,
+    token_at,
+)
+from lion_kernels.decay import NUM_VECTORS
+
+
+@triton.jit
+def _tile(start, size, first, CURVE, ROWS: tl.constexpr, CURVED: tl.constexpr):
+    """ROWS steps inside a chunk from `first` on, their tokens, and which of them are there.
+
+    The chunk has `size` tokens, from the step `start` of the curve on.
+    """
+    inside = first + tl.arange(0, ROWS)
+    valid = inside < size
+    return inside, token_at(CURVE, start + inside, valid, CURVED), valid
+
+
+@triton.jit
+def _resident_keys(
+    K, V, CURVE, VALID, start, size, stride_n,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    CURVED: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values."""
+    keys, values = (), ()
+    for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
+        _, tokens, valid = _tile(
+            start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK, CURVED
+        )
+        counts = key_mask(VALID, tokens, valid, PADDED)
+        k = load_tile(K, tokens, valid, stride_n, D)
+        phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
+        keys += (phi.to(k.dtype),)
+        values += (load_tile(V, tokens, valid, stride_n, D),)
+    return keys, values
+
+
+@triton.jit
+def _mask_tile(
+    SUMS, x_i, y_i, i, t: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """M `[BLOCK, C]` of queries of tile i and keys of tile t (see `decay.py`)."""
+    columns = t * BLOCK + tl.arange(0, C)
+    if t == i:
+        x_j, y_j = tl.load(SUMS + columns), tl.load(SUMS + SIZE + columns)
+        mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+    else:
+        begin = tl.load(SUMS + t * BLOCK)
+        end = tl.load(SUMS + SIZE + t * BLOCK + C - 1)
+        row = tl.exp2(tl.where(t < i, x_i - end, begin - y_i))
+        column = tl.load(SUMS + tl.where(t < i, 2, 3) * SIZE + columns)
+        mask = row[:, None] * column[None, :]
+    return mask
+
+
+@triton.jit
+def mix_fwd_kernel(
+    QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM,
+    n, heads, stride_n, sums_b, eps, curve_weight,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr, PADDED: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`.
+
+    ADD adds a curve to the mean of others that is there, each with its denominators.
+    """
+    SCALE: tl.constexpr = D**-0.5
+    SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
+    b, h = bh // heads, bh % heads
+    dtype = QKV.dtype.element_ty
+    Q = QKV + b * n * stride_n + h * D
+    SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
+    OUT += (b * n * heads + h) * D
+    INV_DENOM += bh * n
+    start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
+    keys, values = _resident_keys(
+        Q + heads * D, Q + 2 * heads * D, CURVE, VALID + b * n, start, size, stride_n,
+        D, CHUNK, BLOCK, FEATURES, CURVED, PADDED,
+    )  # fmt: skip
+    if CHUNKED:
+        STATES += (bh * num_chunks + chunk) * 2 * D * D
+        VECTORS += (bh * num_chunks + chunk) * 2 * D + tl.arange(0, D)
+        earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
+        total = tl.load(SUMS + SIZE + CHUNK - 1)
+    for i in range(0, tl.cdiv(size, BLOCK)):
+        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
+        x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
+        phi = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
+        q = phi.to(dtype)  # [BLOCK, D]
+        out = tl.zeros((BLOCK, D), tl.float32)
+        denom = tl.zeros((BLOCK,), tl.float32)
+        if CHUNKED:
+            fade = tl.exp2(x_i)
+            out = dot(q, earlier) * fade[:, None]
+            denom = tl.sum(phi * tl.load(VECTORS), 1) * fade
+            fade = tl.exp2(total - y_i)
+            out += dot(q, later) * fade[:, None]
+            denom += tl.sum(phi * tl.load(VECTORS + D), 1) * fade
+        for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
+            mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
+            w = dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
+            denom += tl.sum(w, 1)
+            out = add_dot(w.to(dtype), values[t], out)  # [BLOCK, D]
+        out *= curve_weight
+        if NORMALISE:
+            denom = (denom + eps) * curve_weight
+            if ADD:
+                before = 1 / tl.load(INV_DENOM + tokens, mask=valid, other=1.0)
+                out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32) * before[:, None]
+                denom += before
+            inv_denom = 1 / denom
+            out *= inv_denom[:, None]
+            tl.store(INV_DENOM + tokens, inv_denom, mask=valid)
+        elif ADD:
+            out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
+        store_tile(OUT, tokens, valid, heads * D, out, D)
+
+
+@triton.jit
+def mix_bwd_dq_kernel(
+    QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM, DO, PHI_Q, PHI_K, DELTA,
+    DQ_RESIDUAL, DQKV, DLOG_MASK,
+    n, heads, stride_n, sums_b, side, eps, curve_weight,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr, PADDED: tl.constexpr,
+    ADD: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """dq into DQKV, sums of g_ij by query, and what `mix_bwd_dkv_kernel` reads: DELTA `[B, H, N]`,
+    q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`.
+
+    Over all curves, `q'_i . sum_j dw_ij phi(k_j) = eps delta_i / r_i` but for rounding errors.
+    These are mostly along the mean of the keys, whose features are positive: the rounding residual
+    is subtracted along the all-ones vector.
+    """
+    SCALE: tl.constexpr = D**-0.5
+    SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
+    b, h = bh // heads, bh % heads
+    dtype = QKV.dtype.element_ty
+    Q = QKV + b * n * stride_n + h * D
+    DQ = DQKV + b * n * stride_n + h * D
+    SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
+    OUT += (b * n * heads + h) * D
+    DO += (b * n * heads + h) * D
+    PHI_Q += (b * n * heads + h) * D
+    PHI_K += (b * n * heads + h) * D
+    DLOG_MASK += (bh * num_chunks + chunk) * SIZE
+    start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
+    keys, values = _resident_keys(
+        Q + heads * D, Q + 2 * heads * D, CURVE, VALID + b * n, start, size, stride_n,
+        D, CHUNK, BLOCK, FEATURES, CURVED, PADDED,
+    )  # fmt: skip
+    for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
+        found = _tile(start, size, t * BLOCK, CURVE, keys[t].shape[0], CURVED)
+        store_tile(PHI_K, found[1], found[2], heads * D, keys[t], D)
+    if CHUNKED:
+        STATES += (bh * num_chunks + chunk) * 4 * D * D
+        VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
+        earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
+        total = tl.load(SUMS + SIZE + CHUNK - 1)
+    for i in range(0, tl.cdiv(size, BLOCK)):
+        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
+        x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
+        do = load_tile(DO, tokens, valid, heads * D, D)
+        delta = tl.zeros((BLOCK,), tl.float32)
+        if NORMALISE:
+            out = load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
+            delta = tl.sum(do.to(tl.float32) * out, 1)
+        tl.store(DELTA + bh * n + tokens, delta, mask=valid)
+        inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
+        factor = inv_denom * (curve_weight * SCALE)
+        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
+        q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
+        store_tile(PHI_Q, tokens, valid, heads * D, q, D)
+        dq = tl.zeros((BLOCK, D), tl.float32)
+        of_earlier = tl.zeros((BLOCK,), tl.float32)
+        if CHUNKED:
+            part = dot(do, tl.trans(later))
+            part = (part - delta[:, None] * tl.load(VECTORS + D)) * tl.exp2(total - y_i)[:, None]
+            of_later = tl.sum(q.to(tl.float32) * part, 1)
+            tl.store(DLOG_MASK + 5 * side + inside, of_later, mask=valid)
+            dq = dot(do, tl.trans(earlier))
+            dq = (dq - delta[:, None] * tl.load(VECTORS)) * tl.exp2(x_i)[:, None]
+        for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
+            mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
+            dw = dot(do, tl.trans(values[t]))
+            dw = (dw - delta[:, None]) * mask  # [BLOCK, C]
+            if t == i:
+                before = tl.arange(0, BLOCK)[:, None] > tl.arange(0, dw.shape[1])[None, :]
+                dw_before = tl.where(before, dw, 0.0).to(dtype)
+                dq = add_dot(dw_before, keys[t], dq)
+                of_earlier = tl.sum(q.to(tl.float32) * dq, 1)
+                dw = tl.where(before, 0.0, dw)
+            dq = add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
+        along = tl.sum(q.to(tl.float32) * dq, 1)
+        tl.store(DLOG_MASK + inside, of_earlier, mask=valid)
+        tl.store(DLOG_MASK + side + inside, along - of_earlier, mask=valid)
+        if CHUNKED:
+            dq += part
+            along += of_later
+        if NORMALISE and FEATURES != "none":
+            residual = along
+            if ADD:
+                residual += tl.load(DQ_RESIDUAL + bh * n + tokens, mask=valid, other=0.0)
+            if LAST:
+                residual -= eps * delta * inv_denom
+                dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
+                along -= residual
+            else:
+                tl.store(DQ_RESIDUAL + bh * n + tokens, residual, mask=valid)
+        # Loaded again, as registers are few.
+        slope = feature_slope(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
+        along /= tl.maximum(factor * factor, 1e-30)
+        dq = feature_map_grad(q.to(tl.float32), slope * factor[:, None], dq, along, FEATURES)
+        if ADD:
+            dq += load_tile(DQ, tokens, valid, stride_n, D).to(tl.float32)
+        store_tile(DQ, tokens, valid, stride_n, dq, D)
+
+
+@triton.jit
+def _dkv_tile(
+    k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end, stride_o,
+    SIDE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
+    CURVED: tl.constexpr,
+):  # fmt: skip
+    """Adds queries of the steps from `start` on to dk and dv of the keys of the steps `own`.
+
+    SIDE tells queries "before" and "after" the keys' tile, and those in it up to ("until") or from
+    ("past") each key itself.
+    """
+    steps = start + tl.arange(0, BLOCK_N)
+    there = steps < end
+    tokens = token_at(CURVE, steps, there, CURVED)
+    q = load_tile(PHI_Q, tokens, there, stride_o, D)  # q', [BLOCK_N, D]
+    do = load_tile(DO, tokens, there, stride_o, D)
+    delta = tl.load(DELTA + tokens, mask=there, other=0.0)
+    if SIDE == "before":
+        mask = row[:, None] * tl.exp2(edge - tl.load(SUMS + SIZE + steps))[None, :]
+    elif SIDE == "after":
+        mask = row[:, None] * tl.exp2(tl.load(SUMS + steps) - edge)[None, :]
+    else:
+        x_i, y_i = tl.load(SUMS + steps), tl.load(SUMS + SIZE + steps)
+        mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+        past = steps[None, :] > own[:, None]
+        mask = tl.where(past == (SIDE == "past"), mask, 0.0)
+    w = dot(k, tl.trans(q)) * mask  # [BLOCK, BLOCK_N]
+    dv = add_dot(w.to(k.dtype), do, dv)  # [BLOCK, D]
+    dw = (dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
+    dk = add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
+    return dk, dv
+
+
+@triton.jit
+def mix_bwd_dkv_kernel(
+    QKV, SUMS, CURVE, VALID, STATES, VECTORS, DO, PHI_Q, PHI_K, DELTA, DQKV, DLOG_MASK,
+    n, heads, stride_n, sums_b, side,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    FEATURES: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """dk and dv into DQKV, and sums of g_ij by key. Products are transposed, keys by queries."""
+    ROWS_OF_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
+    SIZE: tl.constexpr = ROWS_OF_CHUNK * BLOCK
+    num_chunks = tl.cdiv(n, CHUNK)
+    part, bh = part_of_sequence(num_chunks * ROWS_OF_CHUNK)
+    chunk, first = part // ROWS_OF_CHUNK, part % ROWS_OF_CHUNK * BLOCK
+    b, h = bh // heads, bh % heads
+    low, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n)
+    first += low
+    K = QKV + b * n * stride_n + (heads + h) * D
+    V = K + heads * D
+    DK = DQKV + b * n * stride_n + (heads + h) * D
+    DV = DK + heads * D
+    SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE - low
+    DO += (b * n * heads + h) * D
+    PHI_Q += (b * n * heads + h) * D
+    PHI_K += (b * n * heads + h) * D
+    DELTA += bh * n
+    DLOG_MASK += (bh * num_chunks + chunk) * SIZE - low
+    own = first + tl.arange(0, BLOCK)
+    valid = own < end
+    tokens = token_at(CURVE, own, valid, CURVED)
+    x_j, y_j = tl.load(SUMS + own), tl.load(SUMS + SIZE + own)
+    k = load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
+    v = load_tile(V, tokens, valid, stride_n, D)
+    dk = tl.zeros((BLOCK, D), tl.float32)
+    dv = tl.zeros((BLOCK, D), tl.float32)
+    if CHUNKED:
+        STATES += (bh * num_chunks + chunk) * 4 * D * D
+        VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
+        later = load_state(STATES + 3 * D * D, D)
+        fade = tl.exp2(tl.load(SUMS + low + SIZE + CHUNK - 1) - x_j)[:, None]
+        dv = dot(k, later) * fade
+        part_later = dot(v, tl.trans(later))
+        part_later = (part_later - tl.load(VECTORS + 3 * D)) * fade
+        to_later = tl.sum(k.to(tl.float32) * part_later, 1)
+        tl.store(DLOG_MASK + 4 * side + own, to_later, mask=valid)
+        earlier = load_state(STATES + 2 * D * D, D)
+        fade = tl.exp2(y_j)[:, None]
+        dv += dot(k, earlier) * fade
+        dk = dot(v, tl.trans(earlier))
+        dk = (dk - tl.load(VECTORS + 2 * D)) * fade
+    edge = tl.load(SUMS + first)
+    row = tl.exp2(y_j - edge)
+    for start in range(low, first, BLOCK_N):
+        dk, dv = _dkv_tile(
+            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
+            heads * D, "before", D, BLOCK_N, SIZE, CURVED,
+        )  # fmt: skip
+    for start in range(first, first + BLOCK, BLOCK_N):
+        dk, dv = _dkv_tile(
+            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
+            heads * D, "until", D, BLOCK_N, SIZE, CURVED,
+        )  # fmt: skip
+    to_earlier = tl.sum(k.to(tl.float32) * dk, 1)
+    for start in range(first, first + BLOCK, BLOCK_N):
+        dk, dv = _dkv_tile(
+            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
+            heads * D, "past", D, BLOCK_N, SIZE, CURVED,
+        )  # fmt: skip
+    edge = tl.load(SUMS + SIZE + first + BLOCK - 1)
+    row = tl.exp2(edge - x_j)
+    for start in range(first + BLOCK, end, BLOCK_N):
+        dk, dv = _dkv_tile(
+            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
+            heads * D, "after", D, BLOCK_N, SIZE, CURVED,
+        )  # fmt: skip
+    along = tl.sum(k.to(tl.float32) * dk, 1)
+    tl.store(DLOG_MASK + 2 * side + own, along - to_earlier, mask=valid)
+    tl.store(DLOG_MASK + 3 * side + own, to_earlier, mask=valid)
+    if CHUNKED:
+        dk += part_later
+        along += to_later
+    slope = feature_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
+    dk = feature_map_grad(k.to(tl.float32), slope, dk, along, FEATURES)
+    dk = tl.where(key_mask(VALID + b * n, tokens, valid, PADDED)[:, None], dk, 0.0)
+    if ADD:
+        dk += load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)
+        dv += load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)
+    store_tile(DK, tokens, valid, stride_n, dk, D)
+    store_tile(DV, tokens, valid, stride_n, dv, D)

@@ -1,0 +1,168 @@
+"""Cumulative sums of log decays, and the gradients of gates through them.
+
+Inside a chunk, x and y are the exclusive and the inclusive sums of log2 decays l along the curve:
+`x_t = sum_(s<t) l_s`, `y_t = sum_(s<=t) l_s`, and a pair has the weight
+
+    M_ij = 2^min(x_i - x_j, y_j - y_i).
+
+Outside diagonal tiles M factorises into a row and a column factor. With `end`, y of the last key of
+a tile, and `begin`, x of its first,
+
+    M_ij = 2^(x_i - end) 2^(end - x_j)      keys j before the queries i
+    M_ij = 2^(begin - y_i) 2^(y_j - begin)  keys j after the queries i
+
+where no exponent is above 0.
+"""
+
+import triton
+import triton.language as tl
+
+from lion_kernels.common import key_mask, load_state, part_of_sequence, token_at
+
+NUM_VECTORS = tl.constexpr(4)  # x, y, and the factors of keys before and after the queries
+
+
+@triton.jit
+def _logits(DECAY, tokens, valid, stride, DECAYS: tl.constexpr):
+    """Logits z of decays `1 - sigmoid(z)`: "gates" by token, or -w of a "head"'s `sigmoid(w)`."""
+    if DECAYS == "gates":
+        return tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
+    return tl.zeros_like(tokens).to(tl.float32) - tl.load(DECAY)
+
+
+@triton.jit
+def _log1p(u):
+    """`log(1 + u)` of u in [0, 1]; small ones by their series, as 1 + u would round them."""
+    series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u / 5))))
+    return tl.where(u < 0.05, series, tl.log(1 + u))
+
+
+@triton.jit
+def decay_cumsum(
+    DECAY, DOCUMENTS, steps, tokens, valid, counts, prefix, stride,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """x and y `[R]` of a run of steps; DECAYS is "gates", "head", "logs" of decays, or "none".
+
+    Padding and the first `prefix` tokens have a decay of 1. Log2 decays are clamped at -32,
+    negligible in float32; larger sums would round those of the open gates beside them. Between
+    documents both sums fall by 48: 2^-48 is negligible even beside the eps of the denominators.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    log_decay = tl.zeros_like(steps).to(tl.float32)
+    if DECAYS != "none":
+        if DECAYS == "logs":
+            natural = tl.load(DECAY + tokens * stride, mask=valid, other=0.0)
+        else:
+            z = _logits(DECAY, tokens, valid, stride, DECAYS)
+            natural = -tl.maximum(z, 0.0) - _log1p(tl.exp(-tl.abs(z)))  # log(1 - sigmoid(z))
+        natural = tl.where(counts & (tokens >= prefix), natural, 0.0)
+        log_decay += tl.maximum(natural * LOG2_E, -32.0)
+    y = tl.cumsum(log_decay, 0)
+    if PACKED:
+        inside = valid & (steps > 0)
+        own = tl.load(DOCUMENTS + steps, mask=inside, other=0)
+        begins = own != tl.load(DOCUMENTS + steps - 1, mask=inside, other=0)
+        y -= 48.0 * tl.cumsum(begins.to(tl.float32), 0)
+    return y - log_decay, y
+
+
+@triton.jit
+def decay_cumsum_kernel(
+    DECAY, CURVE, VALID, DOCUMENTS, SUMS, PLACES, n, images, heads, prefix, decay_c, decay_b,
+    decay_n,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, RANGE: tl.constexpr, BLOCK: tl.constexpr,
+    DECAYS: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, CURVED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or BY_TOKEN, and then each token's
+    step on the curves, PLACES `[C, SIZE]`.
+
+    A chunk has CHUNK tokens in tiles of BLOCK; SIZE, whole tiles, and RANGE, the next power of 2,
+    are at least that. After the last token the sums stay.
+    """
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, cbh = part_of_sequence(num_chunks)
+    c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
+    inside = tl.arange(0, RANGE)
+    steps = chunk * CHUNK + inside
+    valid = (inside < CHUNK) & (steps < n)
+    tokens = token_at(CURVE + c * n, steps, valid, CURVED)
+    x, y = decay_cumsum(
+        DECAY + c * decay_c + b * decay_b + h, DOCUMENTS + b * n, steps, tokens, valid,
+        key_mask(VALID + b * n, tokens, valid, PADDED), prefix, decay_n, DECAYS, PACKED,
+    )  # fmt: skip
+    SUMS += (cbh * num_chunks + chunk) * NUM_VECTORS * SIZE
+    places = tl.where(valid, tokens, inside) if BY_TOKEN else inside
+    stored = inside < SIZE
+    tl.store(SUMS + places, x, mask=stored)
+    tl.store(SUMS + SIZE + places, y, mask=stored)
+    if BY_TOKEN:
+        once = cbh % (images * heads) == 0
+        tl.store(PLACES + c * SIZE + places, inside, mask=stored & once)
+    else:
+        tl.debug_barrier()  # other threads stored what this one loads
+        first = inside // BLOCK * BLOCK
+        last = tl.minimum(first + BLOCK, CHUNK) - 1
+        begin = tl.load(SUMS + first, mask=stored, other=0.0)
+        end = tl.load(SUMS + SIZE + last, mask=stored, other=0.0)
+        tl.store(SUMS + 2 * SIZE + inside, tl.exp2(end - x), mask=stored)
+        tl.store(SUMS + 3 * SIZE + inside, tl.exp2(y - begin), mask=stored)
+
+
+@triton.jit
+def gate_bwd_kernel(
+    DLOG_MASK, SUMS, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
+    n, heads, prefix, side, sums_b, decay_b, decay_n, grad_b, grad_n,
+    D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, RANGE: tl.constexpr,
+    DECAYS: tl.constexpr, CHUNKED: tl.constexpr, PADDED: tl.constexpr, CURVED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Gradients, into GRAD, of what DECAY has; of a head's logit by image and chunk.
+
+    DLOG_MASK `[6, B, H, chunks, SIZE]`, by step or by token, has sums of g_ij over the pairs of a
+    query there with earlier (0) and later keys (1), of a key there with later (2) and earlier
+    queries (3), of which 0 and 3 include other chunks; and with later chunks alone: keys (4),
+    queries (5). By the exponents of M, dx = (0) - (2), dy = (3) - (1), and a step's log decay has
+
+        dl_s = sum_(t>s) dx_t + sum_(t>=s) dy_t + sum_(t<=s) (4)_t + sum_(t<s) (5)_t
+
+    and the pairs around the chunk, whose states enter it from either side.
+    """
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
+    b, h = bh // heads, bh % heads
+    inside = tl.arange(0, RANGE)
+    steps = chunk * CHUNK + inside
+    valid = (inside < CHUNK) & (steps < n)
+    tokens = token_at(CURVE, steps, valid, CURVED)
+    DLOG_MASK += (bh * num_chunks + chunk) * SIZE + (tokens if BY_TOKEN else inside)
+    dx = tl.load(DLOG_MASK, mask=valid, other=0.0)
+    dx -= tl.load(DLOG_MASK + 2 * side, mask=valid, other=0.0)
+    dy = tl.load(DLOG_MASK + 3 * side, mask=valid, other=0.0)
+    dy -= tl.load(DLOG_MASK + side, mask=valid, other=0.0)
+    dl = tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy
+    if CHUNKED:
+        to_later = tl.load(DLOG_MASK + 4 * side, mask=valid, other=0.0)
+        of_later = tl.load(DLOG_MASK + 5 * side, mask=valid, other=0.0)
+        dl += tl.cumsum(to_later + of_later, 0) - of_later
+        STATES += (bh * num_chunks + chunk) * 4 * D * D
+        VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
+        around = tl.zeros((D,), tl.float32)
+        for keys in tl.static_range(2):  # of one side with queries of the other
+            pairs = load_state(STATES + keys * D * D, D).to(tl.float32)
+            around += tl.sum(pairs * load_state(STATES + (3 - keys) * D * D, D).to(tl.float32), 1)
+            around -= tl.load(VECTORS + keys * D) * tl.load(VECTORS + (3 - keys) * D)
+        SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
+        dl += tl.sum(around, 0) * tl.exp2(tl.load(SUMS + SIZE + CHUNK - 1))
+    counts = key_mask(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
+    if DECAYS != "logs":
+        z = _logits(DECAY + b * decay_b + h, tokens, valid, decay_n, DECAYS)
+        dl *= -tl.sigmoid(z)
+        counts &= z < 16  # nothing but rounding errors comes through a decay below 2^-23
+    dl = tl.where(counts, dl, 0.0)
+    if DECAYS == "head":  # z = -w
+        tl.store(GRAD + bh * num_chunks + chunk, -tl.sum(dl, 0))
+    else:
+        address = GRAD + b * grad_b + h + tokens * grad_n
+        tl.store(address, dl.to(GRAD.dtype.element_ty), mask=valid)

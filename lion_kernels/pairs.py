@@ -1,0 +1,235 @@
+"""LION along several curves: all pairs of tokens under the mean of the curves' masks.
+
+Tokens stay in their order, and SUMS are by token: a pair's mask is the mean over curves of
+`2^min(x_i - x_j, y_j - y_i)`, whatever its place on each. So curves share the products of pairs,
+which pays up to some hundred tokens; longer sequences go along one curve after the other
+(`chunks.py`, which has the formulas).
+
+A program has a tile of queries (`mix_fwd_kernel`, `mix_bwd_dq_kernel`) or of keys and values
+(`mix_bwd_dkv_kernel`); tiles of their partners pass by. A row is in many tiles, so features come
+from PHI, `[2, B, N, H, D]`: q' (in the backward pass) and phi(k).
+"""
+
+import triton
+import triton.language as tl
+
+from lion_kernels.common import (
+    add_dot,
+    decay_mask,
+    dot,
+    feature_map,
+    feature_map_grad,
+    feature_slope,
+    key_mask,
+    load_tile,
+    part_of_sequence,
+    store_tile,
+)
+from lion_kernels.decay import NUM_VECTORS
+
+
+@triton.jit
+def key_feature_kernel(
+    QKV, VALID, PHI_K, n, heads, stride_n,
+    D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """phi of the keys, zero where none count: `[B, N, H, D]`."""
+    part, bh = part_of_sequence(tl.cdiv(n, BLOCK))
+    b, h = bh // heads, bh % heads
+    tokens = part * BLOCK + tl.arange(0, BLOCK)
+    valid = tokens < n
+    counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+    k = load_tile(QKV + b * n * stride_n + (heads + h) * D, tokens, valid, stride_n, D)
+    phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
+    store_tile(PHI_K + (b * n * heads + h) * D, tokens, valid, heads * D, phi, D)
+
+
+@triton.jit
+def _rows_of(TABLE, stride, rows, NUM_CURVES: tl.constexpr):
+    """For each curve, what a table has of some rows, `[R]`."""
+    values = ()
+    for c in tl.static_range(NUM_CURVES):
+        values += (tl.load(TABLE + c * stride + rows),)
+    return values
+
+
+@triton.jit
+def mix_fwd_kernel(
+    QKV, PHI_K, SUMS, OUT, INV_DENOM, n, heads, stride_n, sums_c, sums_b, eps,
+    D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`."""
+    part, bh = part_of_sequence(tl.cdiv(n, BLOCK))
+    b, h = bh // heads, bh % heads
+    Q = QKV + b * n * stride_n + h * D
+    V = Q + 2 * heads * D
+    PHI_K += (b * n * heads + h) * D
+    OUT += (b * n * heads + h) * D
+    SUMS += b * sums_b + h * NUM_VECTORS * SIZE
+    rows = part * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < n
+    xs = _rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = _rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    q = feature_map(load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
+    out = tl.zeros((BLOCK, D), tl.float32)
+    denom = tl.full((BLOCK,), eps, tl.float32)
+    for start in range(0, n, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_tile(PHI_K, columns, columns < n, heads * D, D)
+        v = load_tile(V, columns, columns < n, stride_n, D)
+        w = dot(q, tl.trans(k))  # [BLOCK, BLOCK_N]
+        mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+        for c in tl.static_range(NUM_CURVES):
+            x_j = tl.load(SUMS + c * sums_c + columns)
+            y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
+            mask += decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
+        w *= mask
+        denom += tl.sum(w, 1)
+        out = add_dot(w.to(v.dtype), v, out)  # [BLOCK, D]
+    if NORMALISE:
+        inv_denom = 1 / denom
+        out *= inv_denom[:, None]
+        tl.store(INV_DENOM + bh * n + rows, inv_denom, mask=valid)
+    store_tile(OUT, rows, valid, heads * D, out, D)
+
+
+@triton.jit
+def mix_bwd_dq_kernel(
+    QKV, PHI, SUMS, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
+    n, heads, stride_n, sums_c, sums_b, side, eps,
+    D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """dq into DQKV, q' into PHI, DELTA `[B, H, N]`, and each curve's sums of g_ij by query.
+
+    PLACES `[C, N]` has each token's step on the curves. For the rounding residual, see `chunks.py`.
+    """
+    num_parts = tl.cdiv(n, BLOCK)
+    part, bh = part_of_sequence(num_parts)
+    b, h = bh // heads, bh % heads
+    images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
+    dtype = QKV.dtype.element_ty
+    Q = QKV + b * n * stride_n + h * D
+    V = Q + 2 * heads * D
+    PHI += (b * n * heads + h) * D
+    PHI_K = PHI + images * n * heads * D
+    SUMS += b * sums_b + h * NUM_VECTORS * SIZE
+    rows = part * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < n
+    xs = _rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = _rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    places = _rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    do = load_tile(DO + (b * n * heads + h) * D, rows, valid, heads * D, D)
+    delta = tl.zeros((BLOCK,), tl.float32)
+    if NORMALISE:
+        out = load_tile(OUT + (b * n * heads + h) * D, rows, valid, heads * D, D)
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(DELTA + bh * n + rows, delta, mask=valid)
+    inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
+    factor = inv_denom * (D**-0.5 / NUM_CURVES)
+    q = feature_map(load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
+    store_tile(PHI, rows, valid, heads * D, q, D)
+    dq = tl.zeros((BLOCK, D), tl.float32)
+    sums = ()
+    for _ in tl.static_range(2 * NUM_CURVES):
+        sums += (tl.zeros((BLOCK,), tl.float32),)
+    for start in range(0, n, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_tile(PHI_K, columns, columns < n, heads * D, D)
+        v = load_tile(V, columns, columns < n, stride_n, D)
+        dw = dot(do, tl.trans(v)) - delta[:, None]
+        g = dot(q, tl.trans(k)) * dw  # [BLOCK, BLOCK_N]
+        mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+        added = ()
+        for c in tl.static_range(NUM_CURVES):
+            x_j = tl.load(SUMS + c * sums_c + columns)
+            y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
+            place = tl.load(PLACES + c * SIZE + columns)[None, :]
+            m = decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
+            mask += m
+            earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
+            later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
+            added += (sums[2 * c] + earlier, sums[2 * c + 1] + later)
+        sums = added
+        dq = add_dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
+    for c in tl.static_range(NUM_CURVES):
+        of_curve = DLOG_MASK + c * 6 * side + bh * SIZE + rows
+        tl.store(of_curve, sums[2 * c], mask=valid)
+        tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
+    along = tl.sum(q.to(tl.float32) * dq, 1)
+    if NORMALISE and FEATURES != "none":
+        residual = along - eps * delta * inv_denom
+        dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
+        along -= residual
+    slope = feature_slope(load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    along /= tl.maximum(factor * factor, 1e-30)
+    dq = feature_map_grad(q.to(tl.float32), slope * factor[:, None], dq, along, FEATURES)
+    store_tile(DQKV + b * n * stride_n + h * D, rows, valid, stride_n, dq, D)
+
+
+@triton.jit
+def mix_bwd_dkv_kernel(
+    QKV, PHI, SUMS, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
+    n, heads, stride_n, sums_c, sums_b, side,
+    D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """dk and dv into DQKV, and each curve's sums of g_ij by key; products are keys by queries."""
+    num_parts = tl.cdiv(n, BLOCK)
+    part, bh = part_of_sequence(num_parts)
+    b, h = bh // heads, bh % heads
+    images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
+    K = QKV + b * n * stride_n + (heads + h) * D
+    DK = DQKV + b * n * stride_n + (heads + h) * D
+    PHI += (b * n * heads + h) * D
+    DO += (b * n * heads + h) * D
+    DELTA += bh * n
+    SUMS += b * sums_b + h * NUM_VECTORS * SIZE
+    rows = part * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < n
+    xs = _rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = _rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    places = _rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    k = load_tile(PHI + images * n * heads * D, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
+    v = load_tile(K + heads * D, rows, valid, stride_n, D)
+    dk = tl.zeros((BLOCK, D), tl.float32)
+    dv = tl.zeros((BLOCK, D), tl.float32)
+    sums = ()
+    for _ in tl.static_range(2 * NUM_CURVES):
+        sums += (tl.zeros((BLOCK,), tl.float32),)
+    for start in range(0, n, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        there = columns < n
+        q = load_tile(PHI, columns, there, heads * D, D)  # q', [BLOCK_N, D]
+        do = load_tile(DO, columns, there, heads * D, D)
+        delta = tl.load(DELTA + columns, mask=there, other=0.0)
+        w = dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
+        dw = dot(v, tl.trans(do)) - delta[None, :]  # [BLOCK, BLOCK_N]
+        g = w * dw
+        mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+        added = ()
+        for c in tl.static_range(NUM_CURVES):
+            x_i = tl.load(SUMS + c * sums_c + columns)
+            y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
+            place = tl.load(PLACES + c * SIZE + columns)[None, :]
+            m = decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
+            mask += m
+            later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
+            earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
+            added += (sums[2 * c] + later, sums[2 * c + 1] + earlier)
+        sums = added
+        dv = add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
+        dk = add_dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
+    for c in tl.static_range(NUM_CURVES):
+        of_curve = DLOG_MASK + (c * 6 + 2) * side + bh * SIZE + rows
+        tl.store(of_curve, sums[2 * c], mask=valid)
+        tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
+    counts = key_mask(VALID + b * n, rows, valid, PADDED)
+    along = tl.sum(k.to(tl.float32) * dk, 1)
+    slope = feature_slope(load_tile(K, rows, valid, stride_n, D), FEATURES)
+    dk = feature_map_grad(k.to(tl.float32), slope, dk, along, FEATURES)
+    store_tile(DK, rows, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
+    store_tile(DK + heads * D, rows, valid, stride_n, dv, D)
