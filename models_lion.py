@@ -22,6 +22,7 @@ With positions counted along a curve, `M_ij = a_j ... a_(i-1)` for i > j, its mi
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,8 +32,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    VisionTransformer,
+    checkpoint_filter_fn,
+)
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import lion_kernels
 from curves import ORDERS, inverse, scan_curves
@@ -55,7 +63,7 @@ def attention(
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The formula as it stands: time and memory quadratic in N; `chunk_size` is not used."""
-    weights = q @ k.mT
+    weights = q @ k.transpose(2, 3)
     if log_decay is not None:
         weights = weights * decay_mask(log_decay, curves).to(weights.dtype)
     if documents is not None:
@@ -121,7 +129,7 @@ def chunk(
 ) -> tuple[Tensor, Tensor]:
     """Chunk-parallel: time and memory linear in N at a fixed `chunk_size`, backward included."""
     if log_decay is None and documents is None:  # every query meets the same state
-        out = q @ (k.mT @ _with_ones(v))
+        out = q @ (k.transpose(2, 3) @ _with_ones(v))
         return out[..., :-1], out[..., -1:]
     if log_decay is None:
         log_decay = q.new_zeros(1, 1, 1, q.shape[2], dtype=_state_dtype(q))
@@ -189,9 +197,11 @@ def _chunk_scan(
     def scaled(features: Tensor, factors: Tensor) -> Tensor:
         return features * factors.unsqueeze(-1).to(features.dtype)
 
-    from_earlier = _carry(scaled(k, to_later).mT @ v, forwards.unsqueeze(-1))
-    from_later = _carry(scaled(k, to_earlier).mT @ v, backwards.unsqueeze(-1), reverse=True)
-    out = ((q @ k.mT) * weights.to(q.dtype)) @ v
+    from_earlier = _carry(scaled(k, to_later).transpose(3, 4) @ v, forwards.unsqueeze(-1))
+    from_later = _carry(
+        scaled(k, to_earlier).transpose(3, 4) @ v, backwards.unsqueeze(-1), reverse=True
+    )
+    out = ((q @ k.transpose(3, 4)) * weights.to(q.dtype)) @ v
     out += scaled(q, of_earlier) @ from_earlier.to(q.dtype)
     out += scaled(q, of_later) @ from_later.to(q.dtype)
     return out.flatten(2, 3)[:, :, :n]
@@ -287,6 +297,10 @@ class LionAttention(nn.Module):
     Linear(dim, H) for `Selective`, absent for `Lit`. The first `num_prefix_tokens` tokens keep a
     decay of 1 in `Selective`.
 
+    `qkv`, `proj` and the gates may be wrapped or replaced (LoRA, hooks, quantised, sharded layers):
+    what is not a bare Linear is called. A bare gate computes in float32 where no kernel runs, a
+    wrapped one in the dtype of its parameters.
+
     Without `normalise` the output is the numerator alone, after a LayerNorm (`norm`) in `Lit`,
     whose sums grow with the tokens; without `feature_map` queries and keys are taken as they are.
     The published language models have neither.
@@ -319,6 +333,7 @@ class LionAttention(nn.Module):
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
         placed = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads
         self.mask_type = mask_type
         self.num_prefix_tokens = num_prefix_tokens
         self.normalise = normalise
@@ -329,11 +344,20 @@ class LionAttention(nn.Module):
         self.norm = nn.LayerNorm(dim, **placed) if grows else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **placed)
         self.proj_drop = nn.Dropout(proj_drop)
-        for name in {"Normal": ("a_i",), "S": ("a_i", "a2_i")}[order]:
+        names = {"Normal": ("a_i",), "S": ("a_i", "a2_i")}[order]
+        self.gate_names = () if mask_type == "Lit" else names
+        for name in self.gate_names:
             if mask_type == "Decay":
-                setattr(self, name, nn.Parameter(torch.randn(num_heads, **placed)))
-            elif mask_type == "Selective":
+                setattr(self, name, nn.Parameter(torch.empty(num_heads, **placed)))
+            else:
                 setattr(self, name, nn.Linear(dim, num_heads, **placed))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the decays of LION-D; the layers have their own `reset_parameters`."""
+        if self.mask_type == "Decay":
+            for gate in self._gates():
+                nn.init.normal_(gate)
 
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         """Chooses how the same function is computed; None keeps the chunk size."""
@@ -348,15 +372,13 @@ class LionAttention(nn.Module):
         """Log decays `[C, B or 1, H, N]` of `[B, N, dim]`, at least float32; None for Lit."""
         if self.mask_type == "Lit":
             return None
-        gates = [getattr(self, name) for name in ("a_i", "a2_i") if hasattr(self, name)]
         if self.mask_type == "Decay":
-            decay = F.logsigmoid(torch.stack([gate.to(_state_dtype(gate)) for gate in gates]))
+            gates = torch.stack(self._gates())
+            decay = F.logsigmoid(gates.to(_state_dtype(gates)))
             return decay[:, None, :, None].expand(-1, 1, -1, x.shape[1])
-        patches = x[:, self.num_prefix_tokens :].to(_state_dtype(x))
-        weight = torch.stack([gate.weight for gate in gates]).to(patches.dtype)
-        bias = torch.stack([gate.bias for gate in gates]).to(patches.dtype)
-        logits = torch.einsum("bnd,chd->cbhn", patches, weight) + bias[:, None, :, None]
-        return F.pad(F.logsigmoid(-logits), (self.num_prefix_tokens, 0))
+        logits = rearrange(self._gate_logits(x), "b n (c h) -> c b h n", h=self.num_heads)
+        prefix = self.num_prefix_tokens
+        return F.pad(F.logsigmoid(-logits[..., prefix:]), (prefix, 0))
 
     def forward(
         self,
@@ -372,6 +394,8 @@ class LionAttention(nn.Module):
         `valid`, bool `[B, N]`, is False for padding: keys that count nowhere, with a decay of 1.
         `documents`, integers `[B, N]`, keeps packed documents apart, as in the formats.
         """
+        if is_causal:
+            raise ValueError("LION reads in both directions: leave is_causal at False.")
         curves = None if self.mask_type == "Lit" else attn_mask
         if self._has_kernel(x) and (curves is None or documents is None):
             y = self._mix_by_kernel(x, curves, valid, documents)
@@ -381,40 +405,54 @@ class LionAttention(nn.Module):
                 y = self._mix(qkv, self.log_decay(x), curves, valid, documents).to(qkv.dtype)
         return self.proj_drop(self.proj(self.norm(y)))
 
+    def _gates(self) -> list[Any]:
+        """`a_i` and, in order S, `a2_i`: parameters in `Decay`, layers in `Selective`."""
+        return [getattr(self, name) for name in self.gate_names]
+
+    def _gate_logits(self, x: Tensor) -> Tensor:
+        """`[B, N, dim]` -> `[B, N, C * H]`, at least float32; to be called outside autocast."""
+        gates, dtype = self._gates(), _state_dtype(x)
+        if all(map(_is_bare, gates)):
+            return _in_one_product(gates, x.to(dtype))
+        return torch.cat([gate(x.to(_dtype_of(gate))).to(dtype) for gate in gates], dim=-1)
+
     def _has_kernel(self, x: Tensor) -> bool:
+        if (
+            self.format == "RNN"
+            and torch.is_grad_enabled()
+            and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        ):
+            return False  # that kernel has no gradients
         device = x.device.type
         amp = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if amp else x.dtype
-        dim = self.qkv.in_features // self.num_heads
-        trained = x.requires_grad or any(p.requires_grad for p in self.parameters())
-        if self.format == "RNN" and torch.is_grad_enabled() and trained:
-            return False  # that kernel has no gradients
-        return lion_kernels.available(x.device, dtype, dim)
+        return lion_kernels.available(x.device, dtype, self.head_dim)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys, values and logits of the gates, side by side as the kernels take them."""
+        if self.mask_type != "Selective":
+            return self.qkv(x)
+        layers = [self.qkv, *self._gates()]
+        count = (len(layers) - 1) * self.num_heads
+        padding = lion_kernels.padded_gates(count) - count
+        if all(map(_is_bare, layers)):
+            return _in_one_product(layers, x, padding)
+        qkv, *logits = (layer(x) for layer in layers)
+        logits = [part.to(qkv.dtype) for part in logits]
+        return torch.cat([qkv, *logits, qkv.new_zeros(*x.shape[:2], padding)], dim=-1)
 
     def _mix_by_kernel(
         self, x: Tensor, curves: Tensor | None, valid: Tensor | None, documents: Tensor | None
     ) -> Tensor:
-        """The gates of LION-S are further columns of the projection, so that one product does."""
-        gates = [getattr(self, name) for name in ("a_i", "a2_i") if hasattr(self, name)]
-        weight, bias, decay = self.qkv.weight, self.qkv.bias, None
-        if self.mask_type == "Selective":
-            count = len(gates) * self.num_heads
-            padding = lion_kernels.padded_gates(count) - count
-            zeros = weight.new_zeros(padding, weight.shape[1])
-            if bias is None:
-                bias = weight.new_zeros(self.qkv.out_features)
-            bias = torch.cat([bias, *(gate.bias for gate in gates), zeros[:, 0]])
-            weight = torch.cat([weight, *(gate.weight for gate in gates), zeros])
-        elif self.mask_type == "Decay":
-            decay = torch.stack(gates).float()
+        gates = self._gates()
         return lion_kernels.mix(
-            F.linear(x, weight, bias),
-            decay,
+            self._project(x),
+            torch.stack(gates).float() if self.mask_type == "Decay" else None,
             curves,
             valid,
             documents,
             heads=self.num_heads,
-            dim=self.qkv.in_features // self.num_heads,
+            dim=self.head_dim,
             scans=max(1, len(gates)),
             prefix=self.num_prefix_tokens,
             lit=not gates,
@@ -453,6 +491,38 @@ class LionAttention(nn.Module):
         return rearrange(numerator, "b h n d -> b n (h d)")
 
 
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling a layer multiplies by its weight and does nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and "forward" not in layer.__dict__
+        and not is_traceable_wrapper_subclass(layer.weight)
+        and not _has_any_global_hook()
+    )
+
+
+def _in_one_product(layers: list[nn.Linear], x: Tensor, padding: int = 0) -> Tensor:
+    """Outputs of bare layers side by side, then `padding` zeros: `[B, N, dim]` -> `[B, N, W]`."""
+    weights = [layer.weight for layer in layers]
+    biases = [
+        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+        for layer in layers
+    ]
+    zeros = weights[0].new_zeros(padding, layers[0].in_features)
+    weight, bias = torch.cat([*weights, zeros]), torch.cat([*biases, zeros[:, 0]])
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """That of its parameters; float32 where there are none, as in quantised layers."""
+    dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
+    return next(dtypes, torch.float32)
+
+
 def _check_choice(name: str, value: str, choices: Any) -> None:
     if value not in choices:
         raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(choices)}.")
@@ -468,6 +538,8 @@ class LionBlock(Block):
 
     def __init__(self, dim: int, num_heads: int, *, mixer: dict[str, Any], **kwargs: Any):
         refused = [name for name in ("qk_norm", "attn_drop", "scale_attn_norm") if kwargs.get(name)]
+        if kwargs.get("attn_layer", Attention) not in (Attention, "attn"):
+            refused.append("attn_layer")
         if refused:
             raise ValueError(f"LION has no {', '.join(refused)}: leave it at its default.")
         shared = ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")
@@ -484,14 +556,19 @@ class LionBlock(Block):
         return super().forward(x, attn_mask)
 
 
+POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
+
+
 class LionVisionTransformer(VisionTransformer):
     """DeiT-shaped vision transformer with LION mixers.
 
     `cls_tok=False` averages all tokens after the final norm, class token included; `cls_tok=True`
-    reads the class token. `pos_emb` adds a learned position embedding. `global_pool` (timm's own
-    argument) overrides `cls_tok`. Every other argument is `timm`'s VisionTransformer's.
+    reads the class token. `pos_emb` adds a learned position embedding. Every other argument is that
+    of timm's VisionTransformer, with LION's defaults: `global_pool` overrides `cls_tok`, and
+    `pos_embed` ("learn" or "none") `pos_emb`; None is the default.
 
-    Raises ValueError for an unknown mask_type, order or format, or a chunk_size below 1.
+    Raises ValueError for an unknown mask_type, order or format, a chunk_size below 1, and for
+    arguments of timm's that have no meaning with these mixers.
     """
 
     def __init__(
@@ -503,31 +580,39 @@ class LionVisionTransformer(VisionTransformer):
         chunk_size: int = 32,
         pos_emb: bool = False,
         cls_tok: bool = False,
-        global_pool: str | None = None,
         **kwargs: Any,
     ):
-        if order == "S" and kwargs.get("patch_drop_rate"):
-            raise ValueError("Order S needs every patch of the grid: leave patch_drop_rate at 0.")
-        mixer = {
-            "mask_type": mask_type,
-            "order": order,
-            "format": format,
-            "chunk_size": chunk_size,
-            "num_prefix_tokens": 1 + kwargs.get("reg_tokens", 0),
+        given = inspect.signature(VisionTransformer).bind_partial(*args, **kwargs).arguments
+        options = {
+            "global_pool": "token" if cls_tok else "avg",
+            "pool_include_prefix": True,
+            "fc_norm": False,
+            "pos_embed": "learn" if pos_emb else "none",
+            "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+            **{name: value for name, value in given.items() if value is not None},
         }
-        kwargs = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs}
-        super().__init__(
-            *args,
-            global_pool=global_pool or ("token" if cls_tok else "avg"),
-            pool_include_prefix=True,
-            fc_norm=False,
-            pos_embed="learn" if pos_emb else "none",
-            block_fn=partial(LionBlock, mixer=mixer),
-            **kwargs,
-        )
+        _check_options(order, **options)
+        mixer = {"mask_type": mask_type, "order": order, "format": format, "chunk_size": chunk_size}
+        super().__init__(**options, block_fn=partial(LionBlock, mixer=mixer))
+        for block in self.blocks:
+            block.attn.num_prefix_tokens = self.num_prefix_tokens
+        self.patch_drop.ordered = True  # decays depend on the order of the patches
         self.order = order
         self.register_buffer("curves", None, persistent=False)
-        self._build_curves()
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Curves over the grid of the model's own input size."""
+        device = next(self.parameters()).device
+        grid = tuple(self.patch_embed.grid_size)
+        self.curves = scan_curves(self.order, grid, self.num_prefix_tokens, device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LionVisionTransformer":
+        """Moves or empties the parameters; curves are made anew, so `to_empty` keeps them."""
+        self.curves = None
+        super()._apply(*args, **kwargs)
+        self.init_non_persistent_buffers()
+        return self
 
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         """Switches every block to `Attention`, `RNN` or `Chunk`; the weights serve all three."""
@@ -535,47 +620,75 @@ class LionVisionTransformer(VisionTransformer):
             block.attn.set_format(format, chunk_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
+        self.grad_checkpointing = False  # blocks do it themselves, as they have curves
         for block in self.blocks:
             block.grad_checkpointing = enable
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         super().set_input_size(*args, **kwargs)
-        self._build_curves()
+        self.init_non_persistent_buffers()
 
-    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+    def forward_features(
+        self, x: Tensor, attn_mask: None = None, is_causal: bool = False
+    ) -> Tensor:
+        _check_no_mask(attn_mask, is_causal)
         return super().forward_features(x, attn_mask=self._curves_for(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward_intermediates(
-            x, *args, **{**kwargs, "attn_mask": self._curves_for(x)}
-        )
-
-    def _build_curves(self) -> None:
-        grid = self.patch_embed.grid_size
-        self.curves = scan_curves(
-            self.order, grid, self.num_prefix_tokens, self.patch_embed.proj.weight.device
-        )
+        given = inspect.signature(super().forward_intermediates).bind(x, *args, **kwargs).arguments
+        _check_no_mask(given.pop("attn_mask", None), given.pop("is_causal", False))
+        return super().forward_intermediates(**given, attn_mask=self._curves_for(x))
 
     def _curves_for(self, x: Tensor) -> Tensor | None:
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        if grid == tuple(self.patch_embed.grid_size):
+        usable = self.curves is not None and self.curves.device == x.device
+        if usable and grid == tuple(self.patch_embed.grid_size):
             return self.curves
         return scan_curves(self.order, grid, self.num_prefix_tokens, x.device)
 
 
+def _check_options(order: str, **options: Any) -> None:
+    """Raises ValueError for arguments of timm's VisionTransformer that LION cannot follow."""
+    _check_choice("global_pool", options["global_pool"], POOLS)
+    _check_choice("pos_embed", options["pos_embed"], ("learn", "none", ""))
+    if "block_fn" in options:
+        raise ValueError("LION has its own blocks: give no block_fn.")
+    if options["global_pool"] == "token" and not options.get("class_token", True):
+        raise ValueError("There is no class token to read: choose another global_pool.")
+    if options["pos_embed"] != "learn" and options.get("pos_drop_rate"):
+        raise ValueError("pos_drop_rate needs a position embedding: add pos_emb=True.")
+    if order == "S" and options.get("patch_drop_rate"):
+        raise ValueError("Order S needs every patch of the grid: leave patch_drop_rate at 0.")
+
+
+def _check_no_mask(attn_mask: None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("LION has its own masks: give no attn_mask and no is_causal.")
+
+
 class LionVisionTransformerDistilled(LionVisionTransformer):
-    """Adds DeiT's distillation token, second in every order with decay 1, and its head.
+    """Adds DeiT's distillation token, after the class token and with decay 1, and its head.
 
     Returns `(logits, logits of head_dist)`, each `[B, K]`, in training after
-    `set_distilled_training()`, else their mean.
+    `set_distilled_training()`, else their mean. `global_pool=""` returns all tokens, without heads.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, reg_tokens=1, **kwargs)
-        self.dist_token, self.reg_token = self.reg_token, None  # the name of DeiT's checkpoints
+    def __init__(self, *args: Any, reg_tokens: int = 0, weight_init: str = "", **kwargs: Any):
+        super().__init__(*args, reg_tokens=1 + reg_tokens, weight_init="skip", **kwargs)
+        tokens = self.reg_token.detach().split((1, reg_tokens), dim=1)
+        self.dist_token = nn.Parameter(tokens[0].clone())  # the name of DeiT's checkpoints
+        self.reg_token = nn.Parameter(tokens[1].clone()) if reg_tokens else None
+        self.num_reg_tokens = reg_tokens
         self.distilled_training = False
-        nn.init.trunc_normal_(self.dist_token, std=0.02)
         self._reset_head_dist()
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        nn.init.trunc_normal_(self.dist_token, std=0.02)
+        super().init_weights(mode, needs_reset)
 
     def set_distilled_training(self, enable: bool = True) -> None:
         self.distilled_training = enable
@@ -592,8 +705,13 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         return {**groups, "stem": groups["stem"] + "|dist_token"}
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        distillation = self.head_drop(x[:, 1])
-        x = self.head_drop(self.pool(torch.cat([x[:, :1], x[:, 2:]], dim=1)))
+        if not self.global_pool:
+            return super().forward_head(x, pre_logits)
+        place = int(self.has_class_token)
+        distillation = self.head_drop(self.fc_norm(x[:, place]))
+        if self.pool_include_prefix:
+            x = torch.cat([x[:, :place], x[:, place + 1 :]], dim=1)
+        x = self.head_drop(self.fc_norm(self.pool(x)))
         if pre_logits:
             return (x + distillation) / 2
         x, distillation = self.head(x), self.head_dist(distillation)
@@ -602,19 +720,24 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         return (x + distillation) / 2
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
-        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token)]
+        own_grid = tuple(self.patch_embed.grid_size)
+        grid = tuple(x.shape[1:3]) if self.dynamic_img_size else own_grid
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
         x = torch.cat([*prefix, x.flatten(1, -2)], dim=1)
-        if self.pos_embed is not None:
-            x = x + resample_abs_pos_embed(
-                self.pos_embed,
-                new_size=list(grid),
-                old_size=list(self.patch_embed.grid_size),
-                num_prefix_tokens=self.num_prefix_tokens,
-            )
-        return self.pos_drop(x)
+        if self.pos_embed is None:
+            return x
+        position = self.pos_embed
+        if grid != own_grid:
+            embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+            position = resample_abs_pos_embed(position, list(grid), list(own_grid), embedded)
+        if self.no_embed_class:
+            position = F.pad(position, (0, 0, self.num_prefix_tokens, 0))
+        return self.pos_drop(x + position)
 
     def _reset_head_dist(self) -> None:
+        if self.num_classes and not self.global_pool:
+            raise ValueError("Distilled models classify pooled tokens: give global_pool a value.")
         self.head_dist = copy.deepcopy(self.head)
         if isinstance(self.head_dist, nn.Linear):
             nn.init.trunc_normal_(self.head_dist.weight, std=0.02)
