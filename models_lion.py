@@ -525,7 +525,8 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
     if value not in choices:
-        raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(choices)}.")
+        names = ", ".join(choice or "''" for choice in choices)
+        raise ValueError(f"Unknown {name} {value!r}: choose one of {names}.")
 
 
 # -------------------------------------------------------------------------- the vision transformer
@@ -556,7 +557,8 @@ class LionBlock(Block):
         return super().forward(x, attn_mask)
 
 
-POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
+POOLS = ("avg", "avgmax", "max", "token", "map", "prr", "")
+WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 
 
 class LionVisionTransformer(VisionTransformer):
@@ -596,7 +598,8 @@ class LionVisionTransformer(VisionTransformer):
         super().__init__(**options, block_fn=partial(LionBlock, mixer=mixer))
         for block in self.blocks:
             block.attn.num_prefix_tokens = self.num_prefix_tokens
-        self.patch_drop.ordered = True  # decays depend on the order of the patches
+        if options.get("patch_drop_rate"):
+            self.patch_drop.ordered = True  # decays depend on the order of the patches
         self.order = order
         self.register_buffer("curves", None, persistent=False)
         self.init_non_persistent_buffers()
@@ -630,15 +633,21 @@ class LionVisionTransformer(VisionTransformer):
         self.init_non_persistent_buffers()
 
     def forward_features(
-        self, x: Tensor, attn_mask: None = None, is_causal: bool = False
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         _check_no_mask(attn_mask, is_causal)
         return super().forward_features(x, attn_mask=self._curves_for(x))
 
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(super().forward_intermediates).bind(x, *args, **kwargs).arguments
-        _check_no_mask(given.pop("attn_mask", None), given.pop("is_causal", False))
-        return super().forward_intermediates(**given, attn_mask=self._curves_for(x))
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        *args: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        _check_no_mask(attn_mask, is_causal)
+        return super().forward_intermediates(x, *args, attn_mask=self._curves_for(x), **kwargs)
 
     def _curves_for(self, x: Tensor) -> Tensor | None:
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
@@ -652,17 +661,20 @@ def _check_options(order: str, **options: Any) -> None:
     """Raises ValueError for arguments of timm's VisionTransformer that LION cannot follow."""
     _check_choice("global_pool", options["global_pool"], POOLS)
     _check_choice("pos_embed", options["pos_embed"], ("learn", "none", ""))
+    _check_choice("weight_init", options.get("weight_init", ""), WEIGHT_INITS)
     if "block_fn" in options:
         raise ValueError("LION has its own blocks: give no block_fn.")
     if options["global_pool"] == "token" and not options.get("class_token", True):
         raise ValueError("There is no class token to read: choose another global_pool.")
     if options["pos_embed"] != "learn" and options.get("pos_drop_rate"):
         raise ValueError("pos_drop_rate needs a position embedding: add pos_emb=True.")
+    if not 0 <= options.get("patch_drop_rate", 0) < 1:
+        raise ValueError("patch_drop_rate is a share of the patches: give 0 or more, below 1.")
     if order == "S" and options.get("patch_drop_rate"):
         raise ValueError("Order S needs every patch of the grid: leave patch_drop_rate at 0.")
 
 
-def _check_no_mask(attn_mask: None, is_causal: bool) -> None:
+def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("LION has its own masks: give no attn_mask and no is_causal.")
 
@@ -675,12 +687,14 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
     """
 
     def __init__(self, *args: Any, reg_tokens: int = 0, weight_init: str = "", **kwargs: Any):
+        _check_choice("weight_init", weight_init, WEIGHT_INITS)
         super().__init__(*args, reg_tokens=1 + reg_tokens, weight_init="skip", **kwargs)
         tokens = self.reg_token.detach().split((1, reg_tokens), dim=1)
         self.dist_token = nn.Parameter(tokens[0].clone())  # the name of DeiT's checkpoints
         self.reg_token = nn.Parameter(tokens[1].clone()) if reg_tokens else None
         self.num_reg_tokens = reg_tokens
         self.distilled_training = False
+        _check_classifies_pooled(self.num_classes, self.global_pool)
         self._reset_head_dist()
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         if weight_init != "skip":
@@ -697,6 +711,8 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        pool = self.global_pool if global_pool is None else global_pool
+        _check_classifies_pooled(num_classes, pool)
         super().reset_classifier(num_classes, global_pool)
         self._reset_head_dist()
 
@@ -736,12 +752,15 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         return self.pos_drop(x + position)
 
     def _reset_head_dist(self) -> None:
-        if self.num_classes and not self.global_pool:
-            raise ValueError("Distilled models classify pooled tokens: give global_pool a value.")
         self.head_dist = copy.deepcopy(self.head)
         if isinstance(self.head_dist, nn.Linear):
             nn.init.trunc_normal_(self.head_dist.weight, std=0.02)
             nn.init.zeros_(self.head_dist.bias)
+
+
+def _check_classifies_pooled(num_classes: int, global_pool: str) -> None:
+    if num_classes and not global_pool:
+        raise ValueError("Distilled models classify pooled tokens: without, ask for num_classes=0.")
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
