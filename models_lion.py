@@ -87,7 +87,7 @@ def recurrence(
     Without gradients it holds one `[D, E + 1]` state per direction and curve and one output per
     token; `chunk_size` is not used.
     """
-    n, dtype = q.shape[2], _state_dtype(v)
+    n, dtype = _fixed_length(q), _state_dtype(v)
     if curves is None:
         curves = torch.arange(n, device=q.device)[None]
     steps = torch.cat([curves, curves.flip(1)]).T  # [N, S]: S = 2C scans, the forward ones first
@@ -112,7 +112,8 @@ def recurrence(
                 state = state * decays[t]
         own = (q_t * k_t).sum(-1, keepdim=True) / 2 * v_t  # half of the diagonal per direction
         seen = torch.stack(reads, dim=2).squeeze(4) + own
-        out.index_add_(2, tokens.flatten(), seen.flatten(2, 3))
+        for scan, visited in enumerate(tokens.unbind(1)):
+            out.index_add_(2, visited, seen[:, :, :, scan])
     out = out / curves.shape[0]
     return out[..., :-1], out[..., -1:]
 
@@ -174,7 +175,7 @@ def _chunk_scan(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor | None, chunk_size: int
 ) -> Tensor:
     """`sum_j M_ij (q_i . k_j) [v_j, 1]` along one curve; `log_decay` is `[B or 1, H, N]`."""
-    n = q.shape[2]
+    n = _fixed_length(q)
     size = min(chunk_size, n)
     padding = -n % size  # padded keys are zero and their decay is 1: they change nothing
     q, k = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in (q, k))
@@ -225,18 +226,29 @@ def _decays_at(
     return None if remains is None else remains[..., None, None].unbind(3)
 
 
+def _fixed_length(q: Tensor) -> int:
+    """Number of tokens, for loops that are as long. Raises ValueError in exports that vary it."""
+    n = q.shape[2]
+    if isinstance(n, torch.SymInt) and torch.compiler.is_exporting():
+        raise ValueError(
+            "RNN and Chunk are loops over the tokens: export them at a fixed height and width, or "
+            'after set_format("Attention").'
+        )
+    return int(n)
+
+
 def _carry(added: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
     """State before each chunk: `S_(m+1) = decay_m S_m + added_m`, `[B, H, M, D, E]`.
 
     `reverse` goes from the last chunk to the first.
     """
     steps = list(zip(decay.unbind(2), added.to(decay.dtype).unbind(2), strict=True))
-    state = torch.zeros_like(steps[0][1])
-    states = []
+    state, after = None, []
     for factor, addition in reversed(steps) if reverse else steps:
-        states.append(state)
-        state = torch.addcmul(addition, factor, state)
-    return torch.stack(states[::-1] if reverse else states, dim=2)
+        state = addition if state is None else torch.addcmul(addition, factor, state)
+        after.append(state)
+    states = torch.stack(after[::-1] if reverse else after, dim=2)
+    return F.pad(states, (0, 0, 0, 0, -1, 1) if reverse else (0, 0, 0, 0, 1, -1))
 
 
 def _running_sums(log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -651,8 +663,9 @@ class LionVisionTransformer(VisionTransformer):
 
     def _curves_for(self, x: Tensor) -> Tensor | None:
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        usable = self.curves is not None and self.curves.device == x.device
-        if usable and grid == tuple(self.patch_embed.grid_size):
+        known = self.curves is not None and self.curves.device == x.device
+        varies = any(isinstance(side, torch.SymInt) for side in grid)  # in an export: do not ask
+        if known and not varies and grid == tuple(self.patch_embed.grid_size):
             return self.curves
         return scan_curves(self.order, grid, self.num_prefix_tokens, x.device)
 
@@ -736,16 +749,16 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         return (x + distillation) / 2
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        own_grid = tuple(self.patch_embed.grid_size)
-        grid = tuple(x.shape[1:3]) if self.dynamic_img_size else own_grid
+        grid = x.shape[1:3]
         tokens = (self.cls_token, self.dist_token, self.reg_token)
         prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
         x = torch.cat([*prefix, x.flatten(1, -2)], dim=1)
         if self.pos_embed is None:
             return x
         position = self.pos_embed
-        if grid != own_grid:
+        if self.dynamic_img_size:
             embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+            own_grid = self.patch_embed.grid_size
             position = resample_abs_pos_embed(position, list(grid), list(own_grid), embedded)
         if self.no_embed_class:
             position = F.pad(position, (0, 0, self.num_prefix_tokens, 0))
