@@ -39,6 +39,7 @@ from timm.models.vision_transformer import (
     checkpoint_filter_fn,
 )
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -87,7 +88,7 @@ def recurrence(
     Without gradients it holds one `[D, E + 1]` state per direction and curve and one output per
     token; `chunk_size` is not used.
     """
-    n, dtype = _fixed_length(q), _state_dtype(v)
+    n, dtype = q.shape[2], _state_dtype(v)
     if curves is None:
         curves = torch.arange(n, device=q.device)[None]
     steps = torch.cat([curves, curves.flip(1)]).T  # [N, S]: S = 2C scans, the forward ones first
@@ -96,24 +97,18 @@ def recurrence(
     following = steps.roll(-1, 0)
     # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
     # source, so all at once when gradients are wanted.
-    size = n if torch.is_grad_enabled() else 16
+    size = n if torch.is_grad_enabled() or _varies(n) else 16
     for tokens, after in zip(steps.split(size), following.split(size), strict=True):  # [T, S]
         gathered = (x.index_select(2, tokens.flatten()).to(dtype) for x in (q, k, v))
         q_t, k_t, v_t = (x.unflatten(2, tokens.shape) for x in gathered)  # [B, H, T, S, D]
         v_t = _with_ones(v_t)
         decays = _decays_at(tokens, after, log_decay, documents)
-        reads = []
-        for t, (query, key, value) in enumerate(
-            zip(*(x.unbind(2) for x in (q_t, k_t, v_t)), strict=True)
-        ):
-            reads.append(query.unsqueeze(3) @ state)
-            state = state + key.unsqueeze(4) * value.unsqueeze(3)
-            if decays is not None:
-                state = state * decays[t]
+        inputs = (q_t, k_t, v_t) if decays is None else (q_t, k_t, v_t, decays)
+        state, reads = _scan(_visit, state, inputs)
         own = (q_t * k_t).sum(-1, keepdim=True) / 2 * v_t  # half of the diagonal per direction
-        seen = torch.stack(reads, dim=2).squeeze(4) + own
-        for scan, visited in enumerate(tokens.unbind(1)):
-            out.index_add_(2, visited, seen[:, :, :, scan])
+        seen = reads.squeeze(4) + own
+        for s, visited in enumerate(tokens.unbind(1)):
+            out.index_add_(2, visited, seen[:, :, :, s])
     out = out / curves.shape[0]
     return out[..., :-1], out[..., -1:]
 
@@ -175,8 +170,9 @@ def _chunk_scan(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Tensor | None, chunk_size: int
 ) -> Tensor:
     """`sum_j M_ij (q_i . k_j) [v_j, 1]` along one curve; `log_decay` is `[B or 1, H, N]`."""
-    n = _fixed_length(q)
-    size = min(chunk_size, n)
+    n = q.shape[2]
+    size = chunk_size if _varies(n) else min(chunk_size, n)
+    start = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1, dtype=log_decay.dtype)
     padding = -n % size  # padded keys are zero and their decay is 1: they change nothing
     q, k = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in (q, k))
     v = F.pad(v, (0, 1, 0, padding), value=1.0).unflatten(2, (-1, size))
@@ -198,10 +194,8 @@ def _chunk_scan(
     def scaled(features: Tensor, factors: Tensor) -> Tensor:
         return features * factors.unsqueeze(-1).to(features.dtype)
 
-    from_earlier = _carry(scaled(k, to_later).transpose(3, 4) @ v, forwards.unsqueeze(-1))
-    from_later = _carry(
-        scaled(k, to_earlier).transpose(3, 4) @ v, backwards.unsqueeze(-1), reverse=True
-    )
+    from_earlier = _carry(start, scaled(k, to_later).transpose(3, 4) @ v, forwards)
+    from_later = _carry(start, scaled(k, to_earlier).transpose(3, 4) @ v, backwards, reverse=True)
     out = ((q @ k.transpose(3, 4)) * weights.to(q.dtype)) @ v
     out += scaled(q, of_earlier) @ from_earlier.to(q.dtype)
     out += scaled(q, of_later) @ from_later.to(q.dtype)
@@ -210,45 +204,69 @@ def _chunk_scan(
 
 def _decays_at(
     tokens: Tensor, following: Tensor, log_decay: Tensor | None, documents: Tensor | None
-) -> tuple[Tensor, ...] | None:
-    """What remains of the states after each of T steps, `[B or 1, H or 1, S, 1, 1]` each.
+) -> Tensor | None:
+    """What remains of the states after each of T steps, `[B or 1, H or 1, T, S, 1, 1]`.
 
     That is the decay of the tokens `[T, S]` visited, and nothing where a document ends: the
     `following` tokens `[T, S]` are of another.
     """
     remains = None
     if log_decay is not None:
-        scans = torch.cat([log_decay, log_decay]).movedim(0, 2)  # [B or 1, H, S, N]
-        remains = scans.gather(3, tokens.T.expand(*scans.shape[:3], -1)).exp()
+        scans = torch.cat([log_decay, log_decay]).movedim(0, 3)  # [B or 1, H, N, S]
+        remains = scans.gather(2, tokens.expand(*scans.shape[:2], -1, -1)).exp()
     if documents is not None:
-        goes_on = (documents[:, tokens.T] == documents[:, following.T]).unsqueeze(1)
+        goes_on = (documents[:, tokens] == documents[:, following]).unsqueeze(1)
         remains = goes_on if remains is None else remains * goes_on
-    return None if remains is None else remains[..., None, None].unbind(3)
+    return None if remains is None else remains[..., None, None]
 
 
-def _fixed_length(q: Tensor) -> int:
-    """Number of tokens, for loops that are as long. Raises ValueError in exports that vary it."""
-    n = q.shape[2]
-    if isinstance(n, torch.SymInt) and torch.compiler.is_exporting():
-        raise ValueError(
-            "RNN and Chunk are loops over the tokens: export them at a fixed height and width, or "
-            'after set_format("Attention").'
-        )
-    return int(n)
+def _visit(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """One step of every scan: the next state, and what the query reads of this one."""
+    query, key, value, *decay = inputs
+    read = query.unsqueeze(3) @ state
+    state = state + key.unsqueeze(4) * value.unsqueeze(3)
+    return (state * decay[0] if decay else state), read
 
 
-def _carry(added: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """State before each chunk: `S_(m+1) = decay_m S_m + added_m`, `[B, H, M, D, E]`.
+def _hand_on(state: Tensor, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """One chunk: the state after it, and the one before."""
+    decay, added = inputs
+    return torch.addcmul(added, decay, state), state
+
+
+def _carry(state: Tensor, added: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
+    """State before each chunk, `[B, H, M, D, E]`: `S_(m+1) = decay_m S_m + added_m` from `state`.
 
     `reverse` goes from the last chunk to the first.
     """
-    steps = list(zip(decay.unbind(2), added.to(decay.dtype).unbind(2), strict=True))
-    state, after = None, []
-    for factor, addition in reversed(steps) if reverse else steps:
-        state = addition if state is None else torch.addcmul(addition, factor, state)
-        after.append(state)
-    states = torch.stack(after[::-1] if reverse else after, dim=2)
-    return F.pad(states, (0, 0, 0, 0, -1, 1) if reverse else (0, 0, 0, 0, 1, -1))
+    return _scan(_hand_on, state, (decay.unsqueeze(-1), added.to(state.dtype)), reverse)[1]
+
+
+def _scan(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    state: Tensor,
+    inputs: tuple[Tensor, ...],
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`state, read = step(state, inputs_t)` along dimension 2: the last state, and all reads."""
+    if _varies(inputs[0].shape[2]):
+
+        def separate(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            state, read = step(state, inputs)
+            return state, read.clone()  # the operator wants outputs of their own
+
+        return scan(separate, state, inputs, dim=2, reverse=reverse)
+    along = list(zip(*(x.unbind(2) for x in inputs), strict=True))
+    reads = []
+    for now in reversed(along) if reverse else along:
+        state, read = step(state, now)
+        reads.append(read)
+    return state, torch.stack(reads[::-1] if reverse else reads, dim=2)
+
+
+def _varies(length: int | torch.SymInt) -> bool:
+    """Whether a length is left open in an export, where a loop would settle it."""
+    return isinstance(length, torch.SymInt) and torch.compiler.is_exporting()
 
 
 def _running_sums(log_decay: Tensor) -> tuple[Tensor, Tensor]:
