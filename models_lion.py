@@ -97,8 +97,10 @@ def recurrence(
     following = steps.roll(-1, 0)
     # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
     # source, so all at once when gradients are wanted.
-    size = n if torch.is_grad_enabled() or _varies(n) else 16
-    for tokens, after in zip(steps.split(size), following.split(size), strict=True):  # [T, S]
+    parts = [(steps, following)]
+    if not torch.is_grad_enabled() and not _varies(n):
+        parts = zip(steps.split(16), following.split(16), strict=True)
+    for tokens, after in parts:  # [T, S]
         gathered = (x.index_select(2, tokens.flatten()).to(dtype) for x in (q, k, v))
         q_t, k_t, v_t = (x.unflatten(2, tokens.shape) for x in gathered)  # [B, H, T, S, D]
         v_t = _with_ones(v_t)
@@ -171,9 +173,13 @@ def _chunk_scan(
 ) -> Tensor:
     """`sum_j M_ij (q_i . k_j) [v_j, 1]` along one curve; `log_decay` is `[B or 1, H, N]`."""
     n = q.shape[2]
-    size = chunk_size if _varies(n) else min(chunk_size, n)
+    if _varies(n):  # always padded, as an export would settle whether it is needed
+        size, padding = chunk_size, chunk_size - n % chunk_size
+    else:
+        size = min(chunk_size, n)
+        padding = -n % size
     start = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1, dtype=log_decay.dtype)
-    padding = -n % size  # padded keys are zero and their decay is 1: they change nothing
+    # Padded keys are zero and their decay is 1: they change nothing.
     q, k = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in (q, k))
     v = F.pad(v, (0, 1, 0, padding), value=1.0).unflatten(2, (-1, size))
     x, y = _running_sums(F.pad(log_decay, (0, padding)).unflatten(2, (-1, size)))
@@ -255,7 +261,12 @@ def _scan(
             state, read = step(state, inputs)
             return state, read.clone()  # the operator wants outputs of their own
 
-        return scan(separate, state, inputs, dim=2, reverse=reverse)
+        # Copies, as the operator compiles `step`, and guards on views break the next export.
+        state, *inputs = (x.clone() for x in (state, *(x.movedim(2, 0) for x in inputs)))
+        if torch.onnx.is_in_onnx_export():  # which cannot convert the gradient of the operator
+            state, *inputs = (x.detach() for x in (state, *inputs))
+        state, reads = scan(separate, state, tuple(inputs), reverse=reverse)
+        return state, reads.movedim(0, 2)
     along = list(zip(*(x.unbind(2) for x in inputs), strict=True))
     reads = []
     for now in reversed(along) if reverse else along:
