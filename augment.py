@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
@@ -50,7 +51,7 @@ def build_train_transform(
         mean, std: per channel, for pixels in [0, 1].
         color_jitter: strength for brightness, contrast and saturation.
         aa: a policy that timm's `create_transform` knows.
-        interpolation: 'bicubic', 'bilinear' or 'random'.
+        interpolation: timm's name of a filter, or 'random' for bilinear and bicubic.
         reprob, remode, recount: probability, fill and rectangles of random erasing.
         three_augment: DeiT III's 3-Augment (one of grayscale, solarize and blur, then colour
             jitter) instead of `aa` and random erasing.
@@ -97,20 +98,28 @@ def build_train_transform(
 
 def build_eval_transform(
     *,
-    input_size: int,
+    input_size: int | tuple[int, int],
     crop_ratio: float = 0.875,
+    crop_mode: str = "center",
     interpolation: str = "bicubic",
 ) -> transforms.Compose:
-    """Evaluation: PIL image -> bytes `[3, input_size, input_size]`.
+    """Evaluation: PIL image -> bytes `[3, *input_size]`.
 
     The shorter side becomes `input_size / crop_ratio` pixels, of which the centre is cropped; up
     to 32 pixels the ratio is 1, so images of the right size stay as they are.
+
+    Args:
+        input_size: pixels of a square, or height and width.
+        crop_mode: timm's "center"; "squash" changes the aspect ratio instead of cropping, "border"
+            fills up the shorter side.
     """
+    small = np.max(input_size) <= SMALL_IMAGE
     return create_transform(
         input_size,
         interpolation=interpolation,
         normalize=False,
-        crop_pct=1.0 if input_size <= SMALL_IMAGE else crop_ratio,
+        crop_pct=1.0 if small else crop_ratio,
+        crop_mode=crop_mode,
     )
 
 

@@ -7,8 +7,9 @@ import math
 import os
 import re
 import shutil
+import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 logger = logging.getLogger(__name__)
 
 _MAX_DIFFERENCES = 20
+_MAX_NAMES = 5
 
 
 def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
@@ -154,33 +156,27 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     model.load_state_dict(state)
 
 
-def adapt_weights(model: nn.Module, state: dict, source: str | Path) -> list[str]:
+def adapt_weights(
+    model: nn.Module, state: dict, source: str | Path, *, keep_head: bool = True
+) -> list[str]:
     """Load what `state`, read from `source`, shares with `model`, to fine-tune it.
 
-    A classifier of another class count stays as initialised, a position embedding is resampled to
-    the model's grid and gains or loses the distillation token's entry. Returns a line for each
-    kind of adaptation.
+    A classifier of another class count, or of other classes (`keep_head=False`), stays as
+    initialised. A position embedding is resampled to the model's grid, and its entries of prefix
+    tokens are those that the model has. What else is of another shape is converted as timm does
+    it for this family. Returns a line for each kind of adaptation.
 
     Raises:
         ValueError: a shared weight has another shape, listed, or nothing is shared.
     """
-    state, own = _bare_names(state), model.state_dict()
-    notes = []
-    for head in _classifiers(model):
-        weight = state.get(f"{head}.weight")
-        if weight is not None and f"{head}.weight" in own and len(weight) != model.num_classes:
-            notes.append(
-                f"{head} replaced: {len(weight)} classes in the file, {model.num_classes} here"
-            )
-            state = {name: v for name, v in state.items() if not name.startswith(f"{head}.")}
+    own = model.state_dict()
+    state = _names_of_timm(_bare_names(state), own)
+    state, notes = _without_foreign_heads(model, state, keep_head)
     if "pos_embed" in state and "pos_embed" in own:
-        fitted = _fit_pos_embed(
-            state["pos_embed"], model, prefix=1 + ("dist_token" in state), source=source
-        )
-        if fitted.shape != state["pos_embed"].shape:
-            before, after = state["pos_embed"].shape[1], fitted.shape[1]
-            notes.append(f"pos_embed resampled from {before} to {after} tokens")
-        state = {**state, "pos_embed": fitted}
+        state, changes = _fit_pos_embed(state, model, source)
+        notes += changes
+    state, changes = _converted_by_timm(model, state)
+    notes += changes
     shared = {name: value for name, value in state.items() if name in own}
     if not shared:
         raise ValueError(f"{source} shares no weight with the model: check --finetune and --model")
@@ -193,6 +189,30 @@ def adapt_weights(model: nn.Module, state: dict, source: str | Path) -> list[str
             notes.append(f"{title}: {', '.join(kinds)}")
     load_weights(model, {**own, **shared}, source)
     return notes
+
+
+def check_classes(saved: dict, classes: list[str], source: str | Path) -> None:
+    """Raises ValueError if a checkpoint, read from `source`, tells apart other classes."""
+    if differing := differing_classes(saved, classes):
+        raise ValueError(
+            f"{source} is of other classes than the data ({differing}): use the data of its "
+            "training, or --finetune to learn new classes."
+        )
+
+
+def differing_classes(saved: dict, classes: list[str]) -> str:
+    """How the classes that a checkpoint names differ from `classes`; "" if it names none."""
+    named = saved.get("classes")
+    if named is None or list(named) == list(classes):
+        return ""
+    sides = (("checkpoint", named, classes), ("data", classes, named))
+    parts = []
+    for title, ours, theirs in sides:
+        alone = [name for name in ours if name not in set(theirs)]
+        if alone:
+            shown = ", ".join(map(str, alone[:_MAX_NAMES])) + ", ..." * (len(alone) > _MAX_NAMES)
+            parts.append(f"only in the {title}: {shown}")
+    return "; ".join(parts) or "the same in another order"
 
 
 def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
@@ -218,24 +238,110 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _fit_pos_embed(
-    saved: torch.Tensor, model: nn.Module, *, prefix: int, source: str | Path
-) -> torch.Tensor:
-    """`saved` `[1, T, dim]`, whose first `prefix` entries are no patches, on the model's grid."""
-    grid, patches = model.patch_embed.grid_size, saved[:, prefix:]
-    if patches.shape[1] != grid[0] * grid[1]:
-        side = math.isqrt(patches.shape[1])
-        if side**2 != patches.shape[1]:
-            raise ValueError(
-                f"The position embedding in {source} has {patches.shape[1]} patches, no square "
-                "grid to resample: use --input-size of its training"
+def _names_of_timm(state: dict, own: dict) -> dict:
+    """DeiT III's own files name layer scale otherwise."""
+    renamed = {name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name) for name in state}
+    return {renamed[name] if renamed[name] in own else name: v for name, v in state.items()}
+
+
+def _without_foreign_heads(
+    model: nn.Module, state: dict, keep_head: bool
+) -> tuple[dict, list[str]]:
+    notes = []
+    for head in _classifiers(model):
+        weight = state.get(f"{head}.weight")
+        if weight is None:
+            continue
+        if len(weight) != model.num_classes:
+            notes.append(
+                f"{head} replaced: {len(weight)} classes in the file, {model.num_classes} here"
             )
+        elif not keep_head:
+            notes.append(f"{head} replaced: it tells apart other classes")
+        else:
+            continue
+        state = {name: v for name, v in state.items() if not name.startswith(f"{head}.")}
+    return state, notes
+
+
+def _converted_by_timm(model: nn.Module, state: dict) -> tuple[dict, list[str]]:
+    """`state` as the filter of the model's family makes it fit, if shapes differ."""
+    own = _shapes(model.state_dict())
+    before = _shapes(state)
+    family = sys.modules[type(model).__module__]
+    convert = getattr(family, "checkpoint_filter_fn", None)
+    if convert is None or all(before[name] == own[name] for name in before if name in own):
+        return state, []
+    try:
+        state = convert(state, model)
+    except Exception:  # filters expect weights of their family; load_weights lists what differs
+        return state, []
+    notes = [
+        f"{name} resampled from {before[name]} to {shape}"
+        for name, shape in _shapes(state).items()
+        if before.get(name, shape) != shape
+    ]
+    return state, notes
+
+
+def _fit_pos_embed(state: dict, model: nn.Module, source: str | Path) -> tuple[dict, list[str]]:
+    """`state` with its `pos_embed` `[1, T, dim]` on the model's grid, for the model's tokens.
+
+    Of an embedding that has no entries for prefix tokens (as DeiT III's) these are zeros; a model
+    without such entries gets them added to the tokens themselves.
+    """
+    saved, own = state["pos_embed"], model.pos_embed.detach()
+    grid = getattr(model.patch_embed, "grid_size", None)
+    if saved.ndim != 3 or own.ndim != 3 or grid is None or own.shape[1] < grid[0] * grid[1]:
+        return state, []
+    tokens = [name for name in ("cls_token", "dist_token", "reg_token") if name in state]
+    entries = sum(state[name].shape[1] for name in tokens)
+    prefix = _prefix_entries(saved.shape[1], entries, grid, source)
+    wanted = own.shape[1] - grid[0] * grid[1]
+    if wanted == 0 and prefix > 0:
+        state = _added_to_tokens(state, tokens, saved)
+    kept = saved[:, : min(prefix, wanted)]
+    added = own[:, kept.shape[1] : wanted].clone()
+    if prefix == 0:
+        added[:, :entries] = 0
+    patches, side = saved[:, prefix:], math.isqrt(saved.shape[1] - prefix)
+    if resampled := patches.shape[1] != grid[0] * grid[1]:
         patches = resample_abs_pos_embed(
             patches, new_size=list(grid), old_size=[side, side], num_prefix_tokens=0
         )
-    kept = min(prefix, model.num_prefix_tokens)
-    added = model.pos_embed.detach()[:, kept : model.num_prefix_tokens]
-    return torch.cat([saved[:, :kept], added, patches], dim=1)
+    fitted = torch.cat([kept, added, patches], dim=1)
+    notes = []
+    if fitted.shape != saved.shape:
+        change = "resampled" if resampled else "fitted"
+        notes = [f"pos_embed {change} from {saved.shape[1]} to {fitted.shape[1]} tokens"]
+    return {**state, "pos_embed": fitted}, notes
+
+
+def _prefix_entries(length: int, tokens: int, grid: Sequence[int], source: str | Path) -> int:
+    """How many of the `length` entries of a position embedding are those of prefix tokens.
+
+    The file has `tokens` prefix tokens, for all of which, or the first of which, or none, there
+    are entries; the others are the patches of the model's grid, or of a square.
+    """
+    candidates = range(tokens, -1, -1)
+    for prefix in candidates:
+        if length - prefix == grid[0] * grid[1]:
+            return prefix
+    for prefix in candidates:
+        if length > prefix and math.isqrt(length - prefix) ** 2 == length - prefix:
+            return prefix
+    raise ValueError(
+        f"The position embedding in {source} has {length - tokens} patches, no square "
+        "grid to resample: use --input-size of its training"
+    )
+
+
+def _added_to_tokens(state: dict, tokens: list[str], pos_embed: torch.Tensor) -> dict:
+    """`state` with the entries of its prefix tokens added to these."""
+    widths = [state[name].shape[1] for name in tokens]
+    entries = pos_embed[:, : sum(widths)].split(widths, dim=1)
+    sums = {name: state[name] + entry for name, entry in zip(tokens, entries, strict=True)}
+    return {**state, **sums}
 
 
 def _previous(path: Path) -> Path:

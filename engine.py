@@ -42,6 +42,7 @@ class Run:
     scheduler: Any
     scaler: torch.amp.GradScaler
     position: Position
+    facts: dict[str, Any] = field(default_factory=dict)  # what else a checkpoint holds
     max_accuracy: float = 0.0
 
     def state(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Run:
             "meters": self.position.meters,
             "max_accuracy": self.max_accuracy,
             "args": settings,
+            **self.facts,
         }
 
     def restore(self, saved: dict[str, Any], source: str) -> None:

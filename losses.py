@@ -1,5 +1,6 @@
 """Training losses, all called as `criterion(samples, outputs, targets)`."""
 
+import logging
 from collections.abc import Sequence
 
 import timm
@@ -9,6 +10,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 import checkpoint
+import models_timm
+import preprocessing
+
+logger = logging.getLogger(__name__)
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -109,8 +114,8 @@ class DistillationLoss(nn.Module):
 class MatchInput(nn.Module):
     """A teacher that gets the student's samples in the normalisation and size it was trained with.
 
-    `mean`, `std` of either are per channel; `size` is the side in pixels that the teacher needs,
-    None for any.
+    `mean`, `std` of either are per channel; `size` is what the teacher needs, the side in pixels or
+    height and width, None for any.
     """
 
     def __init__(
@@ -121,10 +126,10 @@ class MatchInput(nn.Module):
         std: Sequence[float],
         teacher_mean: Sequence[float],
         teacher_std: Sequence[float],
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.teacher, self.size = teacher, size
+        self.teacher, self.size = teacher, (size, size) if isinstance(size, int) else size
         mean, std, teacher_mean, teacher_std = (
             torch.tensor(values).view(3, 1, 1) for values in (mean, std, teacher_mean, teacher_std)
         )
@@ -133,9 +138,8 @@ class MatchInput(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         samples = samples * self.scale + self.shift
-        if self.size and samples.shape[-1] != self.size:
-            size = (self.size, self.size)
-            samples = F.interpolate(samples, size, mode="bicubic", antialias=True)
+        if self.size and samples.shape[-2:] != self.size:
+            samples = F.interpolate(samples, self.size, mode="bicubic", antialias=True)
         return self.teacher(samples)
 
 
@@ -144,40 +148,67 @@ def load_teacher(
     path: str,
     *,
     num_classes: int,
-    input_size: int,
+    input_size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
+    classes: Sequence[str] | None = None,
 ) -> nn.Module:
     """A timm model that judges samples of `input_size` pixels normalised by `mean` and `std`.
 
-    `path` is a checkpoint (file or URL) of a model trained on such samples, or `timm:` for timm's
-    pretrained weights, for which samples are converted as they need it.
+    `path` is a checkpoint (file or URL), or `timm:` for timm's pretrained weights. Samples are
+    converted to the normalisation and size that the checkpoint was trained with, else to those of
+    timm's weights; where neither tells, a teacher that takes any size sees the samples' own.
 
-    Raises ValueError for an unknown model, a file that is not of it, or another class count.
+    Raises ValueError for an unknown model, a file that is not of it, or other classes.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"There is no teacher model {name!r}: see timm.list_models().")
+    models_timm.check_name(name, "teacher model")
+    if path == "timm:":
+        teacher, used = _pretrained_teacher(name, num_classes), preprocessing.of_model(name)
+        fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+        size = used.size if fixed else input_size
+    else:
+        saved = checkpoint.load(path)
+        if classes is not None:
+            checkpoint.check_classes(saved, classes, f"the teacher {path}")
+        known = preprocessing.of_checkpoint(saved, name, path)
+        used = known or preprocessing.of_model(name)
+        sizes = [known.size] if known else [input_size, used.size]
+        teacher, size = _teacher_of(name, saved, path, num_classes, sizes)
+    logger.info("The teacher %s gets %s pixels, mean %s, std %s", name, size, used.mean, used.std)
+    return MatchInput(
+        teacher, mean=mean, std=std, teacher_mean=used.mean, teacher_std=used.std, size=size
+    )
+
+
+def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
     config = timm.get_pretrained_cfg(name)
-    if path != "timm:":
-        size = {"img_size": input_size} if config and config.fixed_input_size else {}
-        teacher = timm.create_model(name, num_classes=num_classes, **size)
-        weights = checkpoint.weights_of(checkpoint.load(path), source=path)
-        checkpoint.load_weights(teacher, weights, f"the teacher {path}")
-        return teacher
     if config is None or config.num_classes != num_classes:
         raise ValueError(
             f"timm's {name} is not trained on these {num_classes} classes: "
             "name a checkpoint of your own by --teacher-path."
         )
     try:
-        teacher = timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises many types
         raise ValueError(f"cannot get timm's weights of {name}: {error}") from error
-    return MatchInput(
-        teacher,
-        mean=mean,
-        std=std,
-        teacher_mean=config.mean,
-        teacher_std=config.std,
-        size=config.input_size[-1] if config.fixed_input_size else None,
-    )
+
+
+def _teacher_of(
+    name: str,
+    saved: dict,
+    path: str,
+    num_classes: int,
+    sizes: Sequence[int | tuple[int, int]],
+) -> tuple[nn.Module, int | tuple[int, int]]:
+    """The model with the weights of a file, built for the first of `sizes` that they fit."""
+    weights = checkpoint.weights_of(saved, source=path)
+    problem = None
+    for size in sizes:
+        teacher = models_timm.create(name, input_size=size, num_classes=num_classes)
+        try:
+            checkpoint.load_weights(teacher, weights, f"the teacher {path}")
+        except ValueError as error:
+            problem = problem or error
+        else:
+            return teacher, size
+    raise problem

@@ -1,12 +1,12 @@
 """Trains and evaluates LION (and any timm model) on images, with DeiT's command line."""
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -26,208 +25,71 @@ from torch.utils.data import DataLoader, Dataset
 import checkpoint
 import models_hydra  # noqa: F401  (these register the models)
 import models_lion  # noqa: F401
+import models_timm
 import models_vim  # noqa: F401
-from augment import build_batch_transform, build_eval_transform, build_train_transform
-from datasets import (
-    ALIASES,
-    DATASETS,
-    INAT_CATEGORIES,
-    DeviceLoader,
-    SeededDataset,
-    build_dataset,
-    ignore_signals,
+import preprocessing
+from arguments import (
+    LION_ARGUMENTS,
+    RUN_FILES,
+    check_args,
+    check_no_other_run,
+    check_optimizer,
+    get_args_parser,
 )
+from augment import build_batch_transform, build_eval_transform, build_train_transform
+from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
 from engine import Position, Run, evaluate, train_one_epoch
 from losses import DistillationLoss, build_base_loss, load_teacher
+from preprocessing import Preprocessing
 from samplers import EpochSampler, ShardSampler
 from utils import (
-    BothSpellings,
     Interrupted,
     Journal,
-    KeyValues,
     StopSignal,
     World,
     init_distributed,
     peak_memory,
     provenance,
+    require_writable,
     run_command,
     seed_everything,
-    true_or_false,
     write_scores,
 )
 
 logger = logging.getLogger(__name__)
 
-LION_ARGUMENTS = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
-RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
+
+Found = tuple[dict[str, Any], str]  # a checkpoint and where it was read
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = BothSpellings("main.py", description=__doc__, allow_abbrev=False)
-    add, switch = parser.add_argument, parser.add_switch
-    add("--batch-size", default=64, type=int, help="images per process and accumulation step")
-    add("--epochs", default=300, type=int)
-    add("--grad-accum-steps", default=1, type=int, help="batches per optimiser step")
-    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
-    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
-    # Model
-    add("--model", default="deit_base_patch16_224", help="a LION, Hydra, Vim or any timm model")
-    add("--input-size", default=224, type=int, help="pixels")
-    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
-    add("--order", default="Normal", choices=("Normal", "S"), help="S: two snake curves")
-    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
-    add("--chunk_size", default=32, type=int, help="tokens per chunk of --format Chunk")
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
-    add("--pos_emb", **flag, help="learned position embedding")
-    add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
-    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
-        help="more arguments for the model, such as patch_size=4")  # fmt: skip
-    add("--drop", default=0.0, type=float, help="dropout before the head")
-    add("--drop-path", default=0.1, type=float, help="stochastic depth")
-    switch("model-ema", True, "keep and evaluate an exponential moving average of the weights")
-    add("--model-ema-decay", default=0.99996, type=float)
-    add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
-    # Optimiser and schedule
-    add("--opt", default="adamw")
-    add("--opt-eps", default=1e-8, type=float)
-    add("--opt-betas", default=None, type=float, nargs="+")
-    add("--clip-grad", default=None, type=float, help="largest gradient norm")
-    add("--momentum", default=0.9, type=float)
-    add("--weight-decay", default=0.05, type=float)
-    add("--layer-decay", default=None, type=float, help="learning rate factor per layer")
-    add("--sched", default="cosine")
-    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
-    add("--lr", default=5e-4, type=float, help="for an effective batch of 512, scaled to others")
-    add("--lr-noise", default=None, type=float, nargs="+")
-    add("--lr-noise-pct", default=0.67, type=float)
-    add("--lr-noise-std", default=1.0, type=float)
-    add("--warmup-lr", default=1e-6, type=float)
-    add("--min-lr", default=1e-5, type=float)
-    add("--decay-epochs", default=30, type=float)
-    add("--warmup-epochs", default=5, type=int)
-    add("--cooldown-epochs", default=10, type=int)
-    add("--patience-epochs", default=10, type=int)
-    add("--decay-rate", "--dr", default=0.1, type=float)
-    # Augmentation
-    add("--no-aug", action="store_true", help="train on the images as evaluation sees them")
-    add("--color-jitter", default=0.3, type=float)
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
-    add("--smoothing", default=0.1, type=float, help="label smoothing")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
-    switch("repeated-aug", True, "draw each image three times")
-    switch("train-mode", True, "train mode of dropout and stochastic depth")
-    add("--ThreeAugment", action="store_true", help="3-Augment (DeiT III)")
-    add("--src", action="store_true", help="simple random crop (DeiT III)")
-    add("--reprob", default=0.25, type=float, help="probability of random erasing")
-    add("--remode", default="pixel")
-    add("--recount", default=1, type=int)
-    add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
-    add("--mixup", default=0.8, type=float)
-    add("--cutmix", default=1.0, type=float)
-    add("--cutmix-minmax", default=None, type=float, nargs="+")
-    add("--mixup-prob", default=1.0, type=float)
-    add("--mixup-switch-prob", default=0.5, type=float)
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-    add("--cosub", action="store_true", help="cooperative submodels")
-    # Distillation and fine-tuning
-    add("--teacher-model", default="regnety_160")
-    add("--teacher-path", default="")
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
-    add("--distillation-alpha", default=0.5, type=float)
-    add("--distillation-tau", default=1.0, type=float)
-    add("--finetune", default="", help="weights to start from")
-    add("--attn-only", action="store_true", help="train the mixers and the head only")
-    # Data
-    add("--data-path", default="/datasets01/imagenet_full_size/061417/")
-    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES))
-    add("--inat-category", default="name", choices=INAT_CATEGORIES)
-    add("--eval-crop-ratio", default=0.875, type=float)
-    add("--num_workers", default=10, type=int, help="at most one per CPU core is started")
-    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
-    # Run
-    add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
-    add("--overwrite", action="store_true", help="replace the run in --output_dir")
-    add("--resume", default="", help="checkpoint (file or URL), or auto: that of --output_dir")
-    add("--start_epoch", default=0, type=int)
-    add("--eval", action="store_true", help="evaluate only")
-    add("--use-ema", action="store_true", help="evaluate the moving average of --resume")
-    add("--dist-eval", action="store_true", help="accepted for DeiT's scripts: always on, exact")
-    add("--seed", default=0, type=int)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    switch("amp", True, "mixed precision on a GPU")
-    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
-    add("--channels-last", action="store_true")
-    add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
-    add("--world_size", default=1, type=int, help="accepted for DeiT's scripts: torchrun decides")
-    add("--dist_url", default="env://", help="how processes find each other")
-    return parser
+def choose_preprocessing(
+    args: argparse.Namespace, found: Found | None, *, keep_size: bool
+) -> Preprocessing:
+    """What images become: as the checkpoint `found` has it, else as the model; arguments override.
+
+    With `keep_size` --input-size counts if it was given alone, not by its default.
+    """
+    chosen, origin = None, args.model
+    if found:
+        chosen, origin = preprocessing.of_checkpoint(found[0], args.model, found[1]), found[1]
+    if chosen is None:
+        new = not (found or args.eval)
+        chosen = (preprocessing.of_new_training if new else preprocessing.of_model)(args.model)
+        origin = args.model
+    if "input_size" in args.given or not keep_size:
+        chosen = chosen.at(args.input_size)
+    names = {"crop_pct": "eval_crop_ratio"} | {
+        name: name for name in ("crop_mode", "interpolation", "mean", "std")
+    }
+    given = {key: getattr(args, name) for key, name in names.items() if name in args.given}
+    chosen = replace(chosen, **given)
+    logger.info("Images: %s (of %s%s)", chosen, origin, "; as given" if given else "")
+    return chosen
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be told to be wrong before anything is read."""
-    for name in ("batch_size", "epochs", "grad_accum_steps", "chunk_size", "input_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    for name in ("drop", "drop_path"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be in [0, 1), not {getattr(args, name)}.")
-    for name in ("opt_betas", "cutmix_minmax"):
-        if len(getattr(args, name) or (0, 0)) < 2:
-            raise ValueError(f"--{name} takes two numbers, not one.")
-    if args.start_epoch < 0:
-        raise ValueError(f"--start_epoch must not be negative, but is {args.start_epoch}.")
-    if args.sched == "plateau":
-        raise ValueError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
-    backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
-    if args.torchcompile and args.torchcompile not in backends:
-        raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
-    check_model(args)
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    if mixes and args.batch_size % 2 and not args.eval:
-        raise ValueError(
-            f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
-            "even, or use --mixup 0 --cutmix 0."
-        )
-    if args.distillation_type != "none" and not args.eval:
-        if args.cosub:
-            raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
-        if not args.teacher_path:
-            raise ValueError(
-                f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "
-                "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
-            )
-    if args.use_ema and not (args.eval and args.resume):
-        raise ValueError("--use-ema goes with --eval --resume PATH.")
-    if args.resume == "auto" and not args.output_dir:
-        raise ValueError("--resume auto needs the --output_dir of the run.")
-    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise ValueError(f"--output_dir {args.output_dir} is a file: choose a folder.")
-    if args.output_dir and not (args.eval or args.resume or args.overwrite):
-        found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
-        if found:
-            raise ValueError(
-                f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
-                "--resume auto, replace it by --overwrite, or choose another --output_dir."
-            )
-
-
-def check_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for an unknown --model, or one that has no use for LION's arguments."""
-    if not timm.is_model(args.model):
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
-        raise ValueError(f"There is no model {args.model!r}{hint}")
-    default = get_args_parser().get_default
-    given = [f"--{name}" for name in LION_ARGUMENTS if getattr(args, name) != default(name)]
-    if given and not args.model.startswith("lion_"):
-        raise ValueError(
-            f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
-            "--model-kwargs."
-        )
-
-
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_model(
+    args: argparse.Namespace, num_classes: int, input_size: int | tuple[int, int]
+) -> nn.Module:
     name = args.model
     if args.distillation_type != "none" and "distilled" not in name:
         name = name.replace("_patch16", "_distilled_patch16")
@@ -242,32 +104,33 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
     }
-    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
-        options["img_size"] = args.input_size
     if name.startswith("lion_"):
         options |= {name: getattr(args, name) for name in LION_ARGUMENTS}
-    try:
-        model = timm.create_model(name, **{**options, **args.model_kwargs})
-    except (TypeError, AssertionError) as error:
-        raise ValueError(
-            f"{name} cannot be built with these arguments ({error}): "
-            "check --model-kwargs and --input-size."
-        ) from error
+    given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
+    model = models_timm.create(
+        name,
+        input_size=input_size,
+        required=[option for option, argument in given.items() if argument in args.given],
+        **{**options, **args.model_kwargs},
+    )
     if args.distillation_type != "none":
         model.set_distilled_training()
     return model
 
 
-def build_criterion(args: argparse.Namespace, num_classes: int, world: World) -> nn.Module:
+def build_criterion(
+    args: argparse.Namespace, classes: list[str], world: World, images: Preprocessing
+) -> nn.Module:
     teacher = None
     if args.distillation_type != "none":
         teacher = load_teacher(
             args.teacher_model,
             args.teacher_path,
-            num_classes=num_classes,
-            input_size=args.input_size,
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
+            num_classes=len(classes),
+            input_size=images.size,
+            mean=images.mean,
+            std=images.std,
+            classes=classes,
         ).to(world.device)
     base = build_base_loss(
         mixed=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,
@@ -283,16 +146,17 @@ def label_smoothing(args: argparse.Namespace) -> float:
     return 0.0 if args.bce_loss else args.smoothing  # it would make every class present
 
 
-def train_transform(args: argparse.Namespace) -> Callable:
+def train_transform(args: argparse.Namespace, images: Preprocessing) -> Callable:
     if args.no_aug:
-        return eval_transform(args)
+        return eval_transform(images)
+    given = "train_interpolation" in args.given
     return build_train_transform(
-        input_size=args.input_size,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
+        input_size=images.size,
+        mean=images.mean,
+        std=images.std,
         color_jitter=args.color_jitter,
         aa=args.aa,
-        interpolation=args.train_interpolation,
+        interpolation=args.train_interpolation if given else images.interpolation,
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
@@ -301,17 +165,22 @@ def train_transform(args: argparse.Namespace) -> Callable:
     )
 
 
-def eval_transform(args: argparse.Namespace) -> Callable:
+def eval_transform(images: Preprocessing) -> Callable:
     return build_eval_transform(
-        input_size=args.input_size,
-        crop_ratio=args.eval_crop_ratio,
+        input_size=images.size,
+        crop_ratio=images.crop_pct,
+        crop_mode=images.crop_mode,
+        interpolation=images.interpolation,
     )
 
 
-def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
-    images, num_classes = find_images(args, world, train=True)
+def build_train_loader(
+    args: argparse.Namespace, world: World, images: Preprocessing
+) -> tuple[DataLoader, list[str]]:
+    """Batches for training, and the names of the classes."""
+    found = find_images(args, world, train=True)
     sampler = EpochSampler(
-        len(images),
+        len(found),
         num_replicas=world.size,
         rank=world.rank,
         repeats=3 if args.repeated_aug else 1,
@@ -322,26 +191,28 @@ def build_train_loader(args: argparse.Namespace, world: World) -> tuple[DataLoad
             f"One step draws {args.batch_size * args.grad_accum_steps} images per process, but an "
             f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
         )
-    dataset = SeededDataset(images, train_transform(args), seed=args.seed)
-    return DeviceLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
-                        **loader_options(args, world)), num_classes  # fmt: skip
+    dataset = SeededDataset(found, train_transform(args, images), seed=args.seed)
+    loader = DeviceLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
+                          **loader_options(args, world, images))  # fmt: skip
+    return loader, found.classes
 
 
-def build_eval_loader(args: argparse.Namespace, world: World) -> tuple[DataLoader, int]:
-    images, num_classes = find_images(args, world, train=False, transform=eval_transform(args))
-    sampler = ShardSampler(len(images), num_replicas=world.size, rank=world.rank)
-    return DeviceLoader(images, int(1.5 * args.batch_size), sampler=sampler,
-                        **loader_options(args, world)), num_classes  # fmt: skip
+def build_eval_loader(args: argparse.Namespace, world: World, images: Preprocessing) -> DataLoader:
+    found = find_images(args, world, train=False, transform=eval_transform(images))
+    sampler = ShardSampler(len(found), num_replicas=world.size, rank=world.rank)
+    return DeviceLoader(found, int(1.5 * args.batch_size), sampler=sampler,
+                        **loader_options(args, world, images))  # fmt: skip
 
 
-def find_images(args: argparse.Namespace, world: World, **kwargs: Any) -> tuple[Dataset, int]:
+def find_images(args: argparse.Namespace, world: World, **kwargs: Any) -> Dataset:
     with world.main_first():
-        return build_dataset(
+        dataset, _ = build_dataset(
             args.data_set, args.data_path, inat_category=args.inat_category, **kwargs
         )
+    return dataset
 
 
-def loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def loader_options(args: argparse.Namespace, world: World, images: Preprocessing) -> dict[str, Any]:
     workers = min(args.num_workers, os.cpu_count() or 1)
     return {
         "num_workers": workers,
@@ -349,12 +220,12 @@ def loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
         "pin_memory": args.pin_mem and world.device.type == "cuda",
         "worker_init_fn": ignore_signals,
         "device": world.device,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        "mean": images.mean,
+        "std": images.std,
     }
 
 
-def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+def read_checkpoint(args: argparse.Namespace) -> Found | None:
     """What --resume names, checked to be of the same kind of model; None if there is nothing."""
     if args.resume == "auto":
         found = checkpoint.latest(args.output_dir)
@@ -387,15 +258,17 @@ def check_same_steps(
         )
 
 
-def start_from(source: str, model: nn.Module) -> None:
+def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
     """Loads what a checkpoint (--finetune) shares with the model, and says what it does not."""
-    weights = checkpoint.weights_of(checkpoint.load(source), source=source)
-    for note in checkpoint.adapt_weights(model, weights, source):
+    saved, source = found
+    weights = checkpoint.weights_of(saved, source=source)
+    keep_head = not checkpoint.differing_classes(saved, classes)
+    for note in checkpoint.adapt_weights(model, weights, source, keep_head=keep_head):
         logger.info("Fine-tuning from %s: %s", source, note)
 
 
 def build_run(
-    args: argparse.Namespace, world: World, model: nn.Module, steps: int
+    args: argparse.Namespace, world: World, model: nn.Module, steps: int, facts: dict[str, Any]
 ) -> tuple[Run, Callable[[int, int], None]]:
     """The state of a run and `set_lr(epoch, step)`."""
     ema = None
@@ -415,8 +288,6 @@ def build_run(
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
     schedule = {**scheduler_kwargs(args), "updates_per_epoch": steps}
     scheduler, _ = create_scheduler_v2(optimizer, **schedule)
-    if scheduler is None and args.sched != "none":  # timm < 1.0.31 does not mind
-        raise ValueError(f"Unknown scheduler {args.sched!r}.")
     scaler = torch.amp.GradScaler(
         world.device.type, enabled=amp_dtype(args, world) is torch.float16
     )
@@ -429,7 +300,8 @@ def build_run(
         elif step == 0:
             scheduler.step(epoch)
 
-    return Run(model, ema, optimizer, scheduler, scaler, Position(args.start_epoch)), set_lr
+    position = Position(args.start_epoch)
+    return Run(model, ema, optimizer, scheduler, scaler, position, facts), set_lr
 
 
 def amp_dtype(args: argparse.Namespace, world: World) -> torch.dtype | None:
@@ -438,10 +310,14 @@ def amp_dtype(args: argparse.Namespace, world: World) -> torch.dtype | None:
 
 def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that --eval needs; the returned function does the work."""
-    loader, num_classes = build_eval_loader(args, world)
-    model = build_model(args, num_classes)
-    if args.resume and (found := read_checkpoint(args)):
+    found = read_checkpoint(args) if args.resume else None
+    images = choose_preprocessing(args, found, keep_size=True)
+    loader = build_eval_loader(args, world, images)
+    classes = loader.dataset.classes
+    model = build_model(args, len(classes), images.size)
+    if found:
         saved, source = found
+        checkpoint.check_classes(saved, classes, source)
         state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
         checkpoint.load_weights(model, state, source)
     model.to(world.device)
@@ -449,43 +325,50 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
         model = torch.compile(model, backend=args.torchcompile)
 
     def work() -> None:
-        images = len(loader.dataset)
-        per_class = torch.zeros(num_classes, 2, dtype=torch.float64, device=world.device)
+        count = len(loader.dataset)
+        per_class = torch.zeros(len(classes), 2, dtype=torch.float64, device=world.device)
         with peak_memory(world.device) as memory:
             stats, images_per_second = evaluate(
                 model,
                 loader,
                 world=world,
-                images=images,
+                images=count,
                 amp_dtype=amp_dtype(args, world),
                 per_class=per_class,
             )
-        logger.info("Accuracy of the network on the %d test images: %.1f%%", images, stats["acc1"])
+        logger.info("Accuracy of the network on the %d test images: %.1f%%", count, stats["acc1"])
         logger.info(
             "Evaluation took %.2f s (%.1f images/s), peak memory %.0f MiB",
-            images / images_per_second, images_per_second, memory.bytes / 2**20,
+            count / images_per_second, images_per_second, memory.bytes / 2**20,
         )  # fmt: skip
         if args.output_dir and world.is_main:
-            facts = {**stats, "images": images, "args": vars(args), **provenance()}
-            write_scores(Path(args.output_dir), facts, loader.dataset.classes, per_class.tolist())
+            facts = {**stats, "images": count, "classes": classes, "data_config": images.state(),
+                     "args": vars(args), **provenance()}  # fmt: skip
+            write_scores(Path(args.output_dir), facts, classes, per_class.tolist())
 
     return work
 
 
 def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that training needs; the returned function does the work."""
-    train_loader, num_classes = build_train_loader(args, world)
-    eval_loader, _ = build_eval_loader(args, world)
+    check_optimizer(args, world.device)
+    found = read_checkpoint(args) if args.resume else None
+    basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
+    images = choose_preprocessing(args, found or basis, keep_size=bool(found))
+    train_loader, classes = build_train_loader(args, world, images)
+    eval_loader = build_eval_loader(args, world, images)
     seed_everything(args.seed)
-    model = build_model(args, num_classes)
-    if args.finetune:
-        start_from(args.finetune, model)
+    model = build_model(args, len(classes), images.size)
+    if basis:
+        start_from(basis, model, classes)
     model.to(world.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
-    run, set_lr = build_run(args, world, model, steps)
-    if args.resume and (found := read_checkpoint(args)):
+    facts = {"data_config": images.state(), "classes": classes}
+    run, set_lr = build_run(args, world, model, steps, facts)
+    if found:
+        checkpoint.check_classes(found[0], classes, found[1])
         check_same_steps(args, world, *found)
         run.restore(*found)
     batch_transform = build_batch_transform(
@@ -496,12 +379,12 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
         smoothing=label_smoothing(args),
-        num_classes=num_classes,
+        num_classes=len(classes),
         cosub=args.cosub,
     )
     one_epoch = partial(
         train_one_epoch,
-        criterion=build_criterion(args, num_classes, world),
+        criterion=build_criterion(args, classes, world, images),
         loader=train_loader,
         optimizer=run.optimizer,
         world=world,
@@ -534,7 +417,8 @@ def fit(
     if folder and args.overwrite and not args.resume:
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
-    facts = {"args": vars(args), "world_size": world.size, **provenance()}
+    facts = {"args": vars(args), "data_config": run.facts["data_config"],
+             "world_size": world.size, **provenance()}  # fmt: skip
     journal = Journal(folder, facts, position.epoch)
     model = distributed_and_compiled(args, world, run.model)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -605,6 +489,9 @@ def main(args: argparse.Namespace) -> None:
     def build() -> Callable[[], None]:
         check_args(args)
         world = init_distributed(args.device, args.dist_url)
+        if args.output_dir:
+            require_writable(Path(args.output_dir), world)
+            check_no_other_run(args)
         return (evaluate_only if args.eval else train)(args, world)
 
     run_command("main.py", build)

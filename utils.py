@@ -1,6 +1,5 @@
 """Processes, devices, random states, meters and progress: what training and evaluation share."""
 
-import argparse
 import csv
 import importlib.metadata
 import json
@@ -11,20 +10,20 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -90,15 +89,24 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         world = World(rank, size, torch.device(device))
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)
     except RuntimeError as error:
         raise ValueError(
             f"There is no device {device!r}: use --device auto, cpu, cuda or cuda:N."
         ) from error
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+    if world.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Not made for {device!r}: use --device auto, cpu, cuda or cuda:N.")
     if size > 1:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=init_method, world_size=size, rank=rank)
+        try:
+            dist.init_process_group(backend, init_method=init_method, world_size=size, rank=rank)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"The processes cannot meet at --dist_url {init_method} ({reason}): use env:// "
+                "with torchrun."
+            ) from error
     return world
 
 
@@ -342,19 +350,63 @@ class Journal:
         os.replace(temporary, log)
 
 
+def require_writable(folder: Path, world: World) -> None:
+    """Raises ValueError on all processes if the main one cannot write to `folder`.
+
+    What is made to find out is removed again.
+    """
+    problem = _obstacle(folder) if world.is_main else None
+    if problem := world.gather(problem)[0]:
+        raise ValueError(problem)
+
+
+def _obstacle(folder: Path) -> str | None:
+    missing = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            return f"--output_dir {folder} is a file: choose a folder."
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return f"--output_dir {folder} cannot be written to ({reason}): choose another folder."
+    finally:
+        for path in missing:
+            with suppress(OSError, ValueError):
+                path.rmdir()
+
+
 def write_scores(
     folder: Path, facts: dict[str, Any], classes: list[str], per_class: list[list[float]]
 ) -> None:
-    """`eval.json`, and `per_class.csv` with class, images, correct and accuracy in %."""
+    """`eval.json`, and `per_class.csv` with class, images, correct and accuracy in %.
+
+    Bytes of class names that are no UTF-8 are written as \\udcXX.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(facts, indent=2) + "\n")
-    with (folder / "per_class.csv").open("w", newline="") as file:
+    with _replacing(folder / "eval.json") as file:
+        file.write(json.dumps(facts, indent=2) + "\n")
+    with _replacing(folder / "per_class.csv") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "images", "correct", "acc1"])
         for name, (images, correct) in zip(classes, per_class, strict=True):
             rows.writerow(
                 [name, int(images), int(correct), round(100 * correct / max(images, 1), 3)]
             )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` when it is whole."""
+    temporary = path.with_name(f".{path.name}.saving")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def provenance() -> dict[str, str]:
@@ -410,34 +462,3 @@ def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
         sys.exit(f"{name}: error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-class BothSpellings(argparse.ArgumentParser):
-    """Accepts `--foo-bar` and `--foo_bar` alike for every argument."""
-
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        for name in [n for n in names if n.startswith("--")]:
-            other = "--" + name[2:].replace("-", "_")
-            dashed = "--" + name[2:].replace("_", "-")
-            names += tuple(n for n in (other, dashed) if n not in names)
-        return super().add_argument(*names, **kwargs)
-
-    def add_switch(self, name: str, default: bool, help: str) -> None:
-        """`--name` and `--no-name`."""
-        dest = name.replace("-", "_")
-        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
-        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
-
-
-class KeyValues(ParseKwargs):
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if "=" not in value]
-        if wrong:
-            parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
-        super().__call__(parser, namespace, values, option_string)
-
-
-def true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return text.lower() == "true"

@@ -12,17 +12,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as training  # noqa: E402
+from arguments import check_ranges  # noqa: E402
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = training.get_args_parser()
     parser.prog = "run_with_submitit.py"
-    parser.add_argument("--ngpus", default=8, type=int, help="GPUs of each node")
-    parser.add_argument("--nodes", default=2, type=int)
-    parser.add_argument("--timeout", default=2800, type=int, help="minutes")
-    parser.add_argument("--job_dir", default="jobs/%j", help="logs and run; %%j: job number")
-    parser.add_argument("--partition", default=None)
-    parser.add_argument("--comment", default=None)
+    add = parser.add_argument
+    add("--ngpus", default=8, type=int, within="[1, inf)", help="GPUs of each node")
+    add("--nodes", default=2, type=int, within="[1, inf)")
+    add("--timeout", default=2800, type=int, within="[1, inf)", help="minutes")
+    add("--job_dir", default="jobs/%j", help="logs and run; %%j: job number")
+    add("--partition", default=None)
+    add("--comment", default=None)
     return parser
 
 
@@ -52,8 +54,14 @@ def submit(args: argparse.Namespace):
     """Queues the job; returns submitit's handle of it."""
     try:
         import submitit
+
+        check_ranges(get_args_parser(), args)
+        training.check_args(args)
     except ModuleNotFoundError:
         print("run_with_submitit.py: error: run pip install submitit first.", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
+        print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     optional = {"slurm_partition": args.partition, "slurm_comment": args.comment}
     executor = submitit.AutoExecutor(folder=args.job_dir, slurm_max_num_timeout=30)

@@ -161,11 +161,19 @@ def test_a_teacher_of_another_normalisation_and_size_sees_its_own_pixels():
 
 @pytest.mark.parametrize("key", ["model", None])
 def test_a_teacher_loads_from_a_file(tmp_path, key):
+    """Weights alone: with the normalisation of timm's weights, at the size of the samples."""
     expected = timm.create_model(TEACHER, num_classes=3).eval()
     state = expected.state_dict()
     torch.save({key: state} if key else state, tmp_path / "teacher.pth")
-    teacher = load_teacher(TEACHER, str(tmp_path / "teacher.pth"), num_classes=3, **INPUT).eval()
+    config = timm.get_pretrained_cfg(TEACHER)
+    own = {"input_size": 16, "mean": config.mean, "std": config.std}
+    teacher = load_teacher(TEACHER, str(tmp_path / "teacher.pth"), num_classes=3, **own).eval()
     assert torch.equal(teacher(images()), expected(images()))
+    teacher = load_teacher(TEACHER, str(tmp_path / "teacher.pth"), num_classes=3, **INPUT).eval()
+    mean, std = (torch.tensor(INPUT[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels = images() * std + mean
+    own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    assert torch.allclose(teacher(images()), expected((pixels - own_mean) / own_std), atol=1e-5)
 
 
 def test_a_teacher_of_fixed_size_is_built_for_the_students(tmp_path):

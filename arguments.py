@@ -1,0 +1,366 @@
+"""The command line of main.py: its arguments, their ranges, and what can be refused at once."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import ParseKwargs
+from torch import nn
+
+import models_timm
+from datasets import ALIASES, DATASETS, INAT_CATEGORIES
+
+DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
+LION_ARGUMENTS = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
+PAIRS = {"opt_betas": (2, 3), "cutmix_minmax": (2, 2), "lr_noise": (1, 2)}  # fewest, most numbers
+COUNTS = {1: "one", 2: "two", 3: "three"}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser("main.py", description=DESCRIPTION, allow_abbrev=False)
+    add, switch = parser.add_argument, parser.add_switch
+    add(
+        "--batch-size",
+        default=64,
+        type=int,
+        within="[1, inf)",
+        help="images per process and accumulation step",
+    )
+    add("--epochs", default=300, type=int, within="[1, inf)")
+    add(
+        "--grad-accum-steps",
+        default=1,
+        type=int,
+        within="[1, inf)",
+        help="batches per optimiser step",
+    )
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
+    # Model
+    add("--model", default="deit_base_patch16_224", help="a LION, Hydra, Vim or any timm model")
+    add("--input-size", default=224, type=int, within="[1, inf)", help="pixels")
+    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
+    add("--order", default="Normal", choices=("Normal", "S"), help="S: two snake curves")
+    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
+    add(
+        "--chunk_size",
+        default=32,
+        type=int,
+        within="[1, inf)",
+        help="tokens per chunk of --format Chunk",
+    )
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
+    add("--pos_emb", **flag, help="learned position embedding")
+    add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
+        help="more arguments for the model, such as patch_size=4")  # fmt: skip
+    add("--drop", default=0.0, type=float, within="[0, 1)", help="dropout before the head")
+    add("--drop-path", default=0.1, type=float, within="[0, 1)", help="stochastic depth")
+    switch("model-ema", True, "keep and evaluate an exponential moving average of the weights")
+    add("--model-ema-decay", default=0.99996, type=float, within="[0, 1]")
+    add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
+    # Optimiser and schedule
+    add("--opt", default="adamw")
+    add("--opt-eps", default=1e-8, type=float, within="[0, inf)")
+    add("--opt-betas", default=None, type=float, within="[0, 1)", nargs="+")
+    add("--clip-grad", default=None, type=float, within="(0, inf)", help="largest gradient norm")
+    add("--momentum", default=0.9, type=float, within="[0, 1)")
+    add("--weight-decay", default=0.05, type=float, within="[0, inf)")
+    add(
+        "--layer-decay",
+        default=None,
+        type=float,
+        within="(0, 1]",
+        help="learning rate factor per layer",
+    )
+    add("--sched", default="cosine")
+    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
+    add(
+        "--lr",
+        default=5e-4,
+        type=float,
+        within="[0, inf)",
+        help="for an effective batch of 512, scaled to others",
+    )
+    add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+")
+    add("--lr-noise-pct", default=0.67, type=float, within="(0, 1]")
+    add("--lr-noise-std", default=1.0, type=float, within="[0, inf)")
+    add("--warmup-lr", default=1e-6, type=float, within="[0, inf)")
+    add("--min-lr", default=1e-5, type=float, within="[0, inf)")
+    add("--decay-epochs", default=30, type=float, within="(0, inf)")
+    add("--warmup-epochs", default=5, type=int, within="[0, inf)")
+    add("--cooldown-epochs", default=10, type=int, within="[0, inf)")
+    add("--patience-epochs", default=10, type=int, within="[0, inf)")
+    add("--decay-rate", "--dr", default=0.1, type=float, within="(0, inf)")
+    # Augmentation
+    add("--no-aug", action="store_true", help="train on the images as evaluation sees them")
+    add("--color-jitter", default=0.3, type=float, within="[0, inf)")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
+    add("--smoothing", default=0.1, type=float, within="[0, 1)", help="label smoothing")
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    switch("repeated-aug", True, "draw each image three times")
+    switch("train-mode", True, "train mode of dropout and stochastic depth")
+    add("--ThreeAugment", action="store_true", help="3-Augment (DeiT III)")
+    add("--src", action="store_true", help="simple random crop (DeiT III)")
+    add("--reprob", default=0.25, type=float, within="[0, 1]", help="probability of random erasing")
+    add("--remode", default="pixel")
+    add("--recount", default=1, type=int, within="[1, inf)")
+    add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
+    add("--mixup", default=0.8, type=float, within="[0, inf)")
+    add("--cutmix", default=1.0, type=float, within="[0, inf)")
+    add("--cutmix-minmax", default=None, type=float, within="[0, 1]", nargs="+")
+    add("--mixup-prob", default=1.0, type=float, within="[0, 1]")
+    add("--mixup-switch-prob", default=0.5, type=float, within="[0, 1]")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--cosub", action="store_true", help="cooperative submodels")
+    # Distillation and fine-tuning
+    add("--teacher-model", default="regnety_160")
+    add("--teacher-path", default="")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--distillation-alpha", default=0.5, type=float, within="[0, 1]")
+    add("--distillation-tau", default=1.0, type=float, within="(0, inf)")
+    add("--finetune", default="", help="weights to start from")
+    add("--attn-only", action="store_true", help="train the mixers and the head only")
+    # Data
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/")
+    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES))
+    add("--inat-category", default="name", choices=INAT_CATEGORIES)
+    add("--eval-crop-ratio", default=0.875, type=float, within="(0, 1]", help="--crop-pct of timm")
+    add("--crop-mode", default=None, choices=("center", "squash", "border"), help="in evaluation")
+    add("--interpolation", default=None, choices=INTERPOLATIONS, help="in evaluation")
+    add("--mean", default=None, type=float, nargs=3, within="(-inf, inf)", help="of the channels")
+    add("--std", default=None, type=float, nargs=3, within="(0, inf)", help="of the channels")
+    add(
+        "--num_workers",
+        default=10,
+        type=int,
+        within="[0, inf)",
+        help="at most one per CPU core is started",
+    )
+    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
+    # Run
+    add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
+    add("--overwrite", action="store_true", help="replace the run in --output_dir")
+    add("--resume", default="", help="checkpoint (file or URL), or auto: that of --output_dir")
+    add("--start_epoch", default=0, type=int, within="[0, inf)")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--use-ema", action="store_true", help="evaluate the moving average of --resume")
+    add("--dist-eval", action="store_true", help="accepted for DeiT's scripts: always on, exact")
+    add("--seed", default=0, type=int, within="[0, 4294967296)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    switch("amp", True, "mixed precision on a GPU")
+    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
+    add("--channels-last", action="store_true")
+    add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
+    add(
+        "--world_size",
+        default=1,
+        type=int,
+        within="[1, inf)",
+        help="accepted for DeiT's scripts: torchrun decides",
+    )
+    add("--dist_url", default="env://", help="how processes find each other")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that are invalid without any I/O."""
+    check_ranges(get_args_parser(), args)
+    check_numbers(args)
+    backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
+    if args.torchcompile and args.torchcompile not in backends:
+        raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
+    check_model(args)
+    if not args.eval:
+        check_training(args)
+    if args.use_ema and not (args.eval and args.resume):
+        raise ValueError("--use-ema goes with --eval --resume PATH.")
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("--resume auto needs the --output_dir of the run.")
+
+
+def check_no_other_run(args: argparse.Namespace) -> None:
+    """Raises ValueError if a new run would mix with the one in --output_dir."""
+    if args.eval or args.resume or args.overwrite:
+        return
+    found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
+    if found:
+        raise ValueError(
+            f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
+            "--resume auto, replace it by --overwrite, or choose another --output_dir."
+        )
+
+
+def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
+    """Raises ValueError for the first number that is outside of its argument's interval."""
+    for name, interval in parser.intervals.items():
+        value = getattr(args, name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and (wrong := outside(number, interval)):
+                raise ValueError(f"--{name} {wrong}.")
+
+
+def outside(number: float, interval: str) -> str | None:
+    """What is wrong with a number that is not in an interval such as "[0, 1)"; None if it is."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if above and below:
+        return None
+    if not math.isfinite(number):
+        return f"must be a finite number, not {number}"
+    if interval == "[0, inf)":
+        return f"must not be negative, but is {number}"
+    if high == math.inf:
+        return f"must be {'at least' if interval[0] == '[' else 'above'} {low:g}, not {number}"
+    return f"must be in {interval}, not {number}"
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for too few or too many numbers, or those that contradict each other."""
+    for name, (fewest, most) in PAIRS.items():
+        count = len(getattr(args, name) or ()) or fewest
+        if not fewest <= count <= most:
+            wanted = fewest if count < fewest else most
+            raise ValueError(
+                f"--{name} takes {COUNTS[wanted]} numbers, not {COUNTS.get(count, count)}."
+            )
+    for name in ("cutmix_minmax", "lr_noise"):
+        if sorted(numbers := getattr(args, name) or []) != numbers:
+            raise ValueError(f"--{name} takes the lower number first, not {numbers}.")
+    if args.start_epoch >= args.epochs and not args.eval:
+        raise ValueError(
+            f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}."
+        )
+    if args.sched in ("step", "multistep") and args.decay_rate > 1:
+        raise ValueError(f"--decay_rate must be in (0, 1], not {args.decay_rate}.")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments of training that exclude or need each other."""
+    if args.sched == "plateau":
+        raise ValueError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if mixes and args.batch_size % 2:
+        raise ValueError(
+            f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
+            "even, or use --mixup 0 --cutmix 0."
+        )
+    if args.distillation_type != "none":
+        if args.cosub:
+            raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
+        if not args.teacher_path:
+            raise ValueError(
+                f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "
+                "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
+            )
+        models_timm.check_name(args.teacher_model, "teacher model")
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for an unknown --model, or one that has no use for LION's arguments."""
+    models_timm.check_name(args.model)
+    default = get_args_parser().get_default
+    given = [f"--{name}" for name in LION_ARGUMENTS if getattr(args, name) != default(name)]
+    if given and not args.model.startswith("lion_"):
+        raise ValueError(
+            f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
+            "--model-kwargs."
+        )
+
+
+def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
+    """Tries the optimiser and the schedule on a small model: many need what is not there.
+
+    Raises ValueError that names the one which cannot be built or cannot make a step.
+    """
+    probe = nn.Linear(2, 2, device=device)
+    probe(torch.ones(1, 2, device=device)).sum().backward()
+    try:
+        options = {**optimizer_kwargs(args), "layer_decay": None}  # that is the model's
+        optimizer = create_optimizer_v2(probe, **options)
+        optimizer.step()
+    except Exception as error:  # each optimiser has its own ways to fail
+        raise ValueError(
+            f"--opt {args.opt} cannot run here with these arguments ({one_line(error)}): "
+            "choose another, such as adamw."
+        ) from error
+    try:
+        scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+        if scheduler is None and args.sched != "none":  # timm < 1.0.31 does not mind
+            raise ValueError(f"Unknown scheduler {args.sched!r}.")
+        if scheduler is not None:
+            scheduler.step(0)
+    except Exception as error:
+        raise ValueError(
+            f"--sched {args.sched} cannot run with these arguments ({one_line(error)}): "
+            "choose another, such as cosine."
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Accepts `--foo-bar` and `--foo_bar` alike, and knows which numbers an argument takes.
+
+    `within="[0, 1)"` in `add_argument` is the interval of its numbers, kept in `intervals` for
+    `check_ranges`. What it parses has `given`, the names of the arguments that were given.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.intervals: dict[str, str] = {}
+        super().__init__(*args, **kwargs)
+
+    def add_argument(
+        self, *names: str, within: str | None = None, **kwargs: Any
+    ) -> argparse.Action:
+        for name in [n for n in names if n.startswith("--")]:
+            other = "--" + name[2:].replace("-", "_")
+            dashed = "--" + name[2:].replace("_", "-")
+            names += tuple(n for n in (other, dashed) if n not in names)
+        if within:
+            described = (kwargs.get("help"), f"in {within}")
+            kwargs["help"] = ", ".join(part for part in described if part)
+        action = super().add_argument(*names, **kwargs)
+        if within:
+            self.intervals[action.dest] = within
+        return action
+
+    def add_switch(self, name: str, default: bool, help: str) -> None:
+        """`--name` and `--no-name`."""
+        dest = name.replace("-", "_")
+        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
+        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        # A default is only set where there is no value yet, so what stays absent was not given.
+        absent = object()
+        blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
+        super().parse_known_args(args, blank)
+        parsed.given = [name for name, value in vars(blank).items() if value is not absent]
+        return parsed, rest
+
+
+class KeyValues(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if "=" not in value]
+        if wrong:
+            parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return text.lower() == "true"

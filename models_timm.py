@@ -1,0 +1,90 @@
+"""What timm's registry knows: names, and how models of all families are built."""
+
+import difflib
+import logging
+import re
+from collections.abc import Collection
+from typing import Any
+
+import timm
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# Arguments that some families do not have, and the command line's names for them.
+OPTIONAL = {
+    "drop_path_rate": "--drop-path",
+    "drop_rate": "--drop",
+    "img_size": "--input-size",
+}
+
+
+def check_name(name: str, kind: str = "model") -> None:
+    """Raises ValueError, with the names that are meant most likely, if timm has no such model."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = similar(architecture)
+        hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
+        raise ValueError(f"There is no {kind} {name!r}{hint}")
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in known:
+        hint = f": it has {', '.join(known)}." if known else f": use {architecture}."
+        raise ValueError(f"timm has no weights {tag!r} of the {kind} {architecture}{hint}")
+
+
+def similar(name: str) -> list[str]:
+    """Up to three models that begin with `name`, are of its family, or at least look like it."""
+    name, known = name.lower().replace("-", "_"), timm.list_models()
+    begin_alike = [model for model in known if model.startswith(name)]
+    if begin_alike:
+        return sorted(begin_alike, key=len)[:3]
+    family = [model for model in known if model.split("_")[0] == name.split("_")[0]]
+    return difflib.get_close_matches(name, family or known, cutoff=0.0 if family else 0.6)
+
+
+def create(
+    name: str,
+    *,
+    input_size: int | tuple[int, int],
+    required: Collection[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """The model `name` for images of `input_size` pixels, with random weights.
+
+    `options` are those of timm's models. Of `drop_rate` and `drop_path_rate`, those that a family
+    does not have are left out, which is told unless they are 0.
+
+    Raises:
+        ValueError: the model cannot be built with these options, has not one of those that are
+            `required`, or is not for images of this size.
+    """
+    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+        options = {"img_size": input_size, **options}
+    while True:
+        try:
+            return timm.create_model(name, **options)
+        except Exception as error:  # every family checks its arguments in ways of its own
+            unknown = _unknown_option(error, options)
+            if unknown in required and options[unknown]:
+                raise ValueError(f"{name} has no {OPTIONAL[unknown]}: leave it out.") from error
+            if unknown is None or not _can_do_without(name, unknown, options[unknown]):
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(
+                    f"{name} cannot be built with these arguments ({reason}): "
+                    "check --model-kwargs and --input-size."
+                ) from error
+        if options.pop(unknown) and unknown != "img_size":
+            logger.info("%s has no %s: built without", name, OPTIONAL[unknown])
+
+
+def _unknown_option(error: Exception, options: dict[str, Any]) -> str | None:
+    if not isinstance(error, TypeError) or "unexpected keyword" not in str(error):
+        return None
+    named = re.findall(r"'(\w+)'", str(error))
+    return next((name for name in named if name in OPTIONAL and name in options), None)
+
+
+def _can_do_without(name: str, option: str, value: Any) -> bool:
+    """Only the size matters: a model of one fixed size takes images of no other."""
+    own = timm.get_pretrained_cfg_value(name, "input_size")
+    return option != "img_size" or value in (own[-1], tuple(own[1:]))

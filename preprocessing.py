@@ -1,0 +1,98 @@
+"""What images become before a model sees them, and where that is known from."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
+
+# Trained from scratch as DeiT does it, whatever timm's own weights of them were trained with.
+TRAINED_AS_DEIT = ("lion_", "hydra_", "vim_", "vit_", "deit")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Evaluation's view of an image, in the words of timm's `create_transform`.
+
+    Attributes:
+        input_size: channels, height and width in pixels.
+        interpolation: timm's name of the filter that resizes.
+        mean, std: per channel, for pixels in [0, 1].
+        crop_pct: share of the resized image's shorter side that is kept.
+        crop_mode: "center", "squash" or "border".
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "mean", "std"):  # lists, where they were read from a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.input_size[1:]))
+        mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        return (
+            f"{size} pixels, crop {self.crop_pct:.4g} ({self.crop_mode}), {self.interpolation}, "
+            f"mean ({mean}), std ({std})"
+        )
+
+    @property
+    def size(self) -> int | tuple[int, int]:
+        """Pixels: the side of a square, else height and width."""
+        height, width = self.input_size[1:]
+        return height if height == width else (height, width)
+
+    def at(self, size: int) -> "Preprocessing":
+        return replace(self, input_size=(3, size, size))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, as keywords of timm's `create_transform`."""
+        values = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def of_model(name: str) -> Preprocessing:
+    """That of timm's weights of a model (its `pretrained_cfg`)."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return Preprocessing()
+    known = resolve_data_config(pretrained_cfg=config.to_dict())
+    return Preprocessing(**{key: known[key] for key in Preprocessing.__dataclass_fields__})
+
+
+def of_new_training(name: str) -> Preprocessing:
+    """DeiT's for the models that it is about, timm's for others."""
+    return Preprocessing() if name.startswith(TRAINED_AS_DEIT) else of_model(name)
+
+
+def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Preprocessing | None:
+    """That which the model `name` in a checkpoint was trained with; None for weights alone.
+
+    Files of main.py hold it as `data_config`; older ones and DeiT's tell it by their arguments,
+    as those of timm's train.py do.
+
+    Raises:
+        ValueError: `data_config` is not what main.py writes.
+    """
+    if "data_config" in saved:
+        try:
+            return Preprocessing(**saved["data_config"])
+        except TypeError as error:
+            raise ValueError(f"The data_config in {source} is incomplete ({error}).") from error
+    args = saved.get("args")
+    if not isinstance(args, dict):
+        return None
+    if "data_set" in args:  # of DeiT, whose normalisation is ImageNet's
+        size = args.get("input_size", 224)
+        return Preprocessing((3, size, size), crop_pct=args.get("eval_crop_ratio", 0.875))
+    if "crop_pct" in args:  # of timm
+        given = {key: value for key, value in args.items() if value is not None}
+        known = resolve_data_config(given, timm.get_pretrained_cfg(name).to_dict())
+        return Preprocessing(**{key: known[key] for key in Preprocessing.__dataclass_fields__})
+    return None

@@ -1,0 +1,209 @@
+"""Every argument's values are checked before any work, and what cannot run is refused by name."""
+
+import argparse
+import os
+
+import pytest
+import timm.optim
+import torch
+from helpers import TINY
+from test_bad_input import refused
+
+from arguments import check_args, check_optimizer, get_args_parser
+
+# Of every argument that takes numbers: some at the ends of what it takes, and some beyond.
+NUMBERS = {
+    "batch_size": ((1, 2), (0, -1)),
+    "epochs": ((1,), (0, -1)),
+    "grad_accum_steps": ((1,), (0, -1)),
+    "input_size": ((1,), (0, -1)),
+    "chunk_size": ((1,), (0, -1)),
+    "drop": ((0, 0.99), (-0.1, 1)),
+    "drop_path": ((0, 0.99), (-0.1, 1, 2)),
+    "model_ema_decay": ((0, 1), (-0.1, 2)),
+    "opt_eps": ((0, 1), (-1e-8,)),
+    "opt_betas": (("0 0.99", "0.9 0.9 0.9"), ("0.9 1", "-0.1 0.9", "0.9", "0.9 0.9 0.9 0.9")),
+    "clip_grad": ((0.01, 5), (-1, 0)),
+    "momentum": ((0, 0.99), (-0.1, 1)),
+    "weight_decay": ((0, 2), (-0.05,)),
+    "layer_decay": ((0.1, 1), (0, -1, 1.1)),
+    "lr": ((0, 2), (-5e-4,)),
+    "lr_noise": (("0.5", "0 1"), ("-0.1", "0.5 1.1", "0.9 0.1", "0 0.5 1")),
+    "lr_noise_pct": ((0.01, 1), (0, -1, 1.1)),
+    "lr_noise_std": ((0, 2), (-1,)),
+    "warmup_lr": ((0, 1), (-1e-6,)),
+    "min_lr": ((0, 1), (-1e-5,)),
+    "decay_epochs": ((0.5, 30), (0, -1)),
+    "warmup_epochs": ((0, 5), (-1,)),
+    "cooldown_epochs": ((0,), (-1,)),
+    "patience_epochs": ((0,), (-1,)),
+    "decay_rate": ((0.1, 2), (0, -0.1)),
+    "color_jitter": ((0, 2), (-0.3,)),
+    "smoothing": ((0, 0.99), (-0.1, 1)),
+    "reprob": ((0, 1), (-0.1, 1.1)),
+    "recount": ((1,), (0, -1)),
+    "mixup": ((0, 8), (-0.8,)),
+    "cutmix": ((0, 8), (-1,)),
+    "cutmix_minmax": (("0 1",), ("0.5", "-0.1 1", "0 1.1", "0.8 0.2", "0 0.5 1")),
+    "mixup_prob": ((0, 1), (-0.1, 1.1)),
+    "mixup_switch_prob": ((0, 1), (-0.1, 1.1)),
+    "distillation_alpha": ((0, 1), (-0.1, 1.1)),
+    "distillation_tau": ((0.1, 10), (0, -1)),
+    "eval_crop_ratio": ((0.1, 1), (0, -1, 1.1)),
+    "mean": (("0 0.5 1",), ()),
+    "std": (("0.1 0.5 1",), ("0 0.5 1", "-1 1 1")),
+    "num_workers": ((0, 10), (-1,)),
+    "start_epoch": ((0,), (-2, 300)),
+    "seed": ((0, 2**32 - 1), (-1, 2**32)),
+    "world_size": ((1,), (0, -1)),
+}
+WORDS = {
+    "device": ("abacus", "cuda:x", "meta"),
+    "torchcompile": ("nonsense",),
+    "aa": ("nonsense",),
+    "remode": ("nonsense",),
+    "sched": ("nonsense", "plateau"),
+    "opt": ("nonsense", "fusedlamb", "fusedadam", "bnbadamw8bit", "adahessian"),
+    "model": ("nonsense", "vit_tiny_patch16_224.nonsense"),
+    "resume": ("absent.pth",),
+    "finetune": ("absent.pth",),
+    "data_path": ("absent",),
+}
+
+
+def actions() -> list[argparse.Action]:
+    return [action for action in get_args_parser()._actions if action.dest != "help"]
+
+
+def parse(name: str, value: object, *more: str) -> argparse.Namespace:
+    values = str(value).split()
+    option = [f"--{name}={value}"] if len(values) == 1 else [f"--{name}", *values]
+    return get_args_parser().parse_args(["--model", "lion_tiny_patch16_224", *more, *option])
+
+
+def test_the_tables_hold_every_argument_that_is_no_choice_and_no_switch():
+    numbers = {action.dest for action in actions() if action.type in (int, float)}
+    assert set(NUMBERS) == numbers
+    words = {a.dest for a in actions() if a.type is None and a.nargs != 0 and not a.choices}
+    free = {"model_kwargs", "output_dir", "dist_url", "teacher_model", "teacher_path"}
+    assert set(WORDS) | free == words  # those have tests of their own
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, good) for name, (good, _) in NUMBERS.items()])
+def test_numbers_within_the_range(name, values):
+    for value in values:
+        check_args(parse(name, value, "--mixup", "0", "--cutmix", "0"))
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, bad) for name, (_, bad) in NUMBERS.items()])
+def test_numbers_beyond_the_range(name, values):
+    kind = next(action.type for action in actions() if action.dest == name)
+    count = 3 if name in ("mean", "std") else 2 if name in ("opt_betas", "cutmix_minmax") else 1
+    endless = [" ".join([text] * count) for text in ("nan", "inf") if kind is float]
+    for value in (*values, *endless):
+        with pytest.raises(ValueError, match=f"--{name} ") as caught:
+            check_args(parse(name, value))
+        assert "\n" not in str(caught.value)
+    assert values or endless
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [(n, word) for n, words in WORDS.items() for word in words]
+)
+def test_words_that_name_nothing(name, word, run, data_path, tmp_path):
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
+    ended = run(*arguments, f"--{name}", word)
+    refused(ended, "", tmp_path / "run")
+    assert word.split(".")[-1] in ended.err
+
+
+@pytest.mark.parametrize("name", ["clip_grad", "model_ema_decay", "seed"])
+def test_a_bad_number_ends_the_command(name, run, data_path, tmp_path):
+    for evaluation in ((), ("--eval",)):
+        arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
+        ended = run(*arguments, *evaluation, f"--{name}", NUMBERS[name][1][0])
+        refused(ended, f"--{name} must ", tmp_path / "run")
+
+
+# Optimisers and schedules
+
+
+def test_every_optimiser_runs_or_is_refused_by_name():
+    refused_names = set()
+    for name in timm.optim.list_optimizers():
+        try:
+            check_optimizer(parse("opt", name), torch.device("cpu"))
+        except ValueError as error:
+            assert str(error).startswith(f"--opt {name} cannot run here with these arguments (")
+            refused_names.add(name)
+    assert {"adahessian", "fusedlamb", "fusedsgd", "bnblion"} <= refused_names
+    assert not {"adamw", "sgd", "momentum", "lamb", "lion", "muon", "adan"} & refused_names
+
+
+@pytest.mark.parametrize(
+    "name", ["cosine", "tanh", "step", "multistep", "poly", "constant", "none"]
+)
+def test_schedules_that_run(name):
+    for more in ((), ("--sched-on-updates",), ("--lr-noise", "0.1", "0.9")):
+        check_optimizer(parse("sched", name, *more), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--opt", "adan", "--opt-betas", "0.9", "0.99"), "--opt adan cannot run here"),
+        (("--opt", "lamb", "--opt-betas", "0.9", "0.9", "0.9"), "--opt lamb cannot run here"),
+        (("--sched", "wsd", "--decay-epochs", "40"), "--sched wsd cannot run .*decay_epochs"),
+        (("--sched", "step", "--decay-rate", "2"), r"--decay_rate must be in \(0, 1\]"),
+        (("--start_epoch", "1"), "--start_epoch 1 leaves nothing to do of --epochs 1"),
+    ],
+)
+def test_arguments_that_do_not_go_together(options, message, run, data_path, tmp_path):
+    ended = run(*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run", *options)
+    refused(ended, message, tmp_path / "run")
+
+
+# The output folder
+
+
+@pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
+def test_an_output_folder_that_cannot_be_written_to(evaluation, run, data_path, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/run", "/dev/null/run", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        ended = run(*TINY, "--data-path", data_path, "--output_dir", folder, *evaluation)
+        refused(ended, r"--output_dir .* cannot be written to \(.*\): choose another folder")
+        assert "Test:" not in ended.out
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_start_leaves_no_folder(run, data_path, tmp_path):
+    ended = run(*TINY, "--data-path", data_path, "--output_dir", tmp_path / "a" / "b", "--aa", "?")
+    refused(ended, "timm has no augmentation")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Names of models
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lion_tiny", ["lion_tiny_patch16_224", "lion_tiny_distilled_patch16_224"]),
+        ("LION-base", ["lion_base_patch16_224", "lion_base_distilled_patch16_224"]),
+        ("lion_medium_patch16_224", ["lion_tiny_patch16_224"]),
+        ("hydra_tny", ["hydra_tiny_patch16_224"]),
+        ("deit3_small", ["deit3_small_patch16_224"]),
+        ("resnet-50", ["resnet50"]),
+        ("efficientnetb0", ["efficientnet_b0"]),
+    ],
+)
+@pytest.mark.parametrize("option", ["--model", "--teacher-model"])
+def test_unknown_models_suggest_those_of_their_family(option, name, meant, run, data_path):
+    teaching = ("--distillation-type", "hard", "--teacher-path", "x.pth")
+    ended = run(*TINY, "--data-path", data_path, *teaching, option, name)
+    refused(ended, f"There is no (teacher )?model '{name}': did you mean ")
+    suggested = ended.err.split("did you mean ")[1].rstrip("?\n").split(" or ")
+    assert set(meant) <= set(suggested)
+    family = name.lower().replace("-", "_").split("_")[0]
+    if family in ("lion", "hydra", "deit3"):
+        assert all(model.startswith(family) for model in suggested)
