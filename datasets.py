@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102, ImageFolder
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from images import load_image
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +95,6 @@ def build_dataset(
                 f"Unknown data set {name!r}: choose one of {', '.join((*DATASETS, *ALIASES))}."
             )
     return dataset, len(dataset.classes)
-
-
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """The RGB image in a file; OSError naming the file where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types on corrupt data
-        raise OSError(f"Cannot read the image {path}: {error}") from error
 
 
 class ImageList(Dataset):
@@ -196,7 +190,7 @@ def _downloaded(dataset_class: type, root: Path, **kwargs) -> Dataset:
         ) from error
 
 
-def _image_folder(root: Path, train: bool, transform: Transform | None) -> ImageFolder:
+def _image_folder(root: Path, train: bool, transform: Transform | None) -> ImageList:
     _require_folder(root)
     names = ("train",) if train else ("val", "validation", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
@@ -205,25 +199,66 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
             f"The data folder {root} has no folder {' or '.join(names)}: "
             "IMNET needs train/CLASS/IMAGE and val/CLASS/IMAGE."
         )
-    try:
-        dataset = ImageFolder(folder, transform=transform, loader=load_image, allow_empty=True)
-    except FileNotFoundError as error:
+    classes, left_out = _class_folders(folder)
+    if not classes:
         raise ValueError(
             f"{folder} has no class folders: put the images of each class in a folder of its own."
-        ) from error
-    empty = sorted(set(dataset.class_to_idx.values()).difference(dataset.targets))
-    if empty:
-        raise ValueError(
-            f"The class folder {folder / dataset.classes[empty[0]]} has no images: "
-            "fill it or remove it."
         )
+    samples = []
+    for label, name in enumerate(classes):
+        paths, others = _images_in(folder / name)
+        if not paths:
+            raise ValueError(
+                f"The class folder {folder / name} has no images{_listed(others)}: "
+                "fill it or remove it."
+            )
+        samples += [(path, label) for path in paths]
+        left_out += others
+    if left_out := +left_out:  # without zeros
+        logger.info("%s: %d files are left out%s", folder, left_out.total(), _listed(left_out))
     if not train and (root / "train").is_dir():
-        _require_same_classes(root / "train", folder, dataset.classes)
-    return dataset
+        _require_same_classes(root / "train", folder, classes)
+    return ImageList(samples, classes, transform)
+
+
+def _class_folders(folder: Path) -> tuple[list[str], Counter]:
+    """Names of the folders in `folder` that are not hidden; how many files are in no such one."""
+    names, others = [], Counter()
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            others["outside of class folders"] += 1
+        elif entry.name.startswith("."):
+            others["hidden"] += sum(len(files) for *_, files in os.walk(entry.path))
+        else:
+            names.append(entry.name)
+    return sorted(names), others
+
+
+def _images_in(folder: Path) -> tuple[list[str], Counter]:
+    """Paths of the images below `folder`, and how many other files there are of each type.
+
+    What is hidden, or in a hidden folder, is no image: `.ipynb_checkpoints` holds copies.
+    """
+    paths, others = [], Counter()
+    for where, _, names in sorted(os.walk(folder, followlinks=True)):
+        hidden = any(part.startswith(".") for part in Path(where).relative_to(folder).parts)
+        for name in sorted(names):
+            if hidden or name.startswith("."):
+                others["hidden"] += 1
+            elif name.lower().endswith(IMG_EXTENSIONS):
+                paths.append(os.path.join(where, name))
+            else:
+                others[Path(name).suffix.lower() or "without a suffix"] += 1
+    return paths, others
+
+
+def _listed(others: Counter) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+    return f" ({kinds}; read are {', '.join(IMG_EXTENSIONS)})" if others else ""
 
 
 def _require_same_classes(train_folder: Path, folder: Path, classes: list[str]) -> None:
-    differing = sorted(set(find_classes(train_folder)[0]).symmetric_difference(classes))
+    differing = sorted(set(_class_folders(train_folder)[0]).symmetric_difference(classes))
     if differing:
         raise ValueError(
             f"{train_folder} and {folder} must have the same class folders, but only one of "

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -112,6 +113,9 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
 
 def setup_logging(is_main: bool) -> None:
     """Plain lines on standard output: all from the main process, only warnings from the others."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING,
         format="%(message)s",
@@ -324,7 +328,8 @@ class Journal:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "args.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
+        with _replacing(self.folder / "args.yaml") as file:
+            yaml.safe_dump(facts, file, sort_keys=False)
         self._drop_from(first_epoch)
         self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
@@ -363,6 +368,8 @@ def require_writable(folder: Path, world: World) -> None:
 def _obstacle(folder: Path) -> str | None:
     missing = []
     try:
+        if not str(folder).isprintable():
+            return f"--output_dir {folder} is no plain UTF-8: choose another name."
         if folder.exists() and not folder.is_dir():
             return f"--output_dir {folder} is a file: choose a folder."
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
