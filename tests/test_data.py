@@ -41,6 +41,13 @@ def write_image(path: Path, value: int = 0) -> None:
     Image.new("RGB", (8, 8), (value,) * 3).save(path)
 
 
+def write_image_bytes(path: Path) -> None:
+    """An image whatever the file's name is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     content = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
     content += array.tobytes()
@@ -119,6 +126,60 @@ def test_image_folder(image_folder):
     assert list(evaluation) == [
         ((v,) * 3, label) for v, label in ((0, 0), (1, 0), (100, 1), (101, 1))
     ]
+
+
+def test_hidden_and_other_files_are_left_out_and_counted(image_folder, caplog):
+    """Jupyter, macOS and network disks leave copies and folders of their own."""
+    for path in (
+        ".ipynb_checkpoints/0.png",
+        "cat/.ipynb_checkpoints/0-checkpoint.png",
+        "cat/.thumbnails/small/0.png",
+        "dog/._0.png",
+        "dog/.DS_Store",
+        "flat.png",
+        "cat/0.jfif",
+        "cat/1.JFIF",
+        "cat/0.avif",
+        "dog/more/0.gif",
+        "dog/README",
+    ):
+        write_image_bytes(image_folder / "train" / path)  # fmt: skip
+    write_image(image_folder / "train/cat/more/9.PNG", 9)
+    with caplog.at_level(logging.INFO):
+        dataset, num_classes = build_dataset("IMNET", image_folder, train=True)
+    assert (num_classes, dataset.classes, len(dataset)) == (2, ["cat", "dog"], 9)
+    assert [image.getpixel((0, 0))[0] for image, _ in dataset] == [0, 1, 2, 3, 9, *range(100, 104)]
+    (message,) = caplog.messages
+    assert message.startswith(f"{image_folder / 'train'}: 11 files are left out (5 hidden, 2 .jfif")
+    for kind in ("1 .avif", "1 .gif", "1 without a suffix", "1 outside of class folders"):
+        assert kind in message
+    assert "read are .jpg, .jpeg, .png" in message
+
+
+def test_nothing_is_said_where_nothing_is_left_out(image_folder, caplog):
+    with caplog.at_level(logging.INFO):
+        build_dataset("IMNET", image_folder, train=True)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", ["0.jfif", ".ipynb_checkpoints/0.png"])
+def test_a_class_of_nothing_that_is_read_is_an_error(name, image_folder):
+    write_image_bytes(image_folder / "train/emu" / name)
+    kind = "hidden" if name.startswith(".") else ".jfif"
+    rejects(
+        f"train/emu has no images \\(1 {kind}; read are .jpg, .*\\): fill", "IMNET", image_folder
+    )
+
+
+def test_only_hidden_folders_are_no_classes(tmp_path):
+    write_image(tmp_path / "train/.cache/0.png")
+    rejects("train has no class folders", "IMNET", tmp_path)
+
+
+def test_hidden_folders_make_no_difference_between_splits(image_folder):
+    write_image(image_folder / "train/.ipynb_checkpoints/0.png")
+    dataset, _ = build_dataset("IMNET", image_folder, train=False)
+    assert dataset.classes == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(("name", "cifar"), [("CIFAR10", CIFAR10), ("CIFAR", CIFAR100)])
