@@ -126,6 +126,81 @@ def test_position_embedding_of_a_distilled_deit():
     assert torch.equal(plain.pos_embed, source.pos_embed[:, [0, *range(2, 18)]])
 
 
+@pytest.mark.parametrize("distilled", ["", "_distilled"])
+def test_a_position_embedding_without_the_class_token(distilled):
+    """DeiT III adds none to it, which is to add zero; a distillation token is not in the file."""
+    source = model("deit3_small", embed_dim=24, num_heads=3)
+    assert source.pos_embed.shape == (1, 16, 24)
+    target = model(f"lion_tiny{distilled}", seed=1, pos_emb=True)
+    own = target.pos_embed.clone()
+    prefix = target.num_prefix_tokens
+    notes = adapt_weights(target, source.state_dict(), "file")
+    assert f"pos_embed fitted from 16 to {16 + prefix} tokens" in notes
+    assert any("blocks.*.ls1.gamma" in note for note in notes if "left out" in note)
+    assert not target.pos_embed[:, 0].any()
+    assert torch.equal(target.pos_embed[:, 1:prefix], own[:, 1:prefix])
+    assert torch.equal(target.pos_embed[:, prefix:], source.pos_embed)
+
+
+def test_a_position_embedding_without_the_class_token_at_another_resolution():
+    source = model("deit3_small", embed_dim=24, num_heads=3)
+    target = model(seed=1, pos_emb=True, img_size=24)
+    adapt_weights(target, source.state_dict(), "file")
+    source.set_input_size((24, 24))
+    assert torch.allclose(target.pos_embed[:, 1:], source.pos_embed, atol=1e-6)
+
+
+def test_into_a_model_that_adds_no_position_to_the_class_token():
+    """What the class token had is kept: the same function comes out."""
+    options = {"num_heads": 3, "depth": 0, "init_values": None}
+    source = model("vit_tiny", **options)
+    target = model("deit3_small", seed=1, embed_dim=24, **options)
+    assert adapt_weights(target, source.state_dict(), "file") == [
+        "pos_embed fitted from 17 to 16 tokens"
+    ]
+    assert torch.allclose(target(images()), source(images()), atol=1e-6)
+
+
+def test_deit_iii_as_its_authors_publish_it():
+    source = model("deit3_small", embed_dim=24, num_heads=3)
+    with torch.no_grad():
+        for block in source.blocks:
+            block.ls1.gamma.uniform_(), block.ls2.gamma.uniform_()
+    state = {n.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v
+             for n, v in source.state_dict().items()}  # fmt: skip
+    target = model("deit3_small", seed=1, embed_dim=24, num_heads=3)
+    assert adapt_weights(target, {"module." + n: v for n, v in state.items()}, "file") == []
+    assert torch.equal(target(images()), source(images()))
+
+
+def test_registers_have_no_position():
+    options = {"num_heads": 3, "reg_tokens": 4}
+    source, target = (model("vit_tiny", seed=i, no_embed_class=True, **options) for i in (0, 1))
+    assert adapt_weights(target, source.state_dict(), "file") == []
+    assert torch.equal(target(images()), source(images()))
+    plain = model(seed=1, pos_emb=True)
+    adapt_weights(plain, source.state_dict(), "file")
+    assert torch.equal(plain.pos_embed[:, 1:], source.pos_embed)
+
+
+def test_what_timm_resamples_for_a_family():
+    """Windows and patches have shapes of their own at another resolution, or patch size."""
+    options = {"num_classes": 3, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 8}
+    source, target = (
+        timm.create_model("swin_tiny_patch4_window7_224", img_size=8 * side, window_size=side,
+                          **options)
+        for side in (7, 12)
+    )  # fmt: skip
+    notes = adapt_weights(target, source.state_dict(), "file")
+    assert [note.split(".attn.")[1] for note in notes] == [
+        f"relative_position_bias_table resampled from [169, {heads}] to [529, {heads}]"
+        for heads in (1, 2)
+    ]
+    target = model(seed=1, patch_size=8)
+    notes = adapt_weights(target, model().state_dict(), "file")
+    assert notes == ["patch_embed.proj.weight resampled from [24, 3, 4, 4] to [24, 3, 8, 8]"]
+
+
 def test_a_file_of_another_size_or_of_nothing_shared():
     with pytest.raises(
         ValueError, match=r"shape of cls_token: file \[1, 1, 48\], model \[1, 1, 24"

@@ -1,0 +1,97 @@
+"""Models of timm's families are built, learn, and start from their own weights.
+
+By default a few families that were awkward; every family with `-m slow`.
+"""
+
+import gc
+
+import pytest
+import timm
+import torch
+from helpers import TINY
+from test_bad_input import refused
+
+import main
+import models_timm
+from arguments import get_args_parser
+from checkpoint import adapt_weights
+
+AWKWARD = (
+    "vgg11",  # no stochastic depth
+    "hrnet_w18_small",  # the same, in other words
+    "volo_d1_224",  # position embedding [1, H, W, C]
+    "deit3_small_patch16_224",  # no entry for the class token in it
+    "cait_xxs24_224",  # no class token before the last blocks
+    "efficientformer_l1",  # two heads
+    "crossvit_tiny_240",  # two branches
+    "convit_tiny",
+    "xcit_nano_12_p8_224",
+    "swin_s3_tiny_224",
+    "inception_v3",  # 299 pixels
+    "test_vit",
+    "test_efficientnet",
+)
+# What a family's smallest model is called, the smallest first.
+SMALL = (
+    *("test_", "atto", "femto", "pico", "nano", "xx", "xs", "tiny", "x_small", "small", "_t", "_s"),
+    *("mini", "050", "35", "b0", "m0", "s0", "18", "lite", "t0", "88m", "base", "b"),
+)
+# Families of large models only: fewer blocks do.
+SHORTER = dict.fromkeys(("deepseek_vit", "gemma4_vit", "qwen3_vit", "mobilenetv5"), {})
+
+
+def smallest(family: str) -> str:
+    def rank(name: str) -> tuple:
+        size = max(timm.get_pretrained_cfg_value(name, "input_size") or (224,))
+        kind = next((i for i, part in enumerate(SMALL) if part in name), len(SMALL))
+        return size > 256, kind, size, len(name), name
+
+    return min(timm.list_models(module=family), key=rank)
+
+
+def built(name: str, seed: int, **kwargs) -> torch.nn.Module:
+    """As main.py builds it for three classes, at its own size."""
+    args = get_args_parser().parse_args(["--model", name])
+    args.model_kwargs = kwargs
+    torch.manual_seed(seed)
+    return main.build_model(args, 3, timm.get_pretrained_cfg_value(name, "input_size")[-1])
+
+
+def learns_and_starts_from_itself(name: str, **kwargs) -> None:
+    source, target = built(name, 0, **kwargs), built(name, 1, **kwargs)
+    images = torch.randn(2, *timm.get_pretrained_cfg_value(name, "input_size"))
+    torch.nn.functional.cross_entropy(source.train()(images), torch.tensor([0, 2])).backward()
+    assert all(p.grad.isfinite().all() for p in source.parameters() if p.grad is not None)
+    assert adapt_weights(target, source.state_dict(), "file") == []
+    with torch.no_grad():
+        assert torch.equal(target.eval()(images[:1]), source.eval()(images[:1]))
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_model_learns_and_starts_from_its_own_weights(name):
+    learns_and_starts_from_itself(name)
+
+
+def test_what_a_family_does_not_have_is_left_out_and_said(run, data_path):
+    arguments = (*TINY, "--model", "repghostnet_050", "--model-kwargs", "--data-path", data_path,
+                 "--input-size", "32", "--batch-size", "40")  # fmt: skip
+    ended = run(*arguments)
+    assert ended.code == 0, ended.err
+    assert "repghostnet_050 has no --drop-path: built without" in ended.out
+    assert "built without" not in run(*arguments, "--drop-path", "0").out
+    refused(run(*arguments, "--drop-path", "0.2"), "repghostnet_050 has no --drop-path: leave it")
+
+
+@pytest.mark.parametrize("kwargs", [{"patch_size": 0}, {"depth": "two"}, {"nonsense": 1}])
+def test_arguments_that_no_model_can_be_built_with(kwargs):
+    with pytest.raises(
+        ValueError, match="^test_vit cannot be built with these arguments .*: check"
+    ):
+        models_timm.create("test_vit", input_size=160, **kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", timm.list_modules())
+def test_every_family(family):
+    learns_and_starts_from_itself(smallest(family), **SHORTER.get(family, {}))
+    gc.collect()
