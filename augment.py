@@ -1,5 +1,6 @@
 """Image and batch transforms with the semantics of DeiT, built from timm and torchvision."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -65,6 +66,7 @@ def build_train_transform(
     elif aa and aa.lower() == "none":
         aa = None
     try:
+        _check_sections(aa)
         crop_and_flip, policy, to_tensor = create_transform(
             input_size,
             is_training=True,
@@ -94,6 +96,13 @@ def build_train_transform(
             ]
         )
     return transforms.Compose([crop_and_flip, policy, to_tensor])
+
+
+def _check_sections(policy: str | None) -> None:
+    """timm ignores what it does not understand behind the policy's name, such as `-m` or `-foo`."""
+    for section in (policy or "").split("-")[1:]:
+        if not re.fullmatch(r"[a-z]+\d.*|t\w+", section):
+            raise ValueError(f"{section!r} is no option of an augmentation policy")
 
 
 def build_eval_transform(

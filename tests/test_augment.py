@@ -129,7 +129,10 @@ def test_evaluation_keeps_small_images_whole(image):
     assert transform(image).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("wrong", [{"aa": "foo"}, {"aa": "rand-q9"}, {"remode": "foo"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"aa": "foo"}, {"aa": "rand-q9"}, {"aa": "rand-m9-foo"}, {"aa": "v0-m"}, {"remode": "foo"}],
+)
 def test_unknown_augmentation_is_an_error(wrong):
     with pytest.raises(ValueError, match="timm has no augmentation .* use for instance"):
         build_train_transform(input_size=32, **NORM, **wrong)

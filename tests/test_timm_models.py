@@ -37,7 +37,7 @@ SMALL = (
     *("mini", "050", "35", "b0", "m0", "s0", "18", "lite", "t0", "88m", "base", "b"),
 )
 # Families of large models only: fewer blocks do.
-SHORTER = dict.fromkeys(("deepseek_vit", "gemma4_vit", "qwen3_vit", "mobilenetv5"), {})
+SHORTER = dict.fromkeys(("deepseek_vit", "gemma4_vit", "qwen3_vit"), {"depth": 1})
 
 
 def smallest(family: str) -> str:
