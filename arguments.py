@@ -1,7 +1,6 @@
 """The command line of main.py: its arguments, their ranges, and what can be refused at once."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 import models_timm
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
+from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 LION_ARGUMENTS = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
@@ -206,22 +206,6 @@ def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and (wrong := outside(number, interval)):
                 raise ValueError(f"--{name} {wrong}.")
-
-
-def outside(number: float, interval: str) -> str | None:
-    """What is wrong with a number that is not in an interval such as "[0, 1)"; None if it is."""
-    low, high = map(float, interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    below = number <= high if interval[-1] == "]" else number < high
-    if above and below:
-        return None
-    if not math.isfinite(number):
-        return f"must be a finite number, not {number}"
-    if interval == "[0, inf)":
-        return f"must not be negative, but is {number}"
-    if high == math.inf:
-        return f"must be {'at least' if interval[0] == '[' else 'above'} {low:g}, not {number}"
-    return f"must be in {interval}, not {number}"
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -113,6 +113,11 @@ def build_model(
         required=[option for option, argument in given.items() if argument in args.given],
         **{**options, **args.model_kwargs},
     )
+    if getattr(model, "num_classes", num_classes) != num_classes:  # an encoder without a head has 0
+        raise ValueError(
+            f"{name} has {model.num_classes} classes, but the data {num_classes}: choose a "
+            "classifier, without num_classes in --model-kwargs."
+        )
     if args.distillation_type != "none":
         model.set_distilled_training()
     return model

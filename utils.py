@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -355,30 +356,31 @@ class Journal:
         os.replace(temporary, log)
 
 
-def require_writable(folder: Path, world: World) -> None:
+def require_writable(folder: Path, world: World, argument: str = "--output_dir") -> None:
     """Raises ValueError on all processes if the main one cannot write to `folder`.
 
-    What is made to find out is removed again.
+    What is made to find out is removed again. `argument` is the user's name of the folder.
     """
     problem = _obstacle(folder) if world.is_main else None
     if problem := world.gather(problem)[0]:
-        raise ValueError(problem)
+        raise ValueError(f"{argument} {folder} {problem}")
 
 
 def _obstacle(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, None if it can."""
     missing = []
     try:
         if not str(folder).isprintable():
-            return f"--output_dir {folder} is no plain UTF-8: choose another name."
+            return "is no plain UTF-8: choose another name."
         if folder.exists() and not folder.is_dir():
-            return f"--output_dir {folder} is a file: choose a folder."
+            return "is a file: choose a folder."
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             return None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        return f"--output_dir {folder} cannot be written to ({reason}): choose another folder."
+        return f"cannot be written to ({reason}): choose another folder."
     finally:
         for path in missing:
             with suppress(OSError, ValueError):
@@ -469,3 +471,21 @@ def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
         sys.exit(f"{name}: error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def outside(number: float, interval: str) -> str | None:
+    """What is wrong with a number that is not in an interval such as "[0, 1)"; None if it is."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if above and below:
+        return None
+    if not math.isfinite(number):
+        return f"must be a finite number, not {number}"
+    if interval == "[0, inf)":
+        return f"must not be negative, but is {number}"
+    if high == math.inf:
+        return f"must be {'at least' if interval[0] == '[' else 'above'} {low:g}, not {number}"
+    if interval[0] + interval[-1] == "()":
+        return f"must be between {low:g} and {high:g}, not {number}"
+    return f"must be in {interval}, not {number}"

@@ -26,10 +26,17 @@ from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
 from engine import autocast
-from mlm.settings import override, read_yaml, typed
+from mlm.settings import check_ranges, override, read_yaml, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
-from utils import init_distributed, run_command, seed_everything, setup_logging
+from utils import (
+    World,
+    init_distributed,
+    require_writable,
+    run_command,
+    seed_everything,
+    setup_logging,
+)
 
 WARMUP_SHARE = 0.06
 BETAS, EPS = (0.9, 0.98), 1e-6
@@ -294,8 +301,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{args.config} has no task {', '.join(unknown)}.")
         values["tasks"] = {name: known[name] for name in chosen}
         settings = typed(Settings, values, args.config)
+        check_ranges(settings, {"length": "[1, inf)", "lr": "(0, inf)"})
         jobs = build_jobs(settings, args.config, args.model)
         devices = devices_for(settings.device)
+        this_process = World(rank=0, size=1, device=torch.device(devices[0]))
+        require_writable(Path(settings.output), this_process, "output")
 
         def work() -> None:
             text, means = table(jobs, run_jobs(jobs, devices))

@@ -22,7 +22,7 @@ from datasets import ignore_signals
 from engine import LOG_INTERVAL, agreed, autocast, without_sync
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
-from mlm.settings import check, override, read_yaml, typed
+from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
 from samplers import EpochSampler
 from utils import (
@@ -34,6 +34,7 @@ from utils import (
     World,
     init_distributed,
     provenance,
+    require_writable,
     run_command,
     seed_everything,
 )
@@ -41,6 +42,16 @@ from utils import (
 # What a resumed run must share with the run that it goes on with.
 FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
          "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed")  # fmt: skip
+RANGES = {
+    **dict.fromkeys(("length", "global_batch", "micro_batch", "steps"), "[1, inf)"),
+    **dict.fromkeys(("eval_every", "save_every"), "[1, inf)"),
+    **dict.fromkeys(("mask_share", "eval_mask_share"), "(0, 1)"),
+    **dict.fromkeys(("warmup_share", "min_lr_share"), "[0, 1]"),
+    **dict.fromkeys(("weight_decay", "eps", "workers"), "[0, inf)"),
+    "lr": "(0, inf)",
+    "betas": "[0, 1)",
+    "seed": "[0, 4294967296)",
+}
 
 
 @dataclass(frozen=True)
@@ -76,17 +87,9 @@ class Settings:
 
     def check(self) -> None:
         """Raises ValueError for values that make no sense."""
-        for name in ("length", "global_batch", "micro_batch", "steps", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("mask_share", "eval_mask_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}.")
-        for name in ("warmup_share", "min_lr_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}.")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}.")
+        check_ranges(self, RANGES)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, not {len(self.betas)}.")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, not {self.precision!r}.")
         if self.resume not in ("", "auto"):
@@ -383,7 +386,10 @@ def main(arguments: list[str] | None = None) -> None:
     def build() -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
         settings = typed(Settings, values, args.config)
-        return Pretraining(settings, init_distributed(settings.device, settings.init_method)).fit
+        world = init_distributed(settings.device, settings.init_method)
+        if settings.output:
+            require_writable(Path(settings.output), world, "output")
+        return Pretraining(settings, world).fit
 
     run_command("mlm.pretrain", build)
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from utils import outside
+
 T = TypeVar("T")
 
 
@@ -62,6 +64,20 @@ def check(hints: dict[str, Any], values: dict[str, Any], source: str) -> dict[st
         if key not in hints:
             raise ValueError(f"Unknown key {key!r} in {source}{_suggestion(key, hints)}")
     return {key: _convert(value, hints[key], key, source) for key, value in values.items()}
+
+
+def check_ranges(settings: object, intervals: dict[str, str], place: str = "") -> None:
+    """Raises ValueError for a number, or one in a list, that is outside of its interval.
+
+    `place` says, behind a setting's name, where it stands.
+    """
+    for name, interval in intervals.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float):
+                raise ValueError(f"{name}{place} must hold numbers, not {number!r}.")
+            if wrong := outside(number, interval):
+                raise ValueError(f"{name}{place} {wrong}.")
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from mlm.settings import check_ranges
+
 logger = logging.getLogger(__name__)
 
 METRICS: dict[str, Callable[[list, list], float]] = {
@@ -17,6 +19,8 @@ METRICS: dict[str, Callable[[list, list], float]] = {
     "spearman": lambda labels, outputs: float(spearmanr(labels, outputs).statistic),
 }
 LEAST_WHOLE = 0.99  # share of a file's rows; with less, the file is another than the settings say
+RANGES = {"batch": "[1, inf)", "epochs": "[1, inf)", "weight_decay": "[0, inf)",
+          "seeds": "[0, 4294967296)"}  # fmt: skip
 REGRESSION = ("spearman",)  # metrics of tasks whose labels are numbers
 
 
@@ -48,8 +52,9 @@ class Task:
             raise ValueError(f"{name} must have one or two text columns, not {len(self.text)}.")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision of {name} must be bf16 or fp32, not {self.precision!r}.")
-        if min(self.batch, self.epochs, len(self.eval), len(self.seeds)) < 1:
-            raise ValueError(f"batch, epochs, eval and seeds of {name} must not be 0 or empty.")
+        if min(len(self.eval), len(self.seeds)) < 1:
+            raise ValueError(f"eval and seeds of {name} must not be empty.")
+        check_ranges(self, RANGES, f" of {name}")
 
     @property
     def regression(self) -> bool:

@@ -210,6 +210,13 @@ def test_bad_settings(data, model, ending, tmp_path):
     refused(ending(call, *arguments, "--tasks", "RTE"), "RTE starts from MNLI, which must be a")
     refused(ending(call, *arguments, "tasks.RTE.seed=1"), "Unknown key 'seed' in the task RTE of")
     refused(ending(call, *arguments, "tasks.RTE.metrics=[x]"), r"Unknown metrics \['x'\] of RTE")
+    refused(ending(call, *arguments, "lr=-1"), "lr must be above 0, not -1.0")
+    refused(
+        ending(call, *arguments, "tasks.RTE.weight_decay=-1"), "weight_decay of RTE must not be"
+    )
+    refused(ending(call, *arguments, "tasks.RTE.batch=0"), "batch of RTE must be at least 1, not 0")
+    refused(ending(call, *arguments, "tasks.RTE.seeds=[-1]"), "seeds of RTE must be in")
+    refused(ending(call, data, model, "/proc/run"), "output /proc/run cannot be written to")
     refused(ending(call, data, tmp_path, tmp_path / "output"), "There is no model in")
     config = json.loads((model / "config.json").read_text())
     for path in model.iterdir():

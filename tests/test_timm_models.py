@@ -82,6 +82,15 @@ def test_what_a_family_does_not_have_is_left_out_and_said(run, data_path):
     refused(run(*arguments, "--drop-path", "0.2"), "repghostnet_050 has no --drop-path: leave it")
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "count"),
+    [("qwen3_vit_88m_enc", {"depth": 1}, 0), ("test_resnet", {"num_classes": 5}, 5)],
+)
+def test_what_is_no_classifier_of_the_data_is_refused(name, kwargs, count):
+    with pytest.raises(ValueError, match=f"^{name} has {count} classes, but the data 3: choose a"):
+        built(name, 0, **kwargs)
+
+
 @pytest.mark.parametrize("kwargs", [{"patch_size": 0}, {"depth": "two"}, {"nonsense": 1}])
 def test_arguments_that_no_model_can_be_built_with(kwargs):
     with pytest.raises(
