@@ -17,6 +17,10 @@ from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 LION_ARGUMENTS = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
+PREPROCESSING_ARGUMENTS = {  # of the fields of Preprocessing
+    "crop_pct": "eval_crop_ratio",
+    **{name: name for name in ("crop_mode", "interpolation", "mean", "std")},
+}
 PAIRS = {"opt_betas": (2, 3), "cutmix_minmax": (2, 2), "lr_noise": (1, 2)}  # fewest, most numbers
 COUNTS = {1: "one", 2: "two", 3: "three"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")

@@ -105,6 +105,10 @@ def _check_sections(policy: str | None) -> None:
             raise ValueError(f"{section!r} is no option of an augmentation policy")
 
 
+def effective_crop(input_size: int | tuple[int, int], crop_ratio: float) -> float:
+    return 1.0 if np.max(input_size) <= SMALL_IMAGE else crop_ratio
+
+
 def build_eval_transform(
     *,
     input_size: int | tuple[int, int],
@@ -122,12 +126,11 @@ def build_eval_transform(
         crop_mode: timm's "center"; "squash" changes the aspect ratio instead of cropping, "border"
             fills up the shorter side.
     """
-    small = np.max(input_size) <= SMALL_IMAGE
     return create_transform(
         input_size,
         interpolation=interpolation,
         normalize=False,
-        crop_pct=1.0 if small else crop_ratio,
+        crop_pct=effective_crop(input_size, crop_ratio),
         crop_mode=crop_mode,
     )
 

@@ -291,7 +291,7 @@ def _fit_pos_embed(state: dict, model: nn.Module, source: str | Path) -> tuple[d
     without such entries gets them added to the tokens themselves.
     """
     saved, own = state["pos_embed"], model.pos_embed.detach()
-    grid = getattr(model.patch_embed, "grid_size", None)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if saved.ndim != 3 or own.ndim != 3 or grid is None or own.shape[1] < grid[0] * grid[1]:
         return state, []
     tokens = [name for name in ("cls_token", "dist_token", "reg_token") if name in state]

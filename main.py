@@ -30,6 +30,7 @@ import models_vim  # noqa: F401
 import preprocessing
 from arguments import (
     LION_ARGUMENTS,
+    PREPROCESSING_ARGUMENTS,
     RUN_FILES,
     check_args,
     check_no_other_run,
@@ -67,7 +68,7 @@ def choose_preprocessing(
 ) -> Preprocessing:
     """What images become: as the checkpoint `found` has it, else as the model; arguments override.
 
-    With `keep_size` --input-size counts if it was given alone, not by its default.
+    With `keep_size` the default of --input-size does not count.
     """
     chosen, origin = None, args.model
     if found:
@@ -78,12 +79,10 @@ def choose_preprocessing(
         origin = args.model
     if "input_size" in args.given or not keep_size:
         chosen = chosen.at(args.input_size)
-    names = {"crop_pct": "eval_crop_ratio"} | {
-        name: name for name in ("crop_mode", "interpolation", "mean", "std")
-    }
-    given = {key: getattr(args, name) for key, name in names.items() if name in args.given}
-    chosen = replace(chosen, **given)
-    logger.info("Images: %s (of %s%s)", chosen, origin, "; as given" if given else "")
+    given = {key: name for key, name in PREPROCESSING_ARGUMENTS.items() if name in args.given}
+    chosen = replace(chosen, **{key: getattr(args, name) for key, name in given.items()})
+    told = "".join(f", --{name}" for name in given.values())
+    logger.info("Images: %s (by %s%s)", chosen, origin, told)
     return chosen
 
 
@@ -319,10 +318,11 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     images = choose_preprocessing(args, found, keep_size=True)
     loader = build_eval_loader(args, world, images)
     classes = loader.dataset.classes
+    if found:
+        checkpoint.check_classes(found[0], classes, found[1])
     model = build_model(args, len(classes), images.size)
     if found:
         saved, source = found
-        checkpoint.check_classes(saved, classes, source)
         state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
         checkpoint.load_weights(model, state, source)
     model.to(world.device)
@@ -362,6 +362,8 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     images = choose_preprocessing(args, found or basis, keep_size=bool(found))
     train_loader, classes = build_train_loader(args, world, images)
     eval_loader = build_eval_loader(args, world, images)
+    if found:
+        checkpoint.check_classes(found[0], classes, found[1])
     seed_everything(args.seed)
     model = build_model(args, len(classes), images.size)
     if basis:
@@ -373,7 +375,6 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     facts = {"data_config": images.state(), "classes": classes}
     run, set_lr = build_run(args, world, model, steps, facts)
     if found:
-        checkpoint.check_classes(found[0], classes, found[1])
         check_same_steps(args, world, *found)
         run.restore(*found)
     batch_transform = build_batch_transform(

@@ -7,6 +7,8 @@ from typing import Any
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
+from augment import effective_crop
+
 # Trained from scratch as DeiT does it, whatever timm's own weights of them were trained with.
 TRAINED_AS_DEIT = ("lion_", "hydra_", "vim_", "vit_", "deit")
 
@@ -19,7 +21,7 @@ class Preprocessing:
         input_size: channels, height and width in pixels.
         interpolation: timm's name of the filter that resizes.
         mean, std: per channel, for pixels in [0, 1].
-        crop_pct: share of the resized image's shorter side that is kept.
+        crop_pct: share of the resized image's shorter side that is kept; all of a small image.
         crop_mode: "center", "squash" or "border".
     """
 
@@ -36,9 +38,10 @@ class Preprocessing:
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.input_size[1:]))
+        crop = effective_crop(self.size, self.crop_pct)
         mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
         return (
-            f"{size} pixels, crop {self.crop_pct:.4g} ({self.crop_mode}), {self.interpolation}, "
+            f"{size} pixels, crop {crop:.4g} ({self.crop_mode}), {self.interpolation}, "
             f"mean ({mean}), std ({std})"
         )
 
@@ -62,8 +65,7 @@ def of_model(name: str) -> Preprocessing:
     config = timm.get_pretrained_cfg(name)
     if config is None:
         return Preprocessing()
-    known = resolve_data_config(pretrained_cfg=config.to_dict())
-    return Preprocessing(**{key: known[key] for key in Preprocessing.__dataclass_fields__})
+    return Preprocessing(**resolve_data_config(pretrained_cfg=config.to_dict()))
 
 
 def of_new_training(name: str) -> Preprocessing:
@@ -93,6 +95,5 @@ def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Prepr
         return Preprocessing((3, size, size), crop_pct=args.get("eval_crop_ratio", 0.875))
     if "crop_pct" in args:  # of timm
         given = {key: value for key, value in args.items() if value is not None}
-        known = resolve_data_config(given, timm.get_pretrained_cfg(name).to_dict())
-        return Preprocessing(**{key: known[key] for key in Preprocessing.__dataclass_fields__})
+        return Preprocessing(**resolve_data_config(given, asdict(of_model(name))))
     return None

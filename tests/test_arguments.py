@@ -2,11 +2,14 @@
 
 import argparse
 import os
+import runpy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import timm.optim
 import torch
-from helpers import TINY
+from helpers import ROOT, TINY
 from test_bad_input import refused
 
 from arguments import check_args, check_optimizer, get_args_parser
@@ -161,6 +164,17 @@ def test_schedules_that_run(name):
 def test_arguments_that_do_not_go_together(options, message, run, data_path, tmp_path):
     ended = run(*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run", *options)
     refused(ended, message, tmp_path / "run")
+
+
+@pytest.mark.parametrize("option", ["--nodes", "--ngpus", "--timeout", "--epochs"])
+def test_a_job_that_cannot_run_is_not_queued(option, monkeypatch, ending):
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace())
+    path = ROOT / "scripts" / "run_with_submitit.py"
+    script = runpy.run_path(str(path))
+    args = script["get_args_parser"]().parse_args([option, "0"])
+    ended = ending(script["submit"], args)
+    assert ended.code == 2
+    assert ended.err == f"run_with_submitit.py: error: {option} must be at least 1, not 0.\n"
 
 
 # The output folder
