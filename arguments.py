@@ -21,8 +21,12 @@ PREPROCESSING_ARGUMENTS = {  # of the fields of Preprocessing
     "crop_pct": "eval_crop_ratio",
     **{name: name for name in ("crop_mode", "interpolation", "mean", "std")},
 }
-PAIRS = {"opt_betas": (2, 3), "cutmix_minmax": (2, 2), "lr_noise": (1, 2)}  # fewest, most numbers
-COUNTS = {1: "one", 2: "two", 3: "three"}
+HOW_MANY = {
+    "opt_betas": (2, 3),
+    "cutmix_minmax": (2, 2),
+    "lr_noise": (1, 2),
+}  # fewest, most numbers
+WORDS = {1: "one", 2: "two", 3: "three"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
 
@@ -30,21 +34,11 @@ RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_check
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser("main.py", description=DESCRIPTION, allow_abbrev=False)
     add, switch = parser.add_argument, parser.add_switch
-    add(
-        "--batch-size",
-        default=64,
-        type=int,
-        within="[1, inf)",
-        help="images per process and accumulation step",
-    )
+    add("--batch-size", default=64, type=int, within="[1, inf)",
+        help="images per process and accumulation step")  # fmt: skip
     add("--epochs", default=300, type=int, within="[1, inf)")
-    add(
-        "--grad-accum-steps",
-        default=1,
-        type=int,
-        within="[1, inf)",
-        help="batches per optimiser step",
-    )
+    add("--grad-accum-steps", default=1, type=int, within="[1, inf)",
+        help="batches per optimiser step")  # fmt: skip
     add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
     add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
     # Model
@@ -53,13 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
     add("--order", default="Normal", choices=("Normal", "S"), help="S: two snake curves")
     add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
-    add(
-        "--chunk_size",
-        default=32,
-        type=int,
-        within="[1, inf)",
-        help="tokens per chunk of --format Chunk",
-    )
+    add("--chunk_size", default=32, type=int, within="[1, inf)",
+        help="tokens per chunk of --format Chunk")  # fmt: skip
     flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
     add("--pos_emb", **flag, help="learned position embedding")
     add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
@@ -77,22 +66,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--clip-grad", default=None, type=float, within="(0, inf)", help="largest gradient norm")
     add("--momentum", default=0.9, type=float, within="[0, 1)")
     add("--weight-decay", default=0.05, type=float, within="[0, inf)")
-    add(
-        "--layer-decay",
-        default=None,
-        type=float,
-        within="(0, 1]",
-        help="learning rate factor per layer",
-    )
+    add("--layer-decay", default=None, type=float, within="(0, 1]",
+        help="learning rate factor per layer")  # fmt: skip
     add("--sched", default="cosine")
     add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
-    add(
-        "--lr",
-        default=5e-4,
-        type=float,
-        within="[0, inf)",
-        help="for an effective batch of 512, scaled to others",
-    )
+    add("--lr", default=5e-4, type=float, within="[0, inf)",
+        help="for an effective batch of 512, scaled to others")  # fmt: skip
     add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+")
     add("--lr-noise-pct", default=0.67, type=float, within="(0, 1]")
     add("--lr-noise-std", default=1.0, type=float, within="[0, inf)")
@@ -141,13 +120,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--interpolation", default=None, choices=INTERPOLATIONS, help="in evaluation")
     add("--mean", default=None, type=float, nargs=3, within="(-inf, inf)", help="of the channels")
     add("--std", default=None, type=float, nargs=3, within="(0, inf)", help="of the channels")
-    add(
-        "--num_workers",
-        default=10,
-        type=int,
-        within="[0, inf)",
-        help="at most one per CPU core is started",
-    )
+    add("--num_workers", default=10, type=int, within="[0, inf)",
+        help="at most one per CPU core is started")  # fmt: skip
     switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
     # Run
     add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
@@ -164,13 +138,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
     add("--channels-last", action="store_true")
     add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
-    add(
-        "--world_size",
-        default=1,
-        type=int,
-        within="[1, inf)",
-        help="accepted for DeiT's scripts: torchrun decides",
-    )
+    add("--world_size", default=1, type=int, within="[1, inf)",
+        help="accepted for DeiT's scripts: torchrun decides")  # fmt: skip
     add("--dist_url", default="env://", help="how processes find each other")
     return parser
 
@@ -214,12 +183,12 @@ def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raises ValueError for too few or too many numbers, or those that contradict each other."""
-    for name, (fewest, most) in PAIRS.items():
+    for name, (fewest, most) in HOW_MANY.items():
         count = len(getattr(args, name) or ()) or fewest
         if not fewest <= count <= most:
             wanted = fewest if count < fewest else most
             raise ValueError(
-                f"--{name} takes {COUNTS[wanted]} numbers, not {COUNTS.get(count, count)}."
+                f"--{name} takes {WORDS[wanted]} numbers, not {WORDS.get(count, count)}."
             )
     for name in ("cutmix_minmax", "lr_noise"):
         if sorted(numbers := getattr(args, name) or []) != numbers:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -42,6 +43,14 @@ def make_image_folder(root: Path, train: int = 120, test: int = 21) -> Path:
 
 def call_main(*arguments: Any) -> None:
     main.main(main.get_args_parser().parse_args([str(argument) for argument in arguments]))
+
+
+def refused(ended, message: str, folder: Path | None = None) -> None:
+    """One sentence, exit code 2, and nothing done."""
+    assert ended.code == 2, ended
+    assert re.match(rf"main\.py: error: .*{message}", ended.err), ended.err
+    assert ended.err.count("\n") == 1
+    assert folder is None or not folder.exists()
 
 
 class Ranks:

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm.optim
 import torch
-from helpers import ROOT, TINY
-from test_bad_input import refused
+from helpers import ROOT, TINY, refused
 
 from arguments import check_args, check_optimizer, get_args_parser
 

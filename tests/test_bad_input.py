@@ -2,21 +2,12 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, Ranks
+from helpers import TINY, Ranks, refused
 
 import main
-
-
-def refused(ended, message: str, folder: Path | None = None) -> None:
-    """One sentence, exit code 2, and nothing done."""
-    assert ended.code == 2, ended
-    assert re.match(rf"main\.py: error: .*{message}", ended.err), ended.err
-    assert ended.err.count("\n") == 1
-    assert folder is None or not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import TINY, call_main, make_image_folder, weights
-from test_bad_input import refused
+from helpers import TINY, call_main, make_image_folder, refused, weights
 
 import checkpoint
 from utils import write_scores

@@ -8,8 +8,7 @@ import gc
 import pytest
 import timm
 import torch
-from helpers import TINY
-from test_bad_input import refused
+from helpers import TINY, refused
 
 import main
 import models_timm
