@@ -16,8 +16,8 @@ from arguments import get_args_parser
 from checkpoint import adapt_weights
 
 AWKWARD = (
-    "vgg11",  # no stochastic depth
-    "hrnet_w18_small",  # the same, in other words
+    "repghostnet_050",  # no stochastic depth
+    "hrnet_w18_small",  # the same, which it says in other words
     "volo_d1_224",  # position embedding [1, H, W, C]
     "deit3_small_patch16_224",  # no entry for the class token in it
     "cait_xxs24_224",  # no class token before the last blocks
@@ -26,7 +26,7 @@ AWKWARD = (
     "convit_tiny",
     "xcit_nano_12_p8_224",
     "swin_s3_tiny_224",
-    "inception_v3",  # 299 pixels
+    "cs3darknet_s",  # 256 pixels
     "test_vit",
     "test_efficientnet",
 )
@@ -69,6 +69,12 @@ def learns_and_starts_from_itself(name: str, **kwargs) -> None:
 @pytest.mark.parametrize("name", AWKWARD)
 def test_a_model_learns_and_starts_from_its_own_weights(name):
     learns_and_starts_from_itself(name)
+
+
+@pytest.mark.parametrize("name", ["vgg11", *map(smallest, timm.list_modules())])
+def test_one_model_of_every_family_is_built(name):
+    with torch.device("meta"):  # without memory, and without the time to fill it
+        assert built(name, 0).num_classes == 3
 
 
 def test_what_a_family_does_not_have_is_left_out_and_said(run, data_path):
