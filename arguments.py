@@ -115,7 +115,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data-path", default="/datasets01/imagenet_full_size/061417/")
     add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES))
     add("--inat-category", default="name", choices=INAT_CATEGORIES)
-    add("--eval-crop-ratio", default=0.875, type=float, within="(0, 1]", help="--crop-pct of timm")
+    add("--eval-crop-ratio", "--crop-pct", default=0.875, type=float, within="(0, 1]",
+        help="share of the shorter side that evaluation keeps")  # fmt: skip
     add("--crop-mode", default=None, choices=("center", "squash", "border"), help="in evaluation")
     add("--interpolation", default=None, choices=INTERPOLATIONS, help="in evaluation")
     add("--mean", default=None, type=float, nargs=3, within="(-inf, inf)", help="of the channels")

@@ -39,7 +39,7 @@ from arguments import (
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
-from engine import Position, Run, evaluate, train_one_epoch
+from engine import Position, Run, autocast, evaluate, train_one_epoch
 from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
 from samplers import EpochSampler, ShardSampler
@@ -112,11 +112,6 @@ def build_model(
         required=[option for option, argument in given.items() if argument in args.given],
         **{**options, **args.model_kwargs},
     )
-    if getattr(model, "num_classes", num_classes) != num_classes:  # an encoder without a head has 0
-        raise ValueError(
-            f"{name} has {model.num_classes} classes, but the data {num_classes}: choose a "
-            "classifier, without num_classes in --model-kwargs."
-        )
     if args.distillation_type != "none":
         model.set_distilled_training()
     return model
@@ -326,6 +321,8 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
         state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
         checkpoint.load_weights(model, state, source)
     model.to(world.device)
+    with autocast(world.device, amp_dtype(args, world)):
+        models_timm.require_logits(model, args.model, len(classes), images.input_size)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
 
@@ -369,6 +366,8 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     if basis:
         start_from(basis, model, classes)
     model.to(world.device)
+    with autocast(world.device, amp_dtype(args, world)):
+        models_timm.require_logits(model, args.model, len(classes), images.input_size)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,29 @@ def create(
                 ) from error
         if options.pop(unknown) and unknown != "img_size":
             logger.info("%s has no %s: built without", name, OPTIONAL[unknown])
+
+
+@torch.no_grad()
+def require_logits(
+    model: nn.Module, name: str, num_classes: int, input_size: tuple[int, int, int]
+) -> None:
+    """Raises ValueError if `model`, called `name`, makes no logits `[B, num_classes]` of images."""
+    training, device = model.training, next(model.parameters()).device
+    try:
+        logits = model.eval()(torch.zeros(2, *input_size, device=device))
+    except Exception as error:  # every family has its own reasons
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name} cannot read images of {'x'.join(map(str, input_size[1:]))} pixels ({reason}): "
+            "use another --input-size."
+        ) from error
+    model.train(training)
+    shape = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    if shape != [2, num_classes]:
+        raise ValueError(
+            f"{name} is no classifier of the {num_classes} classes of the data: its output for 2 "
+            f"images is {shape}. Choose one, without num_classes in --model-kwargs."
+        )
 
 
 def _unknown_option(error: Exception, options: dict[str, Any]) -> str | None:

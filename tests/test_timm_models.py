@@ -87,13 +87,30 @@ def test_what_a_family_does_not_have_is_left_out_and_said(run, data_path):
     refused(run(*arguments, "--drop-path", "0.2"), "repghostnet_050 has no --drop-path: leave it")
 
 
+@pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
 @pytest.mark.parametrize(
-    ("name", "kwargs", "count"),
-    [("qwen3_vit_88m_enc", {"depth": 1}, 0), ("test_resnet", {"num_classes": 5}, 5)],
+    ("options", "message"),
+    [
+        # An encoder without a head, as all of timm's that end in _enc
+        (
+            ("qwen3_vit_88m_enc", "--model-kwargs", "depth=1"),
+            r"is no classifier .* is \[2, 4, 1024\]",
+        ),
+        (("test_resnet", "--model-kwargs", "num_classes=5"), r"is no classifier of .* is \[2, 5\]"),
+        # Attention between the patches of 224 pixels alone
+        (
+            ("efficientformer_l1", "--model-kwargs"),
+            "cannot read images of 64x64 pixels .*: use another",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_what_is_no_classifier_of_the_data_is_refused(name, kwargs, count):
-    with pytest.raises(ValueError, match=f"^{name} has {count} classes, but the data 3: choose a"):
-        built(name, 0, **kwargs)
+def test_what_makes_no_logits_of_the_images_is_refused(
+    options, message, evaluation, run, data_path, tmp_path
+):
+    ended = run(*TINY, *evaluation, "--data-path", data_path, "--input-size", "64",
+                "--output_dir", tmp_path / "run", "--model", *options)  # fmt: skip
+    refused(ended, f"{options[0]} {message}", tmp_path / "run")
 
 
 @pytest.mark.parametrize("kwargs", [{"patch_size": 0}, {"depth": "two"}, {"nonsense": 1}])
