@@ -1,6 +1,7 @@
 """The command line of main.py: its arguments, their ranges, and what can be refused at once."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.intervals: dict[str, str] = {}
         super().__init__(*args, **kwargs)
+        # argparse itself takes -1e-4 and -inf for options.
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")
 
     def add_argument(
         self, *names: str, within: str | None = None, **kwargs: Any

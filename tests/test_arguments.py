@@ -78,8 +78,7 @@ def actions() -> list[argparse.Action]:
 
 
 def parse(name: str, value: object, *more: str) -> argparse.Namespace:
-    values = str(value).split()
-    option = [f"--{name}={value}"] if len(values) == 1 else [f"--{name}", *values]
+    option = [f"--{name}", *str(value).split()]
     return get_args_parser().parse_args(["--model", "lion_tiny_patch16_224", *more, *option])
 
 
@@ -101,7 +100,7 @@ def test_numbers_within_the_range(name, values):
 def test_numbers_beyond_the_range(name, values):
     kind = next(action.type for action in actions() if action.dest == name)
     count = 3 if name in ("mean", "std") else 2 if name in ("opt_betas", "cutmix_minmax") else 1
-    endless = [" ".join([text] * count) for text in ("nan", "inf") if kind is float]
+    endless = [" ".join([text] * count) for text in ("nan", "inf", "-inf") if kind is float]
     for value in (*values, *endless):
         with pytest.raises(ValueError, match=f"--{name} ") as caught:
             check_args(parse(name, value))
