@@ -83,10 +83,9 @@ def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Prepr
         ValueError: `data_config` is not what main.py writes.
     """
     if "data_config" in saved:
-        try:
-            return Preprocessing(**saved["data_config"])
-        except TypeError as error:
-            raise ValueError(f"The data_config in {source} is incomplete ({error}).") from error
+        if set(saved["data_config"]) != set(Preprocessing.__dataclass_fields__):
+            raise ValueError(f"The data_config in {source} is not one that main.py writes.")
+        return Preprocessing(**saved["data_config"])
     args = saved.get("args")
     if not isinstance(args, dict):
         return None

@@ -105,8 +105,9 @@ def test_what_checkpoints_tell():
     known = tell({"args": of_timm})
     assert (known.mean, known.size, known.crop_pct) == ((0.1, 0.2, 0.3), 192, 0.8)
     assert known.std == HALF[1]
-    with pytest.raises(ValueError, match="data_config in file is incomplete"):
-        tell({"data_config": {"size": 3}})
+    for wrong in ({}, {"size": 3}, OF_OWN.state() | {"size": 3}):
+        with pytest.raises(ValueError, match="data_config in file is not one that main.py writes"):
+            tell({"data_config": wrong})
 
 
 def test_the_record_is_that_of_timms_create_transform():
