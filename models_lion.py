@@ -458,16 +458,15 @@ class LionAttention(nn.Module):
         return torch.cat([gate(x.to(_dtype_of(gate))).to(dtype) for gate in gates], dim=-1)
 
     def _has_kernel(self, x: Tensor) -> bool:
-        if (
-            self.format == "RNN"
-            and torch.is_grad_enabled()
-            and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        ):
+        trained = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        if self.format == "RNN" and trained:
             return False  # that kernel has no gradients
         device = x.device.type
         amp = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if amp else x.dtype
-        return lion_kernels.available(x.device, dtype, self.head_dim)
+        return lion_kernels.available(x.device, dtype, self.head_dim, trained)
 
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys, values and logits of the gates, side by side as the kernels take them."""

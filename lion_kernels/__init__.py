@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 
 HEAD_DIMS = (16, 32, 64, 128)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
 ENABLED = os.environ.get("LION_KERNELS", "1") != "0" and bool(importlib.util.find_spec("triton"))
 
 
-def available(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether there are kernels for a device, a dtype and heads of width `dim`."""
-    return ENABLED and device.type == "cuda" and dim in HEAD_DIMS and dtype in DTYPES
+def available(device: torch.device, dtype: torch.dtype, dim: int, trained: bool = False) -> bool:
+    """Whether there are kernels for a device, a dtype and heads of width `dim`.
+
+    Models are `trained` in float32 without them: gradients of closed gates are differences of sums,
+    of which float32 rounds away up to 5e-4.
+    """
+    dtypes = HALF if trained else DTYPES
+    return ENABLED and device.type == "cuda" and dim in HEAD_DIMS and dtype in dtypes
 
 
 def padded_gates(count: int) -> int:
@@ -42,20 +48,21 @@ def mix(
     """`num / (den + eps)` of LION (arXiv 2502.16249), or `num` alone if not `normalise`.
 
     The feature map and the scale `D**-0.5` of the queries are applied inside. Sums are float32; the
-    result is bitwise repeatable. All pairs up to 320 tokens, with two curves 640 (in float32 32);
-    from there on blocks of pairs and states between them: work linear in N.
+    result is bitwise repeatable. All pairs up to 320 tokens, along several curves 640 (in float32
+    32); from there on chunks of pairs and states between them: work linear in N.
 
     - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
       columns; for LION-S the logits z of its gates, `C * H` columns for decays `1 - sigmoid(z)`;
       then what aligns the rows (`padded_gates`). H is `heads` and D, one of 16, 32, 64, 128, `dim`.
-    - `decay`: LION-D's `[C, H]`, float32, logits w of the decays `sigmoid(w)`; else None.
+    - `decay`: float32; LION-D's `[C, H]`, logits w of the decays `sigmoid(w)`; or `[C, B, N, H]`,
+      logs of decays, at most 0; else None.
     - `curves`: `[C, N]`, int64; None is token order, for C = 1. C is `scans`.
     - `valid`: bool `[B, N]`, False for padding: keys that count nowhere, with a decay of 1.
     - `documents`: integers `[B, N]`; tokens of one document stand together, and mix with no other.
     - `prefix`: the first tokens, whose decay is 1 in LION-S. `lit`: there are no decays.
     - `features`: "elu" (`elu + 1`), "silu" (`silu + 0.5`, normalised) or "none".
     - `recurrent`: one state that walks over the tokens, and beside the output no more memory than a
-      number per token and head; without gradients.
+      number per token and head (without decays, a state for every 512 tokens); without gradients.
 
     Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width,
     and for documents along curves.

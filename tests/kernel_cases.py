@@ -41,8 +41,8 @@ def call(
     """The output of the kernels."""
     return lion_kernels.mix(
         projected, decay, curves, valid, documents,
-        heads=grad.shape[2] // dim, dim=dim, scans=1 if curves is None else 2, prefix=1,
-        lit=mask == "Lit", **{"features": "elu" if mask == "Lit" else "silu", **options},
+        heads=grad.shape[2] // dim, dim=dim, scans=1 if curves is None else 2, lit=mask == "Lit",
+        **{"features": "elu" if mask == "Lit" else "silu", "prefix": 1, **options},
     )  # fmt: skip
 
 

@@ -184,6 +184,33 @@ def test_compiled_and_exported_whole(mask, monkeypatch):
     assert torch.equal(exported.module()(x), layer(x))
 
 
+def test_float32_is_trained_without_kernels():
+    gpu, dtypes = torch.device("cuda"), (torch.float32, torch.bfloat16, torch.float16)
+    for trained, expected in ((False, [True] * 3), (True, [False, True, True])):
+        found = [lion_kernels.available(gpu, dtype, 64, trained) for dtype in dtypes]
+        assert found == expected
+
+
+@pytest.mark.parametrize("plan", ["one chunk", "chunks"], indirect=True)
+@pytest.mark.parametrize("order", ["Normal", "S"])
+def test_log_decays_of_tokens(order, plan):
+    """The same as LION-S's gates, which have them as logits."""
+    projected, _, curves, grad = make_inputs("Selective", order, 61)
+    valid = torch.arange(61, device=DEVICE).repeat(2, 1) < 50
+    scans, width = 1 if curves is None else 2, grad.shape[2]
+    z = projected[..., 3 * width :][..., : scans * 2].unflatten(2, (scans, 2)).movedim(2, 0)
+    logs = torch.nn.functional.logsigmoid(-z).contiguous().requires_grad_()
+    y = call(projected[..., : 3 * width], logs, curves, grad, "Selective", valid=valid, prefix=0)
+    expected = call(projected, None, curves, grad, "Selective", valid=valid, prefix=0)
+    assert torch.allclose(y, expected, atol=1e-5)
+    leaf = projected.clone().requires_grad_()
+    again = call(leaf, None, curves, grad, "Selective", valid=valid, prefix=0)
+    (dz,) = torch.autograd.grad(again, leaf, grad)
+    (dlogs,) = torch.autograd.grad(y, logs, grad)
+    dz = dz[..., 3 * width :][..., : scans * 2].unflatten(2, (scans, 2)).movedim(2, 0)
+    assert torch.allclose(-torch.sigmoid(z) * dlogs, dz, atol=1e-5, rtol=1e-4)
+
+
 def test_kernels_can_be_turned_off():
     code = "import lion_kernels, torch; print(lion_kernels.ENABLED)"
     off = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"LION_KERNELS": "0"},
