@@ -28,12 +28,13 @@ from lion_kernels.common import (
     decay_mask,
     dot,
     feature_map,
+    feature_map_and_slope,
     feature_map_grad,
-    feature_slope,
     key_mask,
     load_state,
     load_tile,
     part_of_sequence,
+    round_to,
     store_tile,
     token_at,
 )
@@ -124,20 +125,21 @@ def mix_fwd_kernel(
     for i in range(0, tl.cdiv(size, BLOCK)):
         inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
-        phi = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
-        q = phi.to(dtype)  # [BLOCK, D]
+        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
+        q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
         if CHUNKED:
             fade = tl.exp2(x_i)
             out = dot(q, earlier) * fade[:, None]
-            denom = tl.sum(phi * tl.load(VECTORS), 1) * fade
+            denom = tl.sum(q.to(tl.float32) * tl.load(VECTORS), 1) * fade
             fade = tl.exp2(total - y_i)
             out += dot(q, later) * fade[:, None]
-            denom += tl.sum(phi * tl.load(VECTORS + D), 1) * fade
+            denom += tl.sum(q.to(tl.float32) * tl.load(VECTORS + D), 1) * fade
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
             w = dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
+            w = round_to(w, dtype)  # so that weights sum to 1, rounded ones as well
             denom += tl.sum(w, 1)
             out = add_dot(w.to(dtype), values[t], out)  # [BLOCK, D]
         out *= curve_weight
@@ -245,13 +247,11 @@ def mix_bwd_dq_kernel(
             if LAST:
                 residual -= eps * delta * inv_denom
                 dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
-                along -= residual
             else:
                 tl.store(DQ_RESIDUAL + bh * n + tokens, residual, mask=valid)
-        # Loaded again, as registers are few.
-        slope = feature_slope(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
-        along /= tl.maximum(factor * factor, 1e-30)
-        dq = feature_map_grad(q.to(tl.float32), slope * factor[:, None], dq, along, FEATURES)
+        # Loaded again, as registers are few; not rounded, as dq along phi(q) cancels.
+        phi, slope = feature_map_and_slope(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
+        dq = feature_map_grad(phi, slope, dq * factor[:, None], FEATURES)
         if ADD:
             dq += load_tile(DQ, tokens, valid, stride_n, D).to(tl.float32)
         store_tile(DQ, tokens, valid, stride_n, dq, D)
@@ -370,9 +370,8 @@ def mix_bwd_dkv_kernel(
     tl.store(DLOG_MASK + 3 * side + own, to_earlier, mask=valid)
     if CHUNKED:
         dk += part_later
-        along += to_later
-    slope = feature_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
-    dk = feature_map_grad(k.to(tl.float32), slope, dk, along, FEATURES)
+    phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
+    dk = feature_map_grad(phi, slope, dk, FEATURES)
     dk = tl.where(key_mask(VALID + b * n, tokens, valid, PADDED)[:, None], dk, 0.0)
     if ADD:
         dk += load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)

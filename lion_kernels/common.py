@@ -28,6 +28,15 @@ def dot(a, b):
 
 
 @triton.jit
+def round_to(w, dtype):
+    """float32 as `dtype` holds it; bfloat16 by its bits, as a conversion back is slow."""
+    if dtype == tl.bfloat16 and not INTERPRETED:
+        bits = w.to(tl.int32, bitcast=True) + 0x8000
+        return (bits & -0x10000).to(tl.float32, bitcast=True)
+    return w.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _sigmoid(t, FAST: tl.constexpr):
     """`FAST` is the hardware's tanh, right to 2^-11: enough for bfloat16."""
     if FAST:
@@ -68,16 +77,10 @@ def feature_map(t, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def feature_slope(t, FEATURES: tl.constexpr):
-    _, slope = feature_map_and_slope(t, FEATURES)
-    return slope
-
-
-@triton.jit
-def feature_map_grad(phi, slope, grad, along, FEATURES: tl.constexpr):
-    """Gradient of rows `[R, D]` from that of phi; `along` is `sum(phi * grad)` over D, `[R]`."""
+def feature_map_grad(phi, slope, grad, FEATURES: tl.constexpr):
+    """Gradient of rows `[R, D]` from that of phi."""
     if FEATURES == "silu":
-        grad -= phi * along[:, None]
+        grad -= phi * tl.sum(phi * grad, 1)[:, None]
     return grad * slope
 
 

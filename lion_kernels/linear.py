@@ -84,10 +84,11 @@ def mix_fwd_kernel(
     for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
-        phi = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * D**-0.5
-        out = dot(phi.to(dtype), state)  # [BLOCK, D]
+        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * D**-0.5
+        q = q.to(dtype)
+        out = dot(q, state)  # [BLOCK, D]
         if NORMALISE:
-            inv_denom = 1 / (tl.sum(phi * vector[None, :], 1) + eps)
+            inv_denom = 1 / (tl.sum(q.to(tl.float32) * vector[None, :], 1) + eps)
             out *= inv_denom[:, None]
             tl.store(INV_DENOM + bh * n + tokens, inv_denom, mask=valid)
         else:
@@ -138,7 +139,7 @@ def mix_bwd_dq_kernel(
             residual = tl.sum(q * dq, 1) - eps * D**0.5 * delta
             dq -= (residual / tl.sum(q, 1))[:, None]
         dq *= (inv_denom * D**-0.5 * out_scale)[:, None]
-        dq = feature_map_grad(q, slope, dq, tl.sum(q * dq, 1), FEATURES)
+        dq = feature_map_grad(q, slope, dq, FEATURES)
         store_tile(DQ, tokens, valid, stride_n, dq, D)
     index = bh * num_parts + part
     store_state(QUERY_STATES, QUERY_VECTORS, index, query_state / PART, query_vector / PART, D)
@@ -168,7 +169,7 @@ def mix_bwd_dkv_kernel(
         phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
         phi = tl.where(counts[:, None], phi, 0.0)
         dk = (dot(v, tl.trans(state)) - vector[None, :]) * out_scale  # [BLOCK, D]
-        dk = feature_map_grad(phi, slope, dk, tl.sum(phi * dk, 1), FEATURES)
+        dk = feature_map_grad(phi, slope, dk, FEATURES)
         dv = dot(phi.to(v.dtype), state) * out_scale  # [BLOCK, D]
         store_tile(DK, tokens, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
         store_tile(DK + heads * D, tokens, valid, stride_n, dv, D)

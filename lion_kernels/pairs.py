@@ -18,11 +18,12 @@ from lion_kernels.common import (
     decay_mask,
     dot,
     feature_map,
+    feature_map_and_slope,
     feature_map_grad,
-    feature_slope,
     key_mask,
     load_tile,
     part_of_sequence,
+    round_to,
     store_tile,
 )
 from lion_kernels.decay import NUM_VECTORS
@@ -85,7 +86,7 @@ def mix_fwd_kernel(
             x_j = tl.load(SUMS + c * sums_c + columns)
             y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
             mask += decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
-        w *= mask
+        w = round_to(w * mask, v.dtype)  # so that weights sum to 1, rounded ones as well
         denom += tl.sum(w, 1)
         out = add_dot(w.to(v.dtype), v, out)  # [BLOCK, D]
     if NORMALISE:
@@ -159,14 +160,11 @@ def mix_bwd_dq_kernel(
         of_curve = DLOG_MASK + c * 6 * side + bh * SIZE + rows
         tl.store(of_curve, sums[2 * c], mask=valid)
         tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
-    along = tl.sum(q.to(tl.float32) * dq, 1)
     if NORMALISE and FEATURES != "none":
-        residual = along - eps * delta * inv_denom
+        residual = tl.sum(q.to(tl.float32) * dq, 1) - eps * delta * inv_denom
         dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
-        along -= residual
-    slope = feature_slope(load_tile(Q, rows, valid, stride_n, D), FEATURES)
-    along /= tl.maximum(factor * factor, 1e-30)
-    dq = feature_map_grad(q.to(tl.float32), slope * factor[:, None], dq, along, FEATURES)
+    phi, slope = feature_map_and_slope(load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    dq = feature_map_grad(phi, slope, dq * factor[:, None], FEATURES)
     store_tile(DQKV + b * n * stride_n + h * D, rows, valid, stride_n, dq, D)
 
 
@@ -228,8 +226,7 @@ def mix_bwd_dkv_kernel(
         tl.store(of_curve, sums[2 * c], mask=valid)
         tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
     counts = key_mask(VALID + b * n, rows, valid, PADDED)
-    along = tl.sum(k.to(tl.float32) * dk, 1)
-    slope = feature_slope(load_tile(K, rows, valid, stride_n, D), FEATURES)
-    dk = feature_map_grad(k.to(tl.float32), slope, dk, along, FEATURES)
+    phi, slope = feature_map_and_slope(load_tile(K, rows, valid, stride_n, D), FEATURES)
+    dk = feature_map_grad(phi, slope, dk, FEATURES)
     store_tile(DK, rows, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
     store_tile(DK + heads * D, rows, valid, stride_n, dv, D)

@@ -46,7 +46,8 @@ def make_plan(n: int, dim: int, itemsize: int, num_curves: int, no_decay: bool) 
     lean, fair = ({"maxnreg": 128}, {"maxnreg": 168}) if half and dim == 64 else ({}, {})
     if no_decay:
         tiles = {**warps, "num_stages": 2, "BLOCK": block}
-        return Plan("linear", 512, block, fwd=tiles, dq=tiles, dkv=tiles, state=tiles)
+        slim = {**tiles, **lean}
+        return Plan("linear", 512, block, fwd=slim, dq=tiles, dkv=slim, state=slim)
     tiles = {**warps, "BLOCK_N": 32}
     if num_curves > 1 and n <= (LONGEST_PAIRS if half else block):
         both = {**tiles, **fair}

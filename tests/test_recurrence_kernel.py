@@ -126,4 +126,6 @@ def test_memory_is_the_output_and_row_sums(mask, order):
     y = call(*tensors, mask, 64, recurrent=True)
     numbers = 8 * 4 * 1025
     limit = 2 * 64 * numbers + 4 * numbers + 4096  # allocations are rounded up
+    if mask == "Lit":  # a state for every 512 tokens
+        limit += 3 * 8 * 4 * 4 * (64 * 64 + 64)
     assert torch.cuda.max_memory_allocated() - before <= limit, y.shape
