@@ -129,6 +129,7 @@ def mix_fwd_kernel(
         q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
+        rounding = tl.zeros((BLOCK,), tl.float32)
         if CHUNKED:
             fade = tl.exp2(x_i)
             out = dot(q, earlier) * fade[:, None]
@@ -139,9 +140,10 @@ def mix_fwd_kernel(
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
             w = dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
-            w = round_to(w, dtype)  # so that weights sum to 1, rounded ones as well
+            rounded = round_to(w, dtype)
             denom += tl.sum(w, 1)
-            out = add_dot(w.to(dtype), values[t], out)  # [BLOCK, D]
+            rounding += tl.sum(rounded - w, 1)
+            out = add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
         out *= curve_weight
         if NORMALISE:
             denom = (denom + eps) * curve_weight
@@ -149,9 +151,9 @@ def mix_fwd_kernel(
                 before = 1 / tl.load(INV_DENOM + tokens, mask=valid, other=1.0)
                 out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32) * before[:, None]
                 denom += before
-            inv_denom = 1 / denom
-            out *= inv_denom[:, None]
-            tl.store(INV_DENOM + tokens, inv_denom, mask=valid)
+            tl.store(INV_DENOM + tokens, 1 / denom, mask=valid)
+            # Rounded weights sum to 1 as well.
+            out *= (1 / (denom + rounding * curve_weight))[:, None]
         elif ADD:
             out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
         store_tile(OUT, tokens, valid, heads * D, out, D)

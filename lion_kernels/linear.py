@@ -41,6 +41,17 @@ def _mean_state(STATES, VECTORS, num_parts, D: tl.constexpr):
 
 
 @triton.jit
+def _dot_state(a, state):
+    """`a state^T`, of which most cancels: in half precision also what rounding the state left."""
+    rounded = state.to(a.dtype)
+    product = dot(a, tl.trans(rounded))
+    if a.dtype != tl.float32:
+        remainder = (state - rounded.to(tl.float32)).to(a.dtype)
+        product = add_dot(a, tl.trans(remainder), product)
+    return product
+
+
+@triton.jit
 def key_state_kernel(
     QKV, VALID, STATES, VECTORS, n, heads, stride_n,
     D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
@@ -113,8 +124,6 @@ def mix_bwd_dq_kernel(
     state, vector = _mean_state(
         STATES + bh * num_parts * D * D, VECTORS + bh * num_parts * D, num_parts, D
     )
-    rounded = state.to(dtype)
-    remainder = (state - rounded.to(tl.float32)).to(dtype)  # most of S dO cancels with delta z
     query_state = tl.zeros((D, D), tl.float32)
     query_vector = tl.zeros((D,), tl.float32)
     for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
@@ -131,10 +140,7 @@ def mix_bwd_dq_kernel(
         scaled = q * tl.where(valid, inv_denom * D**-0.5, 0.0)[:, None]  # q_i / r_i, [BLOCK, D]
         query_state = add_dot(tl.trans(scaled.to(dtype)), do, query_state)  # [D, D]
         query_vector += tl.sum(scaled * delta[:, None], 0)
-        dq = dot(do, tl.trans(rounded))
-        if dtype != tl.float32:
-            dq = add_dot(do, tl.trans(remainder), dq)  # [BLOCK, D]
-        dq -= delta[:, None] * vector[None, :]
+        dq = _dot_state(do, state) - delta[:, None] * vector[None, :]  # [BLOCK, D]
         if NORMALISE and FEATURES != "none":
             residual = tl.sum(q * dq, 1) - eps * D**0.5 * delta
             dq -= (residual / tl.sum(q, 1))[:, None]
@@ -160,7 +166,6 @@ def mix_bwd_dkv_kernel(
     state, vector = _mean_state(
         QUERY_STATES + bh * num_parts * D * D, QUERY_VECTORS + bh * num_parts * D, num_parts, D
     )
-    state = state.to(QKV.dtype.element_ty)
     for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
@@ -168,8 +173,8 @@ def mix_bwd_dkv_kernel(
         v = load_tile(K + heads * D, tokens, valid, stride_n, D)
         phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
         phi = tl.where(counts[:, None], phi, 0.0)
-        dk = (dot(v, tl.trans(state)) - vector[None, :]) * out_scale  # [BLOCK, D]
+        dk = (_dot_state(v, state) - vector[None, :]) * out_scale  # [BLOCK, D]
         dk = feature_map_grad(phi, slope, dk, FEATURES)
-        dv = dot(phi.to(v.dtype), state) * out_scale  # [BLOCK, D]
+        dv = dot(phi.to(v.dtype), state.to(v.dtype)) * out_scale  # [BLOCK, D]
         store_tile(DK, tokens, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
         store_tile(DK + heads * D, tokens, valid, stride_n, dv, D)

@@ -76,6 +76,7 @@ def mix_fwd_kernel(
     q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
     out = tl.zeros((BLOCK, D), tl.float32)
     denom = tl.full((BLOCK,), eps, tl.float32)
+    rounding = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_tile(PHI_K, columns, columns < n, heads * D, D)
@@ -86,13 +87,14 @@ def mix_fwd_kernel(
             x_j = tl.load(SUMS + c * sums_c + columns)
             y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
             mask += decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
-        w = round_to(w * mask, v.dtype)  # so that weights sum to 1, rounded ones as well
+        w *= mask
+        rounded = round_to(w, v.dtype)
         denom += tl.sum(w, 1)
-        out = add_dot(w.to(v.dtype), v, out)  # [BLOCK, D]
+        rounding += tl.sum(rounded - w, 1)
+        out = add_dot(rounded.to(v.dtype), v, out)  # [BLOCK, D]
     if NORMALISE:
-        inv_denom = 1 / denom
-        out *= inv_denom[:, None]
-        tl.store(INV_DENOM + bh * n + rows, inv_denom, mask=valid)
+        tl.store(INV_DENOM + bh * n + rows, 1 / denom, mask=valid)
+        out *= (1 / (denom + rounding))[:, None]  # rounded weights sum to 1 as well
     store_tile(OUT, rows, valid, heads * D, out, D)
 
 

@@ -47,7 +47,7 @@ def make_plan(n: int, dim: int, itemsize: int, num_curves: int, no_decay: bool) 
     if no_decay:
         tiles = {**warps, "num_stages": 2, "BLOCK": block}
         slim = {**tiles, **lean}
-        return Plan("linear", 512, block, fwd=slim, dq=tiles, dkv=slim, state=slim)
+        return Plan("linear", 512, block, fwd=slim, dq=tiles, dkv={**tiles, **fair}, state=slim)
     tiles = {**warps, "BLOCK_N": 32}
     if num_curves > 1 and n <= (LONGEST_PAIRS if half else block):
         both = {**tiles, **fair}
