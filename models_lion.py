@@ -310,6 +310,202 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+# ------------------------------------------------------------------------------------ the function
+
+
+def lion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    curves: Tensor | None = None,
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+    normalise: bool = True,
+    eps: float = 1e-6,
+    format: str = "Attention",
+    chunk_size: int = 32,
+) -> Tensor:
+    """Bidirectional linear attention for other models, by kernels where there are any.
+
+    `y_i = sum_j M_ij s_ij v_j / (sum_j M_ij s_ij + eps)` with `s_ij = scale q_i . k_j`, and M the
+    mask of decays at the top of this file; without `normalise` the numerator alone.
+
+    - `q`, `k`: `[B, N, H, D]`, feature maps applied. If `normalise`, every `q_i . k_j` must be
+      positive, as it is of positive features. `v`: `[B, N, H, E]`. All three are of one dtype,
+      float16, bfloat16, float32 or float64, and finite, padding included.
+    - `log_decay`: log of the decay of each token, at most 0 (not checked), float32 or float64
+      `[B, N, H]`, or `[C, B, N, H]` for C curves; None is no decay.
+    - `curves`: int64 `[C, N]`, each row a permutation of the tokens (not checked): the token
+      visited at each step. None is token order, for C = 1. The masks of the curves are averaged.
+    - `valid`: bool `[B, N]`, False for padding: keys that count nowhere, with a decay of 1.
+    - `documents`: int32 or int64 `[B, N]`, equal within a document; tokens of one follow each other
+      (not checked), and mix with no other. Not along curves.
+    - `scale`: of the products, by default `D**-0.5`.
+    - `format`, `chunk_size`: how the same function is computed, "Attention", "RNN" or "Chunk", and
+      the tokens of a chunk. Kernels choose the chunk themselves, and compute the first two alike.
+
+    Kernels run on a CUDA device, for E = D of 16, 32, 64 or 128, in float16 and bfloat16, without
+    gradients also in float32; "RNN" without gradients alone. Autocast changes no dtype in here.
+
+    Returns `[B, N, H, E]` in the dtype of `v`, with gradients for `q`, `k`, `v` and `log_decay`.
+    Raises ValueError for shapes, dtypes and devices that do not fit, for documents along curves, an
+    unknown format, and a chunk_size below 1.
+    """
+    _check_format(format, chunk_size)
+    _check_tokens(q, k, v)
+    _check_masks(q, log_decay, curves, valid, documents)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if log_decay is None:
+        curves = None
+    elif log_decay.dim() == 3:
+        log_decay = log_decay[None]
+    leaves = (q, k, v) if log_decay is None else (q, k, v, log_decay)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    options = {"format": format, "normalise": normalise, "eps": eps}
+    if v.shape == q.shape and _has_kernel(format, q.device, q.dtype, q.shape[3], trained):
+        tensors = (q, k, v, log_decay, curves, valid, documents)
+        return _attend_by_kernel(*tensors, scale=scale, **options)
+    q, k, v = (t.transpose(1, 2) for t in (q * scale, k, v))
+    if log_decay is not None:  # clamped, as a decay of 0 has no finite sums
+        log_decay = log_decay.to(_state_dtype(v)).clamp(min=LEAST_LOG).transpose(2, 3)
+    with torch.autocast(q.device.type, enabled=False):
+        y = _mix_by_format(
+            q, k, v, log_decay, curves, valid, documents, chunk_size=chunk_size, **options
+        )
+    return y.transpose(1, 2)
+
+
+def _attend_by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    curves: Tensor | None,
+    valid: Tensor | None,
+    documents: Tensor | None,
+    *,
+    scale: float,
+    format: str,
+    normalise: bool,
+    eps: float,
+) -> Tensor:
+    """As `lion_attention`; log decays are `[C, B, N, H]`."""
+    heads, dim = q.shape[2:]
+    if scale != dim**-0.5:  # the kernels' own
+        q = q * (scale * dim**0.5)
+    y = lion_kernels.mix(
+        torch.stack((q, k, v), dim=2).flatten(2),
+        None if log_decay is None else log_decay.float(),
+        curves,
+        valid,
+        documents,
+        heads=heads,
+        dim=dim,
+        scans=1 if log_decay is None else log_decay.shape[0],
+        lit=log_decay is None,
+        features="none",
+        normalise=normalise,
+        eps=eps,
+        recurrent=format == "RNN",
+    )
+    return y.unflatten(2, (heads, dim))
+
+
+def _mix_by_format(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    curves: Tensor | None,
+    valid: Tensor | None,
+    documents: Tensor | None,
+    *,
+    format: str,
+    chunk_size: int,
+    normalise: bool,
+    eps: float,
+) -> Tensor:
+    """`[B, H, N, E]` in the dtype of `v`, without kernels; tensors are those of the formats."""
+    if valid is not None:
+        k = k * valid[:, None, :, None]
+        log_decay = log_decay if log_decay is None else log_decay * valid[:, None]
+    numerator, denominator = FORMATS[format](
+        q, k, v, log_decay, curves, documents, chunk_size=chunk_size
+    )
+    y = numerator / (denominator + eps) if normalise else numerator
+    return y.to(v.dtype)
+
+
+def _has_kernel(
+    format: str, device: torch.device, dtype: torch.dtype, dim: int, trained: bool
+) -> bool:
+    """Whether a format runs in kernels: that of RNN has no gradients."""
+    if format == "RNN" and trained:
+        return False
+    return lion_kernels.available(device, dtype, dim, trained)
+
+
+def _check_format(format: str, chunk_size: int | None) -> None:
+    _check_choice("format", format, FORMATS)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        names = ", ".join(choice or "''" for choice in choices)
+        raise ValueError(f"Unknown {name} {value!r}: choose one of {names}.")
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    given = ", ".join(str(list(t.shape)) for t in (q, k, v))
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"q and k must be [B, N, H, D] and v [B, N, H, E], not {given}.")
+    if 0 in (*q.shape, *v.shape):
+        raise ValueError(f"q, k and v must not be empty: their shapes are {given}.")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (*lion_kernels.DTYPES, torch.float64):
+        dtypes = ", ".join(str(t.dtype) for t in (q, k, v))
+        raise ValueError(f"q, k and v must have one floating-point dtype, not {dtypes}: cast them.")
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}."
+        )
+
+
+def _check_masks(
+    q: Tensor,
+    log_decay: Tensor | None,
+    curves: Tensor | None,
+    valid: Tensor | None,
+    documents: Tensor | None,
+) -> None:
+    if documents is not None and curves is not None:
+        raise ValueError("Documents are kept apart in token order alone: give no curves.")
+    batch, n, heads, _ = q.shape
+    scans = len(curves) if curves is not None and curves.dim() == 2 else 1
+    without = " without curves" if curves is None else ""
+    decays = (batch, n, heads)
+    if log_decay is not None and (log_decay.dim() != 3 or scans != 1):
+        decays = (max(scans, 1), *decays)
+    for name, tensor, shape, dtypes in (
+        ("curves", curves, (max(scans, 1), n), (torch.int64,)),
+        (f"log_decay{without}", log_decay, decays, (torch.float32, torch.float64)),
+        ("valid", valid, (batch, n), (torch.bool,)),
+        ("documents", documents, (batch, n), (torch.int32, torch.int64)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype not in dtypes:
+            asked = " or ".join(map(str, dtypes))
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} must be {asked} of shape {list(shape)}, not {given}.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, not on {tensor.device}.")
+
+
 # --------------------------------------------------------------------------------------- the mixer
 
 
@@ -402,10 +598,8 @@ class LionAttention(nn.Module):
 
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         """Chooses how the same function is computed; None keeps the chunk size."""
-        _check_choice("format", format, FORMATS)
+        _check_format(format, chunk_size)
         if chunk_size is not None:
-            if chunk_size < 1:
-                raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
             self.chunk_size = chunk_size
         self.format = format
 
@@ -443,7 +637,7 @@ class LionAttention(nn.Module):
         else:
             qkv = self.qkv(x)
             with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
-                y = self._mix(qkv, self.log_decay(x), curves, valid, documents).to(qkv.dtype)
+                y = self._mix(qkv, self.log_decay(x), curves, valid, documents)
         return self.proj_drop(self.proj(self.norm(y)))
 
     def _gates(self) -> list[Any]:
@@ -461,12 +655,10 @@ class LionAttention(nn.Module):
         trained = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        if self.format == "RNN" and trained:
-            return False  # that kernel has no gradients
         device = x.device.type
         amp = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if amp else x.dtype
-        return lion_kernels.available(x.device, dtype, self.head_dim, trained)
+        return _has_kernel(self.format, x.device, dtype, self.head_dim, trained)
 
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys, values and logits of the gates, side by side as the kernels take them."""
@@ -514,21 +706,20 @@ class LionAttention(nn.Module):
         scale = q.shape[-1] ** -0.5
         if self.feature_map:
             q, k = (self.feature_map(t.to(_state_dtype(t))) for t in (q, k))
-        if valid is not None:
-            k = k * valid[:, None, :, None]
-            log_decay = log_decay if log_decay is None else log_decay * valid[:, None]
-        numerator, denominator = FORMATS[self.format](
+        y = _mix_by_format(
             (q * scale).to(v.dtype),
             k.to(v.dtype),
             v,
             log_decay,
             curves,
+            valid,
             documents,
+            format=self.format,
             chunk_size=self.chunk_size,
+            normalise=self.normalise,
+            eps=self.eps,
         )
-        if self.normalise:
-            numerator = numerator / (denominator + self.eps)
-        return rearrange(numerator, "b h n d -> b n (h d)")
+        return rearrange(y, "b h n d -> b n (h d)")
 
 
 def _is_bare(layer: nn.Module) -> bool:
@@ -561,12 +752,6 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
     """That of its parameters; float32 where there are none, as in quantised layers."""
     dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
     return next(dtypes, torch.float32)
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        names = ", ".join(choice or "''" for choice in choices)
-        raise ValueError(f"Unknown {name} {value!r}: choose one of {names}.")
 
 
 # -------------------------------------------------------------------------- the vision transformer
