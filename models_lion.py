@@ -345,7 +345,7 @@ def lion_attention(
       (not checked), and mix with no other. Not along curves.
     - `scale`: of the products, by default `D**-0.5`.
     - `format`, `chunk_size`: how the same function is computed, "Attention", "RNN" or "Chunk", and
-      the tokens of a chunk. Kernels choose the chunk themselves, and compute the first two alike.
+      the tokens of a chunk. In kernels "Attention" and "Chunk" are one, and the chunk is theirs.
 
     Kernels run on a CUDA device, for E = D of 16, 32, 64 or 128, in float16 and bfloat16, without
     gradients also in float32; "RNN" without gradients alone. Autocast changes no dtype in here.

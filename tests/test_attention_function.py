@@ -1,7 +1,11 @@
 """`lion_attention` against the float64 definition, by the formats and by kernels."""
 
+import re
+
 import pytest
 import torch
+import triton
+from helpers import ROOT
 from kernel_cases import DEVICE
 from reference import curves_for, dense
 
@@ -187,6 +191,23 @@ def test_compiled_whole(kernels):
     compiled = torch.compile(lion_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*leaves, valid=valid), lion_attention(*leaves, valid=valid))
     assert len(kernels) == 2
+
+
+def test_code_in_the_docs(monkeypatch, capsys):
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    mixing, tuning_a_card = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(mixing, names)
+    assert names["y"].shape == (2, 50, 64)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda step: step())
+    smaller = {"128, 197, 3 * 12": "1, 37, 3", "(1, 12": "(1, 1", "heads=12": "heads=1",
+               '"cuda"': repr(DEVICE), "bfloat16": "float16"}  # fmt: skip
+    for here, there in smaller.items():
+        assert here in tuning_a_card
+        tuning_a_card = tuning_a_card.replace(here, there)
+    exec(tuning_a_card, names)
+    assert names["tuning"].make_plan is names["plan"]
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == ["128", "168", "255"]
 
 
 TOKENS = torch.rand(2, 6, 3, 16)
