@@ -56,8 +56,8 @@ def decay_cumsum(
         else:
             z = _logits(DECAY, tokens, valid, stride, DECAYS)
             natural = -tl.maximum(z, 0.0) - _log1p(tl.exp(-tl.abs(z)))  # log(1 - sigmoid(z))
-        natural = tl.where(counts & (tokens >= prefix), natural, 0.0)
-        log_decay += tl.maximum(natural * LOG2_E, -32.0)
+        natural = tl.where(counts & (tokens >= prefix), natural * LOG2_E, 0.0)
+        log_decay += tl.where(natural < -32.0, -32.0, natural)  # a NaN stays one
     y = tl.cumsum(log_decay, 0)
     if PACKED:
         inside = valid & (steps > 0)
@@ -156,11 +156,15 @@ def gate_bwd_kernel(
         SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
         dl += tl.sum(around, 0) * tl.exp2(tl.load(SUMS + SIZE + CHUNK - 1))
     counts = key_mask(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
-    if DECAYS != "logs":
-        z = _logits(DECAY + b * decay_b + h, tokens, valid, decay_n, DECAYS)
+    DECAY += b * decay_b + h
+    if DECAYS == "logs":
+        open_enough = tl.load(DECAY + tokens * decay_n, mask=valid, other=0.0) > -16
+    else:
+        z = _logits(DECAY, tokens, valid, decay_n, DECAYS)
         dl *= -tl.sigmoid(z)
-        counts &= z < 16  # nothing but rounding errors comes through a decay below 2^-23
-    dl = tl.where(counts, dl, 0.0)
+        open_enough = z < 16
+    # Nothing but rounding errors comes through a decay below 2^-23.
+    dl = tl.where(counts & open_enough, dl, 0.0)
     if DECAYS == "head":  # z = -w
         tl.store(GRAD + bh * num_chunks + chunk, -tl.sum(dl, 0))
     else:

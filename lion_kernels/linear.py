@@ -8,7 +8,7 @@ for sums of them would overflow in float16,
     T = 1/N sum_i (q_i / r_i) dO_i^T    u = 1/N sum_i (q_i / r_i) delta_i
     d q_i = (S dO_i - delta_i z) / r_i    d phi(k_j) = T v_j - u    dv_j = phi(k_j) T
 
-Programs have a PART of the tokens; they leave means over it, which the next kernel averages.
+Programs have a CHUNK of the tokens; they leave means over it, which the next kernel averages.
 """
 
 import triton
@@ -30,14 +30,14 @@ from lion_kernels.common import (
 
 
 @triton.jit
-def _mean_state(STATES, VECTORS, num_parts, D: tl.constexpr):
-    """The mean of the parts' states `[D, D]` and vectors `[D]`."""
+def _mean_state(STATES, VECTORS, num_chunks, D: tl.constexpr):
+    """The mean of the chunks' states `[D, D]` and vectors `[D]`."""
     state = tl.zeros((D, D), tl.float32)
     vector = tl.zeros((D,), tl.float32)
-    for part in range(0, num_parts):
-        state += load_state(STATES + part * D * D, D)
-        vector += tl.load(VECTORS + part * D + tl.arange(0, D))
-    return state / num_parts, vector / num_parts
+    for chunk in range(0, num_chunks):
+        state += load_state(STATES + chunk * D * D, D)
+        vector += tl.load(VECTORS + chunk * D + tl.arange(0, D))
+    return state / num_chunks, vector / num_chunks
 
 
 @triton.jit
@@ -54,17 +54,17 @@ def _dot_state(a, state):
 @triton.jit
 def key_state_kernel(
     QKV, VALID, STATES, VECTORS, n, heads, stride_n,
-    D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
-    """S and z of each part, `[B, H, parts, D, D]` and `[B, H, parts, D]`, float32."""
-    num_parts = tl.cdiv(n, PART)
-    part, bh = part_of_sequence(num_parts)
+    """S and z of each chunk, `[B, H, chunks, D, D]` and `[B, H, chunks, D]`, float32."""
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
     b, h = bh // heads, bh % heads
     K = QKV + b * n * stride_n + (heads + h) * D
     state = tl.zeros((D, D), tl.float32)
     vector = tl.zeros((D,), tl.float32)
-    for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
+    for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
         counts = key_mask(VALID + b * n, tokens, valid, PADDED)
@@ -73,26 +73,26 @@ def key_state_kernel(
         phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0).to(k.dtype)  # [BLOCK, D]
         state = add_dot(tl.trans(phi), v, state)  # [D, D]
         vector += tl.sum(phi.to(tl.float32), 0)
-    store_state(STATES, VECTORS, bh * num_parts + part, state / PART, vector / PART, D)
+    store_state(STATES, VECTORS, bh * num_chunks + chunk, state / CHUNK, vector / CHUNK, D)
 
 
 @triton.jit
 def mix_fwd_kernel(
     QKV, STATES, VECTORS, OUT, INV_DENOM, n, heads, stride_n, eps, out_scale,
-    D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]`; OUT_SCALE, if not normalised, makes means sums."""
-    num_parts = tl.cdiv(n, PART)
-    part, bh = part_of_sequence(num_parts)
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
     state, vector = _mean_state(
-        STATES + bh * num_parts * D * D, VECTORS + bh * num_parts * D, num_parts, D
+        STATES + bh * num_chunks * D * D, VECTORS + bh * num_chunks * D, num_chunks, D
     )
     state = state.to(dtype)
-    for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
+    for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
         q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * D**-0.5
@@ -111,22 +111,22 @@ def mix_fwd_kernel(
 def mix_bwd_dq_kernel(
     QKV, STATES, VECTORS, OUT, INV_DENOM, DO, QUERY_STATES, QUERY_VECTORS, DQKV,
     n, heads, stride_n, eps, out_scale,
-    D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """dq into DQKV, and T and u of each part. For the rounding residual, see `chunks.py`."""
-    num_parts = tl.cdiv(n, PART)
-    part, bh = part_of_sequence(num_parts)
+    """dq into DQKV, and T and u of each chunk. For the rounding residual, see `chunks.py`."""
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
     DQ = DQKV + b * n * stride_n + h * D
     state, vector = _mean_state(
-        STATES + bh * num_parts * D * D, VECTORS + bh * num_parts * D, num_parts, D
+        STATES + bh * num_chunks * D * D, VECTORS + bh * num_chunks * D, num_chunks, D
     )
     query_state = tl.zeros((D, D), tl.float32)
     query_vector = tl.zeros((D,), tl.float32)
-    for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
+    for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
         do = load_tile(DO + (b * n * heads + h) * D, tokens, valid, heads * D, D)
@@ -147,26 +147,26 @@ def mix_bwd_dq_kernel(
         dq *= (inv_denom * D**-0.5 * out_scale)[:, None]
         dq = feature_map_grad(q, slope, dq, FEATURES)
         store_tile(DQ, tokens, valid, stride_n, dq, D)
-    index = bh * num_parts + part
-    store_state(QUERY_STATES, QUERY_VECTORS, index, query_state / PART, query_vector / PART, D)
+    index = bh * num_chunks + chunk
+    store_state(QUERY_STATES, QUERY_VECTORS, index, query_state / CHUNK, query_vector / CHUNK, D)
 
 
 @triton.jit
 def mix_bwd_dkv_kernel(
     QKV, VALID, QUERY_STATES, QUERY_VECTORS, DQKV, n, heads, stride_n, out_scale,
-    D: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV."""
-    num_parts = tl.cdiv(n, PART)
-    part, bh = part_of_sequence(num_parts)
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh = part_of_sequence(num_chunks)
     b, h = bh // heads, bh % heads
     K = QKV + b * n * stride_n + (heads + h) * D
     DK = DQKV + b * n * stride_n + (heads + h) * D
     state, vector = _mean_state(
-        QUERY_STATES + bh * num_parts * D * D, QUERY_VECTORS + bh * num_parts * D, num_parts, D
+        QUERY_STATES + bh * num_chunks * D * D, QUERY_VECTORS + bh * num_chunks * D, num_chunks, D
     )
-    for first in range(part * PART, tl.minimum(part * PART + PART, n), BLOCK):
+    for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
         counts = key_mask(VALID + b * n, tokens, valid, PADDED)

@@ -284,7 +284,7 @@ def _linear_state(call: Call) -> dict[str, Tensor]:
 
 def _linear_inputs(call: Call) -> dict[str, Any]:
     """Arguments of every kernel of `linear.py`."""
-    return {"QKV": call.qkv, "PART": call.plan.chunk, **call.sequence_options}
+    return {"QKV": call.qkv, "CHUNK": call.plan.chunk, **call.sequence_options}
 
 
 def _linear_key_state(call: Call) -> dict[str, Tensor]:

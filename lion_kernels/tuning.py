@@ -43,24 +43,25 @@ def make_plan(n: int, dim: int, itemsize: int, num_curves: int, no_decay: bool) 
     half = itemsize == 2
     block = 64 if half else 32
     warps = {"num_warps": 4 if dim < 128 else 8, "num_stages": 1}
-    lean, fair = ({"maxnreg": 128}, {"maxnreg": 168}) if half and dim == 64 else ({}, {})
+    # So that four, or three, programs of four warps have room on a multiprocessor.
+    four, three = ({"maxnreg": 128}, {"maxnreg": 168}) if half and dim == 64 else ({}, {})
     if no_decay:
         tiles = {**warps, "num_stages": 2, "BLOCK": block}
-        slim = {**tiles, **lean}
-        return Plan("linear", 512, block, fwd=slim, dq=tiles, dkv={**tiles, **fair}, state=slim)
+        fwd, dkv = {**tiles, **four}, {**tiles, **three}
+        return Plan("linear", 512, block, fwd=fwd, dq=tiles, dkv=dkv, state=fwd)
     tiles = {**warps, "BLOCK_N": 32}
     if num_curves > 1 and n <= (LONGEST_PAIRS if half else block):
-        both = {**tiles, **fair}
-        return Plan("pairs", n, block, fwd={**tiles, **lean}, dq=both, dkv=both)
+        both = {**tiles, **three}
+        return Plan("pairs", n, block, fwd={**tiles, **four}, dq=both, dkv=both)
     longest = block if not half else LONGEST_CHUNK if dim <= 64 else CHUNK
     if n <= longest:
-        one = {**warps, **fair}
+        one = {**warps, **three}
         chunk = _whole_tiles(n, block)
-        return Plan("chunks", chunk, block, fwd=one, dq=one, dkv={**tiles, **fair})
+        return Plan("chunks", chunk, block, fwd=one, dq=one, dkv={**tiles, **three})
     chunk = CHUNK if half else block
     return Plan(
-        "chunks", chunk, block, fwd={**warps, **fair}, dq=warps,
-        dkv={**warps, "BLOCK_N": block}, state={**warps, **fair, "BLOCK": chunk},
+        "chunks", chunk, block, fwd={**warps, **three}, dq=warps,
+        dkv={**warps, "BLOCK_N": block}, state={**warps, **three, "BLOCK": chunk},
     )  # fmt: skip
 
 
