@@ -172,8 +172,8 @@ def test_a_decay_of_zero_cuts_the_sequence(format, fast, kernels, monkeypatch):
 
 
 def test_curves_have_no_meaning_without_decays(kernels):
-    q, k, v = (t.float() for t in make_inputs("no decay")[0])
-    y = lion_attention(q, k, v, curves=curves_for("S", 37))
+    q, k, v = (t.float().to(DEVICE) for t in make_inputs("no decay")[0])
+    y = lion_attention(q, k, v, curves=curves_for("S", 37).to(DEVICE))
     assert torch.equal(y, lion_attention(q, k, v)) and kernels[0]["scans"] == 1
 
 
