@@ -3,6 +3,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -12,6 +13,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run on the CPU
+    if find_spec("triton"):
+        import faster_interpreter
+
+        faster_interpreter.install()
 
 from helpers import call_main, make_image_folder
 

@@ -7,11 +7,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -26,6 +27,18 @@ TINY = (*MODEL, "--model", "lion_tiny_patch16_224", "--input-size", "16", "--bat
 # Forks processes that have imported torch already; clean ones, as it does nothing else.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["timm", "torch._dynamo", "torch.utils.tensorboard"])
+
+
+def slow(*values: Any) -> Any:
+    """A case to parametrize with, marked as slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def slow_except(quick: Collection[tuple], cases: Iterable[tuple]) -> list:
+    """`cases` to parametrize with, all but the `quick` ones marked as slow."""
+    cases = list(cases)
+    assert set(quick) < set(cases)
+    return [case if case in quick else slow(*case) for case in cases]
 
 
 def make_image_folder(root: Path, train: int = 120, test: int = 21) -> Path:

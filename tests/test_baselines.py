@@ -3,13 +3,12 @@
 import copy
 import json
 import re
-import subprocess
 
 import pytest
 import reference_baselines as reference
 import timm
 import torch
-from helpers import ROOT, TINY, torchrun, weights
+from helpers import ROOT, TINY, Ranks, weights
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
@@ -302,12 +301,12 @@ DEMO = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_learn_the_demo(name, tmp_path):
     arguments = ("--model", f"{name}_tiny_patch16_224", *DEMO, "--output_dir", tmp_path / "run")
-    command = torchrun("torch.distributed.run", ROOT / "main.py", *arguments)
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
+    ranks = Ranks(tmp_path, *arguments)
+    assert ranks.wait(120) == [0, 0], ranks.errors()
     (epoch,) = map(json.loads, (tmp_path / "run" / "log.txt").read_text().splitlines())
     assert epoch["test_acc1"] > 50, "of ten classes"
 

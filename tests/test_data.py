@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import slow
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102
@@ -476,7 +477,8 @@ def test_workers_outlive_signals_and_end_with_their_loader():
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [("raise RuntimeError", 1), ("os.kill(os.getpid(), 9)", -9)]
+    ("end", "code"),
+    [slow("raise RuntimeError", 1), ("os.kill(os.getpid(), 9)", -9)],
 )
 def test_no_worker_outlives_its_process(end, code):
     script = f"""

@@ -2,7 +2,6 @@
 
 import http.server
 import pickle
-import subprocess
 import threading
 from functools import partial
 from itertools import product
@@ -10,7 +9,7 @@ from itertools import product
 import pytest
 import timm
 import torch
-from helpers import MODEL, ROOT, TINY, torchrun, weights
+from helpers import MODEL, TINY, Ranks, weights
 from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
@@ -194,14 +193,13 @@ def teacher_file(tmp_path_factory):
     return path
 
 
-def test_the_command_of_deit_over_two_processes(data_path, teacher_file, tmp_path):
+def test_the_arguments_of_deit_over_two_processes(data_path, teacher_file, tmp_path):
     options = (*TINY, "--distillation-type", "hard", "--teacher-model", TEACHER,
                "--teacher-path", teacher_file, "--data-path", data_path,
                "--output_dir", tmp_path / "run")  # fmt: skip
-    command = torchrun("torch.distributed.run", ROOT / "main.py", *options)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "building lion_tiny_distilled_patch16_224" in done.stdout
+    ranks = Ranks(tmp_path, *options)
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert "building lion_tiny_distilled_patch16_224" in ranks.printed()
     assert {"dist_token", "head_dist.weight"} <= set(weights(tmp_path / "run"))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers import slow
 from torch.export import Dim
 
 import models_lion  # noqa: F401  (registers the models)
@@ -76,7 +77,7 @@ def test_any_batch_by_the_older_onnx_exporter(mask, order, format, tmp_path):
 
 @pytest.mark.parametrize(
     "mask, order, format",
-    [("Decay", "S", "Attention"), ("Selective", "S", "Chunk")],
+    [("Decay", "S", "Attention"), slow("Selective", "S", "Chunk")],
 )
 def test_any_size_by_torch_export(mask, order, format):
     model = small_model(mask, order, format, dynamic_img_size=True)

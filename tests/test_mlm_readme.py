@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import ROOT, torchrun
+from helpers import ROOT, slow_except, torchrun
 
 from mlm import benchmark, glue, prepare, pretrain
 from mlm.shards import load_tokenizer
@@ -59,7 +59,10 @@ def download(repository: str, name: str, local_dir: Path, **_: str) -> str:
     return str(local_dir / name)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize(
+    "line",
+    slow_except([(c,) for c in COMMANDS if "torchrun" not in c], [(c,) for c in COMMANDS]),
+)
 def test_command(line, places, monkeypatch):
     monkeypatch.chdir(places)
     words = shlex.split(line, comments=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import slow_except
 
 import models_lion  # noqa: F401  (registers the models)
 from models_lion import FEATURE_MAPS, FORMATS, LionVisionTransformer
@@ -13,6 +14,10 @@ from models_lion import FEATURE_MAPS, FORMATS, LionVisionTransformer
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 MASKS_ORDERS = list(product(FEATURE_MAPS, ("Normal", "S")))
 VARIANTS = list(product(FEATURE_MAPS, ("Normal", "S"), FORMATS))
+TRACED = slow_except(
+    [("Lit", "Normal", "Chunk"), ("Decay", "Normal", "RNN"), ("Selective", "S", "Attention")],
+    VARIANTS,
+)
 
 
 def small_model(mask="Decay", order="Normal", format="Attention", **kwargs):
@@ -144,7 +149,7 @@ def test_gradient_checkpointing_changes_nothing(mask, order, format):
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask, order, format", VARIANTS)
+@pytest.mark.parametrize("mask, order, format", TRACED)
 def test_compiles_without_graph_breaks(mask, order, format):
     torch.compiler.reset()
     model = small_model(mask, order, format, depth=1)
@@ -155,6 +160,7 @@ def test_compiles_without_graph_breaks(mask, order, format):
         compiled(images())
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     torch.compiler.reset()
     model = small_model("Selective", "S", "Chunk", depth=1)
@@ -162,7 +168,7 @@ def test_compiles_with_inductor():
     assert torch.allclose(compiled(images()), model(images()), atol=1e-5)
 
 
-@pytest.mark.parametrize("mask, order, format", VARIANTS)
+@pytest.mark.parametrize("mask, order, format", TRACED)
 def test_exports_with_a_dynamic_batch(mask, order, format):
     model = small_model(mask, order, format, depth=1)
     batch = torch.export.Dim("batch", min=1, max=64)

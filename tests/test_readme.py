@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import MODEL, ROOT, weights
+from helpers import MODEL, ROOT, slow_except, weights
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+# They start few processes; the others take long.
+QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log", "--lion LION-D")
 # The two that set up a machine: this test runs in one of them, and the other takes minutes.
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
@@ -62,7 +64,13 @@ def places(tmp_path_factory, data_path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+def is_quick(line: str) -> bool:
+    return any(name in line for name in (*SETTING_UP, *QUICK))
+
+
+@pytest.mark.parametrize(
+    "line", slow_except([(c,) for c in COMMANDS if is_quick(c)], [(c,) for c in COMMANDS])
+)
 def test_command(line, places, tmp_path):
     line = line.split("  #")[0].strip()
     if any(name in line for name in SETTING_UP):

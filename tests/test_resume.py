@@ -93,6 +93,7 @@ def test_kill_after_an_epoch(size, request, data_path, tmp_path):
     assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=size), whole)
 
 
+@pytest.mark.slow
 def test_torchrun_is_told_to_end(whole_on_two_ranks, data_path, tmp_path):
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run",
                  "--num_workers", "1")  # fmt: skip
