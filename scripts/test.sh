@@ -6,4 +6,4 @@ source scripts/environment.sh
 
 ruff check
 ruff format --check
-python -m pytest --numprocesses 2 "$@"
+python -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -38,7 +38,7 @@ def slow_except(quick: Collection[tuple], cases: Iterable[tuple]) -> list:
     """`cases` to parametrize with, all but the `quick` ones marked as slow."""
     cases = list(cases)
     assert set(quick) < set(cases)
-    return [case if case in quick else slow(*case) for case in cases]
+    return [pytest.param(*case) if case in quick else slow(*case) for case in cases]
 
 
 def make_image_folder(root: Path, train: int = 120, test: int = 21) -> Path:

@@ -55,6 +55,7 @@ def rows_of(markdown):
     return [row for row in rows if len(row) == len(header)]
 
 
+@pytest.mark.slow
 def test_every_case_is_in_the_table(results):
     printed, folder = results
     assert (folder / "benchmark.md").read_text() == printed
@@ -74,6 +75,7 @@ def test_every_case_is_in_the_table(results):
     assert re.search(r"- torch: \d", printed) and re.search(r"- timm: \d", printed)
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_csv(results):
     printed, folder = results
     with (folder / "benchmark.csv").open(newline="") as file:
@@ -89,8 +91,24 @@ def test_ratios_are_those_of_the_csv(results):
         assert row[9] == f"{int(r['bytes']) / int(other['bytes']):.2f}"
 
 
+@pytest.mark.slow
 def test_picture(results):
     assert (results[1] / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_files_of_a_small_run(tmp_path, capsys):
+    command = (
+        "--device cpu --threads 1 --parts inference --sizes 32x1 --masks Lit --formats Chunk "
+        f"--repeats 1 --seconds 0.1 --output {tmp_path}"
+    )
+    benchmark.main(command.split())
+    printed = capsys.readouterr().out
+    assert (tmp_path / "benchmark.md").read_text() == printed
+    assert [row[3:5] for row in rows_of(printed)] == [["timm ViT", "flash"], ["LION-Lit", "Chunk"]]
+    with (tmp_path / "benchmark.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert all(float(r["seconds"]) > 0 and int(r["bytes"]) > 0 for r in records)
+    assert (tmp_path / "benchmark.png").exists()
 
 
 @pytest.mark.gpu

@@ -52,6 +52,7 @@ def test_paper_table(tmp_path):
     assert [line[2] for line in table[-2:]] == ["7,267,456", "5,693,488"]
 
 
+@pytest.mark.slow
 def test_memory_vs_resolution(tmp_path):
     options = "--sizes 64 32 --repeats 1 --lion LION-D --chunk-size 4 --seconds 100"
     printed, rows = called("memory_vs_resolution", tmp_path, options)

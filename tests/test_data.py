@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import slow
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102
@@ -478,7 +477,10 @@ def test_workers_outlive_signals_and_end_with_their_loader():
 
 @pytest.mark.parametrize(
     ("end", "code"),
-    [slow("raise RuntimeError", 1), ("os.kill(os.getpid(), 9)", -9)],
+    [
+        pytest.param("raise RuntimeError", 1, marks=pytest.mark.slow),
+        ("os.kill(os.getpid(), 9)", -9),
+    ],
 )
 def test_no_worker_outlives_its_process(end, code):
     script = f"""

@@ -133,6 +133,7 @@ def test_metrics_by_their_definitions():
     assert spearman == pytest.approx(100 * (1 - 6 * squares / (4 * 15)))
 
 
+@pytest.mark.slow
 def test_transfer_regression_seeds_over_two_devices_and_what_is_done_stays(
     data, model, ending, tmp_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Ranks, rendezvous, same
+from helpers import ROOT, Ranks, rendezvous, same, slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -87,7 +87,7 @@ def whole(corpus, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mixer", ["lion-d", "lion-s"])
+@pytest.mark.parametrize("mixer", [slow("lion-d"), "lion-s"])
 def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
     pretraining(corpus, output=tmp_path, steps=150, eval_every=150, **{"model.mixer": mixer})
     tokens = np.concatenate(Corpus(corpus, "eval", 64).shards)
@@ -129,7 +129,7 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_it(
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("at", [(7,), (2, "evaluate")], ids=str)
+@pytest.mark.parametrize("at", [(7,), slow((2, "evaluate"))], ids=str)
 def test_two_ranks_go_on_bit_for_bit(at, corpus, tmp_path):
     settings = {"workers": 0}
     ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 # They start few processes; the others take long.
-QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log", "--lion LION-D")
+QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log")
 # The two that set up a machine: this test runs in one of them, and the other takes minutes.
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",

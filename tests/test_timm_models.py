@@ -1,6 +1,6 @@
 """Models of timm's families are built, learn, and start from their own weights.
 
-By default a few families that were awkward; every family with `-m slow`.
+Quick: a few families that were awkward; slow: every family.
 """
 
 import gc
