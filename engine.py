@@ -218,9 +218,10 @@ def evaluate(
     loss, top1, top5, count, stopped = world.reduce(sums).tolist()
     if per_class is not None:
         world.reduce(per_class)
-    images_per_second = progress.close()
+    progress.close()
     if stopped:
         raise Interrupted
+    images_per_second = images / progress.seconds()  # also where a process has none of them
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
     return stats, images_per_second

@@ -74,6 +74,34 @@ class World:
                 dist.barrier()
 
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def launched_as() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun tells them; 0 and 1 without it.
+
+    Raises ValueError if some of its variables are set and others are not, as when a shell still has
+    those of another job, or if they are no rank.
+    """
+    found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    if not found:
+        return 0, 1
+    missing = [name for name in LAUNCHER if name not in found]
+    if missing:
+        raise ValueError(
+            f"The environment has {' and '.join(found)}, but not {' and '.join(missing)}: start "
+            f"with torchrun, which sets all, or unset {' '.join(found)}."
+        )
+    try:
+        rank, size, local = (int(found[name]) for name in LAUNCHER)
+    except ValueError:
+        rank = size = local = -1
+    if not 0 <= local <= rank < size:
+        given = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(f"The environment has {given}, which is no rank: start with torchrun.")
+    return rank, size
+
+
 def init_distributed(device: str = "auto", init_method: str = "env://") -> World:
     """Joins the processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
 
@@ -86,7 +114,7 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
         raise ValueError(
             f"--device {device} needs a CUDA GPU and none was found: use --device cpu."
         )
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = launched_as()
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -242,8 +270,7 @@ class Progress:
         text = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable:
-            seconds = time.perf_counter() - self.began
-            rate = (step + 1 - self.start) / seconds
+            rate = (step + 1 - self.start) / self.seconds()
             eta = timedelta(seconds=int((self.steps - step - 1) / rate))
             logger.info(
                 "%s  [%*d/%d]  eta: %s  %s  %s/s: %.1f",
@@ -260,9 +287,13 @@ class Progress:
         self.began += pause
         self.lap_began += pause
 
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.began
+
     def speed(self, done: int) -> float:
         """Images/s since the start, after `done` steps."""
-        return (done - self.start) * self.images / (time.perf_counter() - self.began)
+        return (done - self.start) * self.images / self.seconds()
 
     def lap(self, done: int) -> float:
         """Images/s since the last lap, or the start, after `done` steps."""
@@ -457,9 +488,10 @@ def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
     A ValueError of `build` is the user's: its sentence on standard error, from the main process,
     and exit code 2. A FloatingPointError of the work is told likewise, with exit code 1.
     """
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    setup_logging(is_main)
+    is_main = True
     try:
+        is_main = launched_as()[0] == 0
+        setup_logging(is_main)
         work = build()
     except ValueError as error:
         if is_main:

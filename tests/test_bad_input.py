@@ -8,6 +8,7 @@ import torch
 from helpers import TINY, Ranks, refused
 
 import main
+from mlm import glue, pretrain
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,26 @@ def test_an_error_under_two_ranks_is_told_once(tmp_path):
     )
     assert ranks.errors(1) == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"RANK": "1"}, "has RANK, but not WORLD_SIZE and LOCAL_RANK: .* or unset RANK"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "has WORLD_SIZE and LOCAL_RANK, but not RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2, WORLD_SIZE=2, .* no rank"),
+        ({"RANK": "a", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=a, .* no rank"),
+    ],
+)
+@pytest.mark.parametrize("command", ["main", "pretrain", "glue"])
+def test_variables_that_no_launcher_set(command, variables, message, run, ending, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if command == "main":
+        return refused(run(*TINY, "--data-path", "absent"), message)
+    module = {"pretrain": pretrain, "glue": glue}[command]
+    ended = ending(module.main, ["absent.yaml", *(["--model", "absent"] if module is glue else [])])
+    assert ended.code == 2 and re.search(message, ended.err), ended
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, data_path, tmp_path, monkeypatch):

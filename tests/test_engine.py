@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import Ranks, rendezvous, same
+from helpers import TINY, Ranks, make_image_folder, rendezvous, same
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -180,6 +180,16 @@ def score(model: nn.Module, count: int, world: World = CPU, **kwargs) -> dict[st
     sampler = ShardSampler(count, num_replicas=world.size, rank=world.rank)
     loader = DataLoader(TensorDataset(*images(count)), batch_size=4, sampler=sampler)
     return evaluate(model, loader, world=world, images=count, **kwargs)[0]
+
+
+def test_more_ranks_than_images(tmp_path):
+    data = make_image_folder(tmp_path / "images")
+    for folder in (data / "val").iterdir():
+        for image in sorted(folder.iterdir())[1:]:
+            image.unlink()
+    ranks = Ranks(tmp_path, *TINY, "--data-path", data, "--eval", size=4)
+    assert ranks.wait() == [0] * 4
+    assert "Accuracy of the network on the 3 test images" in ranks.printed(0)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 10])
