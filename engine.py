@@ -14,7 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import checkpoint
-from utils import Interrupted, Mean, Progress, StopSignal, World, seed_everything
+from journal import Mean, Progress
+from processes import Interrupted, StopSignal, World
+from utils import seed_everything
 
 logger = logging.getLogger(__name__)
 

@@ -40,22 +40,12 @@ from arguments import (
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
 from engine import Position, Run, autocast, evaluate, train_one_epoch
+from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
+from processes import Interrupted, StopSignal, World, init_distributed
 from samplers import EpochSampler, ShardSampler
-from utils import (
-    Interrupted,
-    Journal,
-    StopSignal,
-    World,
-    init_distributed,
-    peak_memory,
-    provenance,
-    require_writable,
-    run_command,
-    seed_everything,
-    write_scores,
-)
+from utils import peak_memory, run_command, seed_everything
 
 logger = logging.getLogger(__name__)
 

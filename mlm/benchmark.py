@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import autocast
+from journal import provenance
 from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
-from utils import init_distributed, peak_memory, provenance, run_command
+from processes import init_distributed
+from utils import peak_memory, run_command
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # of softmax on GPUs
 

@@ -26,17 +26,12 @@ from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
 from engine import autocast
+from journal import require_writable
 from mlm.settings import check_ranges, override, read_yaml, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
-from utils import (
-    World,
-    init_distributed,
-    require_writable,
-    run_command,
-    seed_everything,
-    setup_logging,
-)
+from processes import World, init_distributed
+from utils import run_command, seed_everything, setup_logging
 
 WARMUP_SHARE = 0.06
 BETAS, EPS = (0.9, 0.98), 1e-6

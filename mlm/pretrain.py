@@ -20,24 +20,14 @@ from transformers.utils import logging
 import checkpoint
 from datasets import ignore_signals
 from engine import LOG_INTERVAL, agreed, autocast, without_sync
+from journal import Journal, Mean, Progress, provenance, require_writable
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
+from processes import Interrupted, StopSignal, World, init_distributed
 from samplers import EpochSampler
-from utils import (
-    Interrupted,
-    Journal,
-    Mean,
-    Progress,
-    StopSignal,
-    World,
-    init_distributed,
-    provenance,
-    require_writable,
-    run_command,
-    seed_everything,
-)
+from utils import run_command, seed_everything
 
 # What a resumed run must share with the run that it goes on with.
 FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",

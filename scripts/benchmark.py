@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from journal import provenance
 from models_lion import FORMATS
+from processes import init_distributed
 from scripts.bench import report
 from scripts.bench.cases import BACKENDS, HEADS, PARTS, VARIANTS, Case, make_cases
 from scripts.bench.measure import choose_backend, measure
-from utils import init_distributed, provenance
 
 COMPILE = {"none": "", "blocks": "blocks", "model": "model"}
 # What is measured of each device by default: scale, masks, turns, seconds for a case.

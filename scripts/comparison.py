@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import models_hydra  # noqa: F401, registers models, as the next two do
 import models_lion
 import models_vim  # noqa: F401
-from utils import provenance
+from journal import provenance
 
 # Names in timm but for the size, and options.
 MODELS = {

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models_lion import FORMATS
+from processes import init_distributed
 from scripts.comparison import (
     EXPLICIT,
     MODELS,
@@ -35,7 +36,7 @@ from scripts.comparison import (
     weight_bytes,
     write,
 )
-from utils import init_distributed, peak_memory
+from utils import peak_memory
 
 logger = logging.getLogger(__name__)
 LIONS = [label for label in MODELS if label.startswith("LION")]

@@ -12,7 +12,7 @@ import torch
 from helpers import TINY, call_main, make_image_folder, refused, weights
 
 import checkpoint
-from utils import write_scores
+from journal import write_scores
 
 NAMES = ["class0", "class1", "class2"]
 

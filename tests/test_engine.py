@@ -14,8 +14,8 @@ import models_lion  # noqa: F401  (registers the models)
 from engine import Position, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models_lion import FEATURE_MAPS, FORMATS
+from processes import Interrupted, World, init_distributed
 from samplers import ShardSampler
-from utils import Interrupted, World, init_distributed
 
 # mask, order, format and the parts of a batch that gradients are accumulated over
 VARIANTS = [

@@ -172,7 +172,7 @@ def test_weights_alone_start_a_run_from_its_beginning(whole, run, data_path, tmp
 def test_a_signal_counts_though_a_compiler_took_its_handler():
     code = """
 import ctypes, os, signal
-from utils import StopSignal
+from processes import StopSignal
 
 stop = StopSignal()
 ctypes.CDLL(None).signal(signal.SIGTERM, 0)  # the default, as LLVM's handler leaves it for a while
