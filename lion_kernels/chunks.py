@@ -35,7 +35,9 @@ from lion_kernels.common import (
     load_tile,
     part_of_sequence,
     round_to,
+    rows_of,
     store_tile,
+    sum_of_masks,
     token_at,
 )
 from lion_kernels.decay import NUM_VECTORS
@@ -92,15 +94,16 @@ def _mask_tile(
 
 @triton.jit
 def mix_fwd_kernel(
-    QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM,
-    n, heads, stride_n, sums_b, eps, curve_weight,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr, PADDED: tl.constexpr,
-    ADD: tl.constexpr,
+    QKV, SUMS, TABLE, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM,
+    n, heads, stride_n, sums_c, sums_b, eps, curve_weight,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
+    FEATURES: tl.constexpr, NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr, TABULATED: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`.
 
-    ADD adds a curve to the mean of others that is there, each with its denominators.
+    ADD adds a curve to the mean of others that is there, each with its denominators. A sequence
+    that is one chunk can go along NUM_CURVES at once, in token order; for TABULATED see `pairs.py`.
     """
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
@@ -124,21 +127,29 @@ def mix_fwd_kernel(
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
         inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
-        x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
+        xs = rows_of(SUMS, sums_c, inside, NUM_CURVES)
+        ys = rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
+        rows = TABLE + (h * SIZE + inside[:, None]) * SIZE
         q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
         q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
         rounding = tl.zeros((BLOCK,), tl.float32)
         if CHUNKED:
-            fade = tl.exp2(x_i)
+            fade = tl.exp2(xs[0])
             out = dot(q, earlier) * fade[:, None]
             denom = tl.sum(q.to(tl.float32) * tl.load(VECTORS), 1) * fade
-            fade = tl.exp2(total - y_i)
+            fade = tl.exp2(total - ys[0])
             out += dot(q, later) * fade[:, None]
             denom += tl.sum(q.to(tl.float32) * tl.load(VECTORS + D), 1) * fade
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
-            mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
+            if NUM_CURVES > 1:
+                columns = t * BLOCK + tl.arange(0, keys[t].shape[0])
+                mask = sum_of_masks(
+                    SUMS, rows, sums_c, xs, ys, columns, SIZE, NUM_CURVES, TABULATED
+                )
+            else:
+                mask = _mask_tile(SUMS, xs[0], ys[0], i, t, keys[t].shape[0], SIZE, BLOCK)
             w = dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
             rounded = round_to(w, dtype)
             denom += tl.sum(w, 1)
@@ -146,7 +157,7 @@ def mix_fwd_kernel(
             out = add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
         out *= curve_weight
         if NORMALISE:
-            denom = (denom + eps) * curve_weight
+            denom = (denom + NUM_CURVES * eps) * curve_weight
             if ADD:
                 before = 1 / tl.load(INV_DENOM + tokens, mask=valid, other=1.0)
                 out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32) * before[:, None]
@@ -267,8 +278,8 @@ def _dkv_tile(
 ):  # fmt: skip
     """Adds queries of the steps from `start` on to dk and dv of the keys of the steps `own`.
 
-    SIDE tells queries "before" and "after" the keys' tile, and those in it up to ("until") or from
-    ("past") each key itself.
+    SIDE tells whether they are "before", "in" or "after" the keys' tile. Returns also the sums of
+    g_ij of queries in it up to each key.
     """
     steps = start + tl.arange(0, BLOCK_N)
     there = steps < end
@@ -283,32 +294,35 @@ def _dkv_tile(
     else:
         x_i, y_i = tl.load(SUMS + steps), tl.load(SUMS + SIZE + steps)
         mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
-        past = steps[None, :] > own[:, None]
-        mask = tl.where(past == (SIDE == "past"), mask, 0.0)
-    w = dot(k, tl.trans(q)) * mask  # [BLOCK, BLOCK_N]
-    dv = add_dot(w.to(k.dtype), do, dv)  # [BLOCK, D]
     dw = (dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
     dk = add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
-    return dk, dv
+    w = dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
+    until = tl.zeros((k.shape[0],), tl.float32)
+    if SIDE == "in":
+        g = tl.where(steps[None, :] <= own[:, None], w * round_to(dw, k.dtype), 0.0)
+        until = tl.sum(g, 1)
+    dv = add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
+    return dk, dv, until
 
 
 @triton.jit
 def mix_bwd_dkv_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, DO, PHI_Q, PHI_K, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, side,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    FEATURES: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
+    n, heads, stride_n, sums_b, side, tiles,
+    D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, FEATURES: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
     PADDED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv into DQKV, and sums of g_ij by key. Products are transposed, keys by queries."""
-    ROWS_OF_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
-    SIZE: tl.constexpr = ROWS_OF_CHUNK * BLOCK
+    """dk and dv into DQKV, and sums of g_ij by key. Products are transposed, keys by queries.
+
+    A chunk has `tiles` of keys; as a constant, that number made threads spill 272 bytes, not 80.
+    """
     num_chunks = tl.cdiv(n, CHUNK)
-    part, bh = part_of_sequence(num_chunks * ROWS_OF_CHUNK)
-    chunk, first = part // ROWS_OF_CHUNK, part % ROWS_OF_CHUNK * BLOCK
+    part, bh = part_of_sequence(num_chunks * tiles)
+    chunk = part // tiles
     b, h = bh // heads, bh % heads
     low, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n)
-    first += low
+    first = low + part % tiles * BLOCK
     K = QKV + b * n * stride_n + (heads + h) * D
     V = K + heads * D
     DK = DQKV + b * n * stride_n + (heads + h) * D
@@ -345,25 +359,21 @@ def mix_bwd_dkv_kernel(
     edge = tl.load(SUMS + first)
     row = tl.exp2(y_j - edge)
     for start in range(low, first, BLOCK_N):
-        dk, dv = _dkv_tile(
+        dk, dv, until = _dkv_tile(
             k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
             heads * D, "before", D, BLOCK_N, SIZE, CURVED,
         )  # fmt: skip
-    for start in range(first, first + BLOCK, BLOCK_N):
-        dk, dv = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "until", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
     to_earlier = tl.sum(k.to(tl.float32) * dk, 1)
     for start in range(first, first + BLOCK, BLOCK_N):
-        dk, dv = _dkv_tile(
+        dk, dv, until = _dkv_tile(
             k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "past", D, BLOCK_N, SIZE, CURVED,
+            heads * D, "in", D, BLOCK_N, SIZE, CURVED,
         )  # fmt: skip
+        to_earlier += until
     edge = tl.load(SUMS + SIZE + first + BLOCK - 1)
     row = tl.exp2(edge - x_j)
     for start in range(first + BLOCK, end, BLOCK_N):
-        dk, dv = _dkv_tile(
+        dk, dv, until = _dkv_tile(
             k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
             heads * D, "after", D, BLOCK_N, SIZE, CURVED,
         )  # fmt: skip

@@ -131,3 +131,31 @@ def key_mask(VALID, tokens, valid, PADDED: tl.constexpr):
 def decay_mask(x_i, y_i, x_j, y_j):
     """`M_ij = 2^min(x_i - x_j, y_j - y_i)` of sums that are broadcast against each other."""
     return tl.exp2(tl.minimum(x_i - x_j, y_j - y_i))
+
+
+@triton.jit
+def rows_of(TABLE, stride, rows, NUM_CURVES: tl.constexpr):
+    """For each curve, what a table has of some rows, `[R]`."""
+    values = ()
+    for c in tl.static_range(NUM_CURVES):
+        values += (tl.load(TABLE + c * stride + rows),)
+    return values
+
+
+@triton.jit
+def sum_of_masks(
+    SUMS, TABLE, sums_c, xs, ys, columns,
+    SIZE: tl.constexpr, NUM_CURVES: tl.constexpr, TABULATED: tl.constexpr,
+):  # fmt: skip
+    """M `[R, C]` of queries, or keys, and columns of their partners, summed over the curves.
+
+    TABULATED, it comes from TABLE, `[R, 1]` pointers to the rows of a symmetric table.
+    """
+    if TABULATED:
+        return tl.load(TABLE + columns).to(tl.float32)
+    mask = tl.zeros((xs[0].shape[0], columns.shape[0]), tl.float32)
+    for c in tl.static_range(NUM_CURVES):
+        x_j = tl.load(SUMS + c * sums_c + columns)
+        y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
+        mask += decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
+    return mask

@@ -1,5 +1,6 @@
 """The custom operator `lion::mix` and its gradient: what `torch.compile` and export see."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from lion_kernels import chunks, linear, pairs, tuning
 from lion_kernels.decay import NUM_VECTORS, decay_cumsum_kernel, gate_bwd_kernel
@@ -91,7 +93,13 @@ class Call:
 
     @property
     def by_token(self) -> bool:
-        return self.plan.form == "pairs"
+        return self.plan.backward == "pairs"
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all images have the same decays."""
+        by_head = self.decays["DECAYS"] in ("head", "none")
+        return by_head and self.valid is None and self.documents is None
 
     @property
     def sequence_options(self) -> dict[str, Any]:
@@ -105,8 +113,7 @@ class Call:
         """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; and,
         by token, steps on the curves `[C, size]`."""
         b, n, _ = self.shape
-        shared = self.decays["DECAYS"] in ("head", "none")
-        images = 1 if shared and self.valid is None and self.documents is None else b
+        images = 1 if self.alike else b
         size = self.plan.size
         sums = self.empty(
             self.num_curves, images, self.heads, self.num_chunks, NUM_VECTORS.value, size
@@ -128,7 +135,7 @@ class Call:
 
 def _inputs(call: Call, sums: Tensor, c: int) -> dict[str, Any]:
     """Arguments that the kernels of `chunks.py` and `states.py` share, along curve `c`."""
-    curve = None if call.curves is None else call.curves[c]
+    curve = None if call.curves is None or call.by_token else call.curves[c]
     return {
         "QKV": call.qkv, "SUMS": sums[c], "CURVE": call.pointer(curve),
         "VALID": call.pointer(call.valid), "sums_b": sums.stride(1), "CURVED": curve is not None,
@@ -162,12 +169,14 @@ def _states(call: Call, inputs: dict[str, Any], **of_queries: Tensor) -> dict[st
 
 def _chunks_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
     sums, _ = call.cumulative_decays()
-    for c in range(call.num_curves):
+    table = _mask_table(call, sums) if call.by_token else {"TABLE": call.qkv, "TABULATED": False}
+    for c in range(1 if call.by_token else call.num_curves):
         inputs = _inputs(call, sums, c)
         chunks.mix_fwd_kernel[(call.sequences * call.num_chunks,)](
-            **inputs, **_states(call, inputs), OUT=out, INV_DENOM=inv_denom, eps=call.eps,
-            curve_weight=1 / call.num_curves, NORMALISE=call.normalise, ADD=c > 0,
-            **call.plan.fwd,
+            **inputs, **_states(call, inputs), **table, OUT=out, INV_DENOM=inv_denom,
+            sums_c=sums.stride(0), eps=call.eps, curve_weight=1 / call.num_curves,
+            NUM_CURVES=call.num_curves if call.by_token else 1, NORMALISE=call.normalise,
+            ADD=c > 0, **call.plan.fwd,
         )  # fmt: skip
 
 
@@ -188,10 +197,11 @@ def _chunks_backward(
             eps=call.eps, curve_weight=1 / call.num_curves, NORMALISE=call.normalise, ADD=c > 0,
             LAST=c == call.num_curves - 1, **call.plan.dq,
         )  # fmt: skip
-        tiles = call.num_chunks * call.plan.size // call.plan.block
-        chunks.mix_bwd_dkv_kernel[(call.sequences * tiles,)](
-            **inputs, **states, **shared, ADD=c > 0, **call.plan.dkv
-        )
+        tiles = call.plan.size // call.plan.block
+        chunks.mix_bwd_dkv_kernel[(call.sequences * call.num_chunks * tiles,)](
+            **inputs, **states, **shared, tiles=tiles, SIZE=call.plan.size, ADD=c > 0,
+            **call.plan.dkv,
+        )  # fmt: skip
         _gate_gradients(call, c, sums, dlog_mask, dqkv, ddecay, states)
 
 
@@ -225,8 +235,22 @@ def _gate_gradients(
 # ------------------------------------------------------------------------- several curves at once
 
 
+def _mask_table(call: Call, sums: Tensor) -> dict[str, Any]:
+    """The masks' sum by head, where all images have the same."""
+    if not call.alike:
+        return {"TABLE": call.qkv, "TABULATED": False}
+    size = call.plan.size
+    table = call.qkv.new_empty(call.heads, size, size)
+    pairs.mask_table_kernel[(call.heads * size // call.plan.block,)](
+        SUMS=sums, TABLE=table, sums_c=sums.stride(0), SIZE=size, BLOCK=call.plan.block,
+        NUM_CURVES=call.num_curves,
+    )  # fmt: skip
+    return {"TABLE": table, "TABULATED": True}
+
+
 def _pair_inputs(call: Call, sums: Tensor) -> dict[str, Any]:
     return {
+        **_mask_table(call, sums),
         "QKV": call.qkv, "SUMS": sums, "sums_c": sums.stride(0), "sums_b": sums.stride(1),
         "NUM_CURVES": call.num_curves, "SIZE": call.plan.size, **call.sequence_options,
     }  # fmt: skip
@@ -241,10 +265,11 @@ def _key_features(call: Call, phi_k: Tensor) -> None:
 
 
 def _pairs_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
+    shared = _pair_inputs(call, call.cumulative_decays()[0])
     phi_k = call.like_out()
     _key_features(call, phi_k)
     pairs.mix_fwd_kernel[(call.sequences * call.plan.size // call.plan.block,)](
-        **_pair_inputs(call, call.cumulative_decays()[0]), PHI_K=phi_k, OUT=out,
+        **shared, PHI_K=phi_k, OUT=out,
         INV_DENOM=inv_denom, eps=call.eps, NORMALISE=call.normalise, **call.plan.fwd,
     )  # fmt: skip
 
@@ -262,16 +287,33 @@ def _pairs_backward(
         "side": dlog_mask.stride(1),
     }  # fmt: skip
     grid = (call.sequences * size // call.plan.block,)
+    table = shared.pop("TABLE")
     pairs.mix_bwd_dq_kernel[grid](
         **shared, OUT=out, INV_DENOM=inv_denom, eps=call.eps, NORMALISE=call.normalise,
         **call.plan.dq,
     )  # fmt: skip
     pairs.mix_bwd_dkv_kernel[grid](
-        **shared, VALID=call.pointer(call.valid), PADDED=call.valid is not None, **call.plan.dkv
+        **shared,
+        TABLE=table,
+        VALID=call.pointer(call.valid),
+        PADDED=call.valid is not None,
+        **call.plan.dkv,
     )
+    if shared["TABULATED"]:
+        _logit_gradients(call, dlog_mask[:, 0, :, : call.shape[1]], ddecay)
+        return
     states = {"STATES": call.qkv, "VECTORS": call.qkv, "CHUNKED": False}
     for c in range(call.num_curves):
         _gate_gradients(call, c, sums, dlog_mask[c], dqkv, ddecay, states)
+
+
+def _logit_gradients(call: Call, sums: Tensor, ddecay: Tensor) -> None:
+    """Gradients of heads' logits by image, `[C, B, H, 1]`, from sums of g_ij t_ij by token."""
+    logits = call.decay[:, None, :, None]
+    log_decay = F.logsigmoid(logits) / math.log(2)
+    slope = torch.where(logits > -16, torch.sigmoid(-logits) / log_decay, 0.0)
+    sums = sums.sum(-1).view(ddecay.shape)
+    ddecay.copy_(torch.where(log_decay < 0, sums * slope, 0.0))
 
 
 # ----------------------------------------------------------------------------------------- no decay
@@ -360,7 +402,7 @@ def mix_operator(
         if normalise
         else projected.new_ones(b, heads, n, dtype=torch.float32)
     )
-    FORWARD[call.plan.form](call, out, inv_denom)
+    FORWARD[call.plan.forward](call, out, inv_denom)
     return out, inv_denom
 
 
@@ -397,7 +439,7 @@ def mix_backward(
     written = num_curves * heads if call.decays["DECAYS"] == "gates" else 0
     call.gates(dprojected)[..., written:] = 0
     ddecay = call.empty(*_ddecay_shape(projected, decay, heads, call.num_chunks))
-    BACKWARD[call.plan.form](call, out, inv_denom, grad.contiguous(), dprojected, ddecay)
+    BACKWARD[call.plan.backward](call, out, inv_denom, grad.contiguous(), dprojected, ddecay)
     return dprojected, ddecay
 
 

@@ -8,6 +8,12 @@ which pays up to some hundred tokens; longer sequences go along one curve after 
 A program has a tile of queries (`mix_fwd_kernel`, `mix_bwd_dq_kernel`) or of keys and values
 (`mix_bwd_dkv_kernel`); tiles of their partners pass by. A row is in many tiles, so features come
 from PHI, `[2, B, N, H, D]`: q' (in the backward pass) and phi(k).
+
+Where decays are alike in all tokens and images (LION-D), the mean of a head's masks is TABULATED
+once for all images, `[H, SIZE, SIZE]` and symmetric. A head's logit w then needs no sums by token:
+with n_ij decays between a pair on a curve, t_ij = n_ij log2 sigmoid(w) is its mask's exponent, and
+
+    dL/dw = sigmoid(-w) / log2 sigmoid(w) sum_ij g_ij t_ij
 """
 
 import triton
@@ -24,7 +30,9 @@ from lion_kernels.common import (
     load_tile,
     part_of_sequence,
     round_to,
+    rows_of,
     store_tile,
+    sum_of_masks,
 )
 from lion_kernels.decay import NUM_VECTORS
 
@@ -46,19 +54,28 @@ def key_feature_kernel(
 
 
 @triton.jit
-def _rows_of(TABLE, stride, rows, NUM_CURVES: tl.constexpr):
-    """For each curve, what a table has of some rows, `[R]`."""
-    values = ()
-    for c in tl.static_range(NUM_CURVES):
-        values += (tl.load(TABLE + c * stride + rows),)
-    return values
+def mask_table_kernel(
+    SUMS, TABLE, sums_c, SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr
+):
+    """The sum of each head's masks: TABLE `[H, SIZE, SIZE]`."""
+    part, h = part_of_sequence(SIZE // BLOCK)
+    SUMS += h * NUM_VECTORS * SIZE
+    rows = part * BLOCK + tl.arange(0, BLOCK)
+    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    for start in range(0, SIZE, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = sum_of_masks(SUMS, TABLE, sums_c, xs, ys, columns, SIZE, NUM_CURVES, False)
+        address = TABLE + (h * SIZE + rows[:, None]) * SIZE + columns
+        tl.store(address, mask.to(TABLE.dtype.element_ty))
 
 
 @triton.jit
 def mix_fwd_kernel(
-    QKV, PHI_K, SUMS, OUT, INV_DENOM, n, heads, stride_n, sums_c, sums_b, eps,
+    QKV, PHI_K, SUMS, TABLE, OUT, INV_DENOM, n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+    TABULATED: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`."""
     part, bh = part_of_sequence(tl.cdiv(n, BLOCK))
@@ -70,8 +87,9 @@ def mix_fwd_kernel(
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
-    xs = _rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = _rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    TABLE += (h * SIZE + rows[:, None]) * SIZE
+    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     q = feature_map(load_tile(Q, rows, valid, stride_n, D), FEATURES)
     q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
     out = tl.zeros((BLOCK, D), tl.float32)
@@ -82,12 +100,7 @@ def mix_fwd_kernel(
         k = load_tile(PHI_K, columns, columns < n, heads * D, D)
         v = load_tile(V, columns, columns < n, stride_n, D)
         w = dot(q, tl.trans(k))  # [BLOCK, BLOCK_N]
-        mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
-        for c in tl.static_range(NUM_CURVES):
-            x_j = tl.load(SUMS + c * sums_c + columns)
-            y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
-            mask += decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
-        w *= mask
+        w *= sum_of_masks(SUMS, TABLE, sums_c, xs, ys, columns, SIZE, NUM_CURVES, TABULATED)
         rounded = round_to(w, v.dtype)
         denom += tl.sum(w, 1)
         rounding += tl.sum(rounded - w, 1)
@@ -104,11 +117,14 @@ def mix_bwd_dq_kernel(
     n, heads, stride_n, sums_c, sums_b, side, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+    TABULATED: tl.constexpr,
 ):  # fmt: skip
-    """dq into DQKV, q' into PHI, DELTA `[B, H, N]`, and each curve's sums of g_ij by query.
+    """dq into DQKV, q' into PHI, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
+    earlier and with later keys, or, TABULATED, of g_ij t_ij.
 
     PLACES `[C, N]` has each token's step on the curves. For the rounding residual, see `chunks.py`.
     """
+    SIDES: tl.constexpr = 1 if TABULATED else 2
     num_parts = tl.cdiv(n, BLOCK)
     part, bh = part_of_sequence(num_parts)
     b, h = bh // heads, bh % heads
@@ -121,9 +137,9 @@ def mix_bwd_dq_kernel(
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
-    xs = _rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = _rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    places = _rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    places = rows_of(PLACES, SIZE, rows, NUM_CURVES)
     do = load_tile(DO + (b * n * heads + h) * D, rows, valid, heads * D, D)
     delta = tl.zeros((BLOCK,), tl.float32)
     if NORMALISE:
@@ -137,7 +153,7 @@ def mix_bwd_dq_kernel(
     store_tile(PHI, rows, valid, heads * D, q, D)
     dq = tl.zeros((BLOCK, D), tl.float32)
     sums = ()
-    for _ in tl.static_range(2 * NUM_CURVES):
+    for _ in tl.static_range(SIDES * NUM_CURVES):
         sums += (tl.zeros((BLOCK,), tl.float32),)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -150,18 +166,24 @@ def mix_bwd_dq_kernel(
         for c in tl.static_range(NUM_CURVES):
             x_j = tl.load(SUMS + c * sums_c + columns)
             y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
-            place = tl.load(PLACES + c * SIZE + columns)[None, :]
-            m = decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
+            t = tl.minimum(xs[c][:, None] - x_j[None, :], y_j[None, :] - ys[c][:, None])
+            m = tl.exp2(t)
             mask += m
-            earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
-            later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
-            added += (sums[2 * c] + earlier, sums[2 * c + 1] + later)
+            if TABULATED:
+                added += (sums[c] + tl.sum(g * (m * t), 1),)
+            else:
+                place = tl.load(PLACES + c * SIZE + columns)[None, :]
+                earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
+                added += (sums[2 * c] + earlier, sums[2 * c + 1] + tl.sum(g * m, 1))
         sums = added
+        if TABULATED:
+            mask = round_to(mask, dtype)
         dq = add_dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
     for c in tl.static_range(NUM_CURVES):
         of_curve = DLOG_MASK + c * 6 * side + bh * SIZE + rows
-        tl.store(of_curve, sums[2 * c], mask=valid)
-        tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
+        tl.store(of_curve, sums[SIDES * c], mask=valid)
+        if not TABULATED:
+            tl.store(of_curve + side, sums[2 * c + 1] - sums[2 * c], mask=valid)
     if NORMALISE and FEATURES != "none":
         residual = tl.sum(q.to(tl.float32) * dq, 1) - eps * delta * inv_denom
         dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
@@ -172,12 +194,16 @@ def mix_bwd_dq_kernel(
 
 @triton.jit
 def mix_bwd_dkv_kernel(
-    QKV, PHI, SUMS, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b, side,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+    TABULATED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv into DQKV, and each curve's sums of g_ij by key; products are keys by queries."""
+    """dk and dv into DQKV, and, unless TABULATED, each curve's sums of g_ij by key.
+
+    Products are keys by queries.
+    """
     num_parts = tl.cdiv(n, BLOCK)
     part, bh = part_of_sequence(num_parts)
     b, h = bh // heads, bh % heads
@@ -190,9 +216,10 @@ def mix_bwd_dkv_kernel(
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
-    xs = _rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = _rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    places = _rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    TABLE += (h * SIZE + rows[:, None]) * SIZE
+    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    places = rows_of(PLACES, SIZE, rows, NUM_CURVES)
     k = load_tile(PHI + images * n * heads * D, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
     v = load_tile(K + heads * D, rows, valid, stride_n, D)
     dk = tl.zeros((BLOCK, D), tl.float32)
@@ -208,25 +235,29 @@ def mix_bwd_dkv_kernel(
         delta = tl.load(DELTA + columns, mask=there, other=0.0)
         w = dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
         dw = dot(v, tl.trans(do)) - delta[None, :]  # [BLOCK, BLOCK_N]
-        g = w * dw
-        mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
-        added = ()
-        for c in tl.static_range(NUM_CURVES):
-            x_i = tl.load(SUMS + c * sums_c + columns)
-            y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
-            place = tl.load(PLACES + c * SIZE + columns)[None, :]
-            m = decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
-            mask += m
-            later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
-            earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
-            added += (sums[2 * c] + later, sums[2 * c + 1] + earlier)
-        sums = added
+        if TABULATED:
+            mask = tl.load(TABLE + columns).to(tl.float32)
+        else:
+            g = w * dw
+            mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+            added = ()
+            for c in tl.static_range(NUM_CURVES):
+                x_i = tl.load(SUMS + c * sums_c + columns)
+                y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
+                place = tl.load(PLACES + c * SIZE + columns)[None, :]
+                m = decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
+                mask += m
+                later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
+                earlier = tl.sum(tl.where(place <= places[c][:, None], g * m, 0.0), 1)
+                added += (sums[2 * c] + later, sums[2 * c + 1] + earlier)
+            sums = added
         dv = add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
         dk = add_dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
-    for c in tl.static_range(NUM_CURVES):
-        of_curve = DLOG_MASK + (c * 6 + 2) * side + bh * SIZE + rows
-        tl.store(of_curve, sums[2 * c], mask=valid)
-        tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
+    if not TABULATED:
+        for c in tl.static_range(NUM_CURVES):
+            of_curve = DLOG_MASK + (c * 6 + 2) * side + bh * SIZE + rows
+            tl.store(of_curve, sums[2 * c], mask=valid)
+            tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
     counts = key_mask(VALID + b * n, rows, valid, PADDED)
     phi, slope = feature_map_and_slope(load_tile(K, rows, valid, stride_n, D), FEATURES)
     dk = feature_map_grad(phi, slope, dk, FEATURES)

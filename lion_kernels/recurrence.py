@@ -135,7 +135,7 @@ def recurrence_operator(
     """The output of `lion::mix`, `[B, N, H * D]`; it has no gradient."""
     options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
     call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
-    if call.plan.form == "linear":  # one state as it is
+    if call.plan.forward == "linear":  # one state as it is
         return mix_operator(projected, decay, curves, valid, documents, *options)[0]
     b, n, _ = call.shape
     out = call.like_out()

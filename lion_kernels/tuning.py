@@ -18,13 +18,15 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """`form` is "linear" (`linear.py`), "pairs" (`pairs.py`) or "chunks" (`chunks.py`).
+    """`forward` and `backward` are "linear" (`linear.py`), "pairs" (`pairs.py`) or "chunks"
+    (`chunks.py`); a forward pass by chunks before a backward one by pairs goes along all curves.
 
     A sequence has chunks of `chunk` tokens in tiles of `block`; the dictionaries are launch options
     of kernels.
     """
 
-    form: str
+    forward: str
+    backward: str
     chunk: int
     block: int
     fwd: Options = field(default_factory=dict)
@@ -48,19 +50,22 @@ def make_plan(n: int, dim: int, itemsize: int, num_curves: int, no_decay: bool) 
     if no_decay:
         tiles = {**warps, "num_stages": 2, "BLOCK": block}
         fwd, dkv = {**tiles, **four}, {**tiles, **three}
-        return Plan("linear", 512, block, fwd=fwd, dq=tiles, dkv=dkv, state=fwd)
+        return Plan("linear", "linear", 512, block, fwd=fwd, dq=tiles, dkv=dkv, state=fwd)
     tiles = {**warps, "BLOCK_N": 32}
+    longest = block if not half else LONGEST_CHUNK if dim <= 64 else CHUNK
     if num_curves > 1 and n <= (LONGEST_PAIRS if half else block):
         both = {**tiles, **three}
-        return Plan("pairs", n, block, fwd={**tiles, **four}, dq=both, dkv=both)
-    longest = block if not half else LONGEST_CHUNK if dim <= 64 else CHUNK
+        chunk = _whole_tiles(n, block)
+        if n <= longest:
+            return Plan("chunks", "pairs", chunk, block, {**warps, **three}, both, both)
+        return Plan("pairs", "pairs", chunk, block, {**tiles, **four}, both, both)
     if n <= longest:
         one = {**warps, **three}
         chunk = _whole_tiles(n, block)
-        return Plan("chunks", chunk, block, fwd=one, dq=one, dkv={**tiles, **three})
+        return Plan("chunks", "chunks", chunk, block, fwd=one, dq=one, dkv={**tiles, **three})
     chunk = CHUNK if half else block
     return Plan(
-        "chunks", chunk, block, fwd={**warps, **three}, dq=warps,
+        "chunks", "chunks", chunk, block, fwd={**warps, **three}, dq=warps,
         dkv={**warps, "BLOCK_N": block}, state={**warps, **three, "BLOCK": chunk},
     )  # fmt: skip
 

@@ -67,19 +67,22 @@ def test_saturated_gates(mask, order, n):
 ONE_CURVE_AND_TWO = [("Decay", "Normal"), ("Selective", "S")]
 
 
-@pytest.fixture(params=["one chunk", "chunks"])
+@pytest.fixture(params=["one chunk", "pairs", "chunks"])
 def plan(request, monkeypatch):
-    """Sequences of one chunk, and such that hand on states, with several tiles in each."""
+    """Sequences of one chunk, of all pairs along several curves, and such that hand on states, with
+    several tiles in each."""
     warps = {"num_warps": 4}
     tiles = {**warps, "BLOCK_N": 16}
 
     def make_plan(n, dim, itemsize, num_curves, no_decay):
-        one = request.param == "one chunk"
-        form = "linear" if no_decay else "pairs" if one and num_curves > 1 else "chunks"
-        rows = {**warps, "BLOCK": 16} if no_decay else tiles if form == "pairs" else warps
-        dkv = rows if no_decay else tiles
-        chunk = n if form == "pairs" else 96 if one else 32
-        return tuning.Plan(form, chunk, 16, rows, rows, dkv, {**warps, "BLOCK": 16})
+        if no_decay:
+            rows = {**warps, "BLOCK": 16}
+            return tuning.Plan("linear", "linear", 32, 16, rows, rows, rows, rows)
+        form = "pairs" if num_curves > 1 and request.param != "chunks" else "chunks"
+        forward = form if request.param == "pairs" else "chunks"
+        fwd, dq = (tiles if f == "pairs" else warps for f in (forward, form))
+        chunk = 32 if request.param == "chunks" else -(-n // 16) * 16
+        return tuning.Plan(forward, form, chunk, 16, fwd, dq, tiles, {**warps, "BLOCK": 16})
 
     monkeypatch.setattr(tuning, "make_plan", make_plan)
 
@@ -98,7 +101,7 @@ def test_states_between_blocks(mask, order, gate, plan):
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("plan", ["one chunk"], indirect=True)
+@pytest.mark.parametrize("plan", ["one chunk", "pairs"], indirect=True)
 @pytest.mark.parametrize("mask, order", slow_except(ONE_CURVE_AND_TWO, VARIANTS[1:]))
 def test_one_block_of_several_rows(mask, order, plan):
     tensors = make_inputs(mask, order, 81)
