@@ -12,7 +12,9 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ParseKwargs
 from torch import nn
 
+import device_augment
 import models_timm
+from augment import SMALL_IMAGE
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from utils import outside
 
@@ -122,6 +124,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--interpolation", default=None, choices=INTERPOLATIONS, help="in evaluation")
     add("--mean", default=None, type=float, nargs=3, within="(-inf, inf)", help="of the channels")
     add("--std", default=None, type=float, nargs=3, within="(0, inf)", help="of the channels")
+    add("--cache", action="store_true",
+        help="keep small images on the device and augment whole batches there")  # fmt: skip
+    add("--holdout", default=0, type=int, within="[0, inf)",
+        help="training images to leave out, and to evaluate on")  # fmt: skip
     add("--num_workers", default=10, type=int, within="[0, inf)",
         help="at most one per CPU core is started")  # fmt: skip
     switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
@@ -129,6 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
     add("--overwrite", action="store_true", help="replace the run in --output_dir")
     add("--resume", default="", help="checkpoint (file or URL), or auto: that of --output_dir")
+    add("--eval-interval", default=1, type=int, within="[1, inf)",
+        help="epochs between evaluations, each of which ends with a checkpoint")  # fmt: skip
     add("--start_epoch", default=0, type=int, within="[0, inf)")
     add("--eval", action="store_true", help="evaluate only")
     add("--use-ema", action="store_true", help="evaluate the moving average of --resume")
@@ -213,6 +221,8 @@ def check_training(args: argparse.Namespace) -> None:
             f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
             "even, or use --mixup 0 --cutmix 0."
         )
+    if args.cache:
+        check_cache(args)
     if args.distillation_type != "none":
         if args.cosub:
             raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
@@ -222,6 +232,28 @@ def check_training(args: argparse.Namespace) -> None:
                 "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
             )
         models_timm.check_name(args.teacher_model, "teacher model")
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """Raises ValueError for what --cache, whose augmentation is for whole batches, cannot do."""
+    if args.input_size > SMALL_IMAGE:
+        raise ValueError(
+            f"--cache is for images of up to {SMALL_IMAGE} pixels, not {args.input_size}: lower "
+            "--input-size or leave --cache out."
+        )
+    if args.no_aug:
+        return
+    jitters = args.aa.lower() in ("none", "") and args.color_jitter > 0
+    refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "recount": args.recount > 1,
+               "color_jitter": jitters}  # fmt: skip
+    if wrong := [f"--{name}" for name, given in refused.items() if given]:
+        raise ValueError(
+            f"--cache has no {' and no '.join(wrong)}: leave one of them out"
+            f"{' (--color-jitter 0)' if jitters else ''}."
+        )
+    device_augment.build_device_transform(
+        mean=(0, 0, 0), std=(1, 1, 1), aa=args.aa, remode=args.remode
+    )
 
 
 def check_model(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -95,6 +95,23 @@ def build_dataset(
                 f"Unknown data set {name!r}: choose one of {', '.join((*DATASETS, *ALIASES))}."
             )
     return dataset, len(dataset.classes)
+
+
+class Split(Subset):
+    """The held-out images of a training set, or the others: the same ones in every run.
+
+    Raises ValueError if as many or more are held out than there are.
+    """
+
+    def __init__(self, dataset: Dataset, count: int, *, held_out: bool) -> None:
+        if count >= len(dataset):
+            raise ValueError(
+                f"--holdout {count} leaves none of the {len(dataset)} training images: hold out "
+                "fewer."
+            )
+        order = np.random.default_rng(0).permutation(len(dataset))
+        super().__init__(dataset, np.sort(order[:count] if held_out else order[count:]).tolist())
+        self.classes = dataset.classes
 
 
 class ImageList(Dataset):
@@ -397,8 +414,13 @@ class DeviceLoader(DataLoader):
         images, labels = batch
         images = images.to(self.device, non_blocking=True)
         if images.dtype is torch.uint8:
-            images = images.float().div_(255).sub_(self.mean).div_(self.std)
+            images = normalized(images, self.mean, self.std)
         return images, labels
+
+
+def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Bytes `[B, 3, H, W]` as floats; `mean` and `std` are for pixels in [0, 1]."""
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def _seed_random_states(seed: int, draw: int) -> None:

@@ -18,13 +18,14 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import models_hydra  # noqa: F401  (these register the models)
 import models_lion  # noqa: F401
+import models_masked_softmax  # noqa: F401
 import models_timm
 import models_vim  # noqa: F401
 import preprocessing
@@ -38,7 +39,9 @@ from arguments import (
     get_args_parser,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
-from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
+from cached_images import CachedLoader
+from datasets import DeviceLoader, SeededDataset, Split, build_dataset, ignore_signals, normalized
+from device_augment import build_device_transform
 from engine import Position, Run, autocast, evaluate, train_one_epoch
 from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
@@ -180,6 +183,8 @@ def build_train_loader(
             f"One step draws {args.batch_size * args.grad_accum_steps} images per process, but an "
             f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
         )
+    if args.cache:
+        return cached_train_loader(args, world, images, found, sampler), found.classes
     dataset = SeededDataset(found, train_transform(args, images), seed=args.seed)
     loader = DeviceLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
                           **loader_options(args, world, images))  # fmt: skip
@@ -189,25 +194,64 @@ def build_train_loader(
 def build_eval_loader(args: argparse.Namespace, world: World, images: Preprocessing) -> DataLoader:
     found = find_images(args, world, train=False, transform=eval_transform(images))
     sampler = ShardSampler(len(found), num_replicas=world.size, rank=world.rank)
+    if args.cache:
+        return CachedLoader(found, int(1.5 * args.batch_size), sampler=sampler,
+                            transform=normalizing(world, images), device=world.device,
+                            **worker_options(args))  # fmt: skip
     return DeviceLoader(found, int(1.5 * args.batch_size), sampler=sampler,
                         **loader_options(args, world, images))  # fmt: skip
 
 
-def find_images(args: argparse.Namespace, world: World, **kwargs: Any) -> Dataset:
+def cached_train_loader(
+    args: argparse.Namespace,
+    world: World,
+    images: Preprocessing,
+    found: Dataset,
+    sampler: EpochSampler,
+) -> CachedLoader:
+    transform = normalizing(world, images)
+    if not args.no_aug:
+        transform = build_device_transform(
+            mean=images.mean, std=images.std, aa=args.aa, reprob=args.reprob, remode=args.remode,
+            device=world.device,
+        )  # fmt: skip
+    dataset = SeededDataset(found, eval_transform(images), seed=args.seed)
+    keys = [(index, index) for index in range(len(found))]
+    return CachedLoader(dataset, args.batch_size, sampler=sampler, transform=transform,
+                        device=world.device, keys=keys, drop_last=True,
+                        **worker_options(args))  # fmt: skip
+
+
+def normalizing(world: World, images: Preprocessing) -> Callable[[Tensor], Tensor]:
+    mean, std = (
+        torch.tensor(v, device=world.device).view(3, 1, 1) for v in (images.mean, images.std)
+    )
+    return partial(normalized, mean=mean, std=std)
+
+
+def find_images(args: argparse.Namespace, world: World, *, train: bool, **kwargs: Any) -> Dataset:
     with world.main_first():
         dataset, _ = build_dataset(
-            args.data_set, args.data_path, inat_category=args.inat_category, **kwargs
+            args.data_set,
+            args.data_path,
+            train=train or args.holdout > 0,
+            inat_category=args.inat_category,
+            **kwargs,
         )
-    return dataset
+    return Split(dataset, args.holdout, held_out=not train) if args.holdout else dataset
+
+
+def worker_options(args: argparse.Namespace) -> dict[str, Any]:
+    workers = min(args.num_workers, os.cpu_count() or 1)
+    return {"num_workers": workers, "worker_init_fn": ignore_signals}
 
 
 def loader_options(args: argparse.Namespace, world: World, images: Preprocessing) -> dict[str, Any]:
-    workers = min(args.num_workers, os.cpu_count() or 1)
+    options = worker_options(args)
     return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
+        **options,
+        "persistent_workers": options["num_workers"] > 0,
         "pin_memory": args.pin_mem and world.device.type == "cuda",
-        "worker_init_fn": ignore_signals,
         "device": world.device,
         "mean": images.mean,
         "std": images.std,
@@ -424,16 +468,19 @@ def fit(
         sampler.set_epoch(position.epoch, position.step * args.batch_size * args.grad_accum_steps)
         try:
             train_stats, images_per_second = one_epoch(model, position=position, stop=stop)
-            test_stats = evaluate_weights(args, world, run, eval_loader, stop)
+            finished = position.epoch + 1
+            due = finished % args.eval_interval == 0 or finished == args.epochs
+            test_stats = evaluate_weights(args, world, run, eval_loader, stop) if due else {}
         except Interrupted:
             if folder:
                 checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth")
             logger.info("Stopped at epoch %d, step %d: go on by --resume auto", position.epoch,
                         position.step)  # fmt: skip
             sys.exit(stop.exit_code)
-        is_best = test_stats["acc1"] >= run.max_accuracy
-        run.max_accuracy = max(run.max_accuracy, test_stats["acc1"])
-        logger.info("Max accuracy: %.2f%%", run.max_accuracy)
+        is_best = due and test_stats["acc1"] >= run.max_accuracy
+        if due:
+            run.max_accuracy = max(run.max_accuracy, test_stats["acc1"])
+            logger.info("Max accuracy: %.2f%%", run.max_accuracy)
         stats = {
             **{f"train_{name}": value for name, value in train_stats.items()},
             **{f"test_{name}": value for name, value in test_stats.items()},
@@ -446,7 +493,8 @@ def fit(
             if is_best:
                 checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)
             journal.write(stats, train_images_per_second=images_per_second)
-            checkpoint.save(state, folder / "checkpoint.pth")
+            if due:
+                checkpoint.save(state, folder / "checkpoint.pth")
     logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
 
 

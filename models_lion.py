@@ -760,6 +760,7 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
 class LionBlock(Block):
     """timm's pre-norm block around a LION mixer; checkpoints itself, curves included."""
 
+    mixer_class = LionAttention
     grad_checkpointing = False
 
     def __init__(self, dim: int, num_heads: int, *, mixer: dict[str, Any], **kwargs: Any):
@@ -770,7 +771,7 @@ class LionBlock(Block):
             raise ValueError(f"LION has no {', '.join(refused)}: leave it at its default.")
         shared = ("qkv_bias", "proj_bias", "proj_drop", "device", "dtype")
         options = {name: kwargs[name] for name in shared if name in kwargs}
-        attn = LionAttention(dim, num_heads, **options, **mixer)
+        attn = self.mixer_class(dim, num_heads, **options, **mixer)
         super().__init__(dim, num_heads, **kwargs)
         self.attn = attn
 
@@ -798,6 +799,8 @@ class LionVisionTransformer(VisionTransformer):
     arguments of timm's that have no meaning with these mixers.
     """
 
+    block_class = LionBlock
+
     def __init__(
         self,
         *args: Any,
@@ -820,7 +823,7 @@ class LionVisionTransformer(VisionTransformer):
         }
         _check_options(order, **options)
         mixer = {"mask_type": mask_type, "order": order, "format": format, "chunk_size": chunk_size}
-        super().__init__(**options, block_fn=partial(LionBlock, mixer=mixer))
+        super().__init__(**options, block_fn=partial(self.block_class, mixer=mixer))
         for block in self.blocks:
             block.attn.num_prefix_tokens = self.num_prefix_tokens
         if options.get("patch_drop_rate"):

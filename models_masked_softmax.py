@@ -1,0 +1,98 @@
+"""A control for LION: softmax attention with LION's mask of decays.
+
+`y = softmax(q k^T / sqrt(D) + log M) v` with the mask M of `models_lion.py`; without decays, in
+`Lit`, plain softmax attention. What it has over LION is the softmax's, what it has over plain
+attention is the mask's. Time and memory are quadratic, and there is the format `Attention` alone.
+"""
+
+from typing import Any
+
+from einops import rearrange
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor
+
+from models_lion import (
+    SIZES,
+    LionAttention,
+    LionBlock,
+    LionVisionTransformer,
+    decay_mask,
+    imagenet_cfg,
+)
+
+
+class MaskedSoftmaxAttention(LionAttention):
+    """Token mixer with LION's parameters and masks, but the weights of a softmax."""
+
+    def set_format(self, format: str, chunk_size: int | None = None) -> None:
+        super().set_format(format, chunk_size)
+        if format != "Attention":
+            raise ValueError(f"Masked softmax has no format {format}: use Attention.")
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        return False
+
+    def _mix(
+        self,
+        qkv: Tensor,
+        log_decay: Tensor | None,
+        curves: Tensor | None,
+        valid: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        if valid is not None or documents is not None:
+            raise ValueError("Masked softmax knows no padding and no documents: give neither.")
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        scores = (q * q.shape[-1] ** -0.5 @ k.mT).float()
+        if log_decay is not None:
+            scores = scores + decay_mask(log_decay, curves).log()
+        return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h n d -> b n (h d)")
+
+
+class MaskedSoftmaxBlock(LionBlock):
+    mixer_class = MaskedSoftmaxAttention
+
+
+class MaskedSoftmaxVisionTransformer(LionVisionTransformer):
+    """LION's vision transformer around these mixers, with the same arguments."""
+
+    block_class = MaskedSoftmaxBlock
+
+
+default_cfgs = generate_default_cfgs(
+    {f"lion_softmax_{size}_patch16_224": imagenet_cfg() for size in SIZES}
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> MaskedSoftmaxVisionTransformer:
+    embed_dim, num_heads = SIZES[variant.split("_")[2]]
+    defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
+    return build_model_with_cfg(
+        MaskedSoftmaxVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **{**defaults, **kwargs},
+    )
+
+
+@register_model
+def lion_softmax_tiny_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> MaskedSoftmaxVisionTransformer:
+    return _create("lion_softmax_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_softmax_small_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> MaskedSoftmaxVisionTransformer:
+    return _create("lion_softmax_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_softmax_base_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> MaskedSoftmaxVisionTransformer:
+    return _create("lion_softmax_base_patch16_224", pretrained, **kwargs)

@@ -1,0 +1,184 @@
+"""Tables of models and seeds: spread over leases, resumed, and reported by their last epoch."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT, TINY, wait_for
+
+from scripts import compare
+
+LOG = {"train_loss": 1.0, "n_parameters": 1234}
+
+
+def recipe(folder: Path, **changes) -> Path:
+    path = folder / "recipe.yaml"
+    content = {
+        "arguments": shlex.join([*TINY, "--epochs", "2"]),
+        "seeds": [0, 1],
+        "models": {"lit": "--mask_type Lit", "d": "--mask_type Decay"},
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def finish(run: compare.Run, accuracies: list[float], seconds: float = 60) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lines = [{**LOG, "epoch": e, "test_acc1": a} for e, a in enumerate(accuracies)]
+    (run.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lease = {"epochs": len(accuracies), "seconds": seconds, "at_once": 2}
+    (run.folder / "leases.jsonl").write_text(json.dumps(lease) + "\n")
+    (run.folder / "args.yaml").write_text(
+        yaml.safe_dump(dict.fromkeys(("device", "torch", "timm", "commit"), "known"))
+    )
+
+
+def scheduler(runs: list[compare.Run], seconds: float = 100) -> compare.Scheduler:
+    return compare.Scheduler(runs, "", concurrent=2, seconds=seconds)
+
+
+def test_runs_of_a_recipe(tmp_path):
+    runs = compare.read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
+    assert [str(run) for run in runs] == ["lit, seed 0", "d, seed 0", "lit, seed 1", "d, seed 1"]
+    assert runs[1].folder == tmp_path / "d" / "seed0" and runs[1].epochs == 2
+    assert runs[1].arguments == (*TINY, "--epochs", "2", "--mask_type", "Decay", "--lr", "1")
+    varied = compare.read_recipe(
+        recipe(tmp_path), tmp_path, models=["d"], seeds=[7], vary=("lr", "1e-3", "2e-3")
+    )
+    assert [str(run) for run in varied] == ["d,lr=1e-3, seed 7", "d,lr=2e-3, seed 7"]
+    assert varied[1].arguments[-2:] == ("--lr", "2e-3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": None}, "is no recipe .*it needs arguments, seeds and models"),
+        ({"models": {"a/b": ""}}, "'a/b' is no name of a folder"),
+        ({"models": {"a": "--lr -1"}}, "--lr must not be negative"),
+        ({"models": {"a": "--model nonsense"}}, "There is no model 'nonsense'"),
+    ],
+)
+def test_wrong_recipes_are_refused_before_any_work(changes, message, tmp_path, ending):
+    ended = ending(
+        compare.main, [str(recipe(tmp_path, **changes)), "--output", str(tmp_path / "out")]
+    )
+    assert ended.code == 2 and not (tmp_path / "out").exists()
+    assert ended.err.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        compare.read_recipe(recipe(tmp_path, **changes), tmp_path / "out")
+
+
+def test_unknown_models_and_other_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no model x: it has lit, d"):
+        compare.read_recipe(recipe(tmp_path), tmp_path, models=["x"])
+    run = compare.read_recipe(recipe(tmp_path), tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "arguments.txt").write_text(shlex.join(run.arguments))
+    compare.read_recipe(recipe(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
+        compare.read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
+
+
+def test_only_what_can_end_in_the_time_starts(tmp_path):
+    runs = compare.read_recipe(recipe(tmp_path, seeds=[0, 1, 2]), tmp_path)
+    lit, d = ([run for run in runs if run.model == name] for name in ("lit", "d"))
+    assert scheduler(runs, 100).next_that_fits(runs) is runs[0]  # nothing is known yet
+    finish(lit[0], [1, 2], seconds=90)
+    assert scheduler(runs, 100).estimate(lit[1]) == 90
+    assert scheduler(runs, 100).estimate(d[0]) == 90  # as the slowest that is known
+    finish(d[0], [1, 2], seconds=60)
+    assert scheduler(runs, 100).estimate(d[1]) == 60
+    late = scheduler(runs, 100)
+    late.end -= 30
+    assert late.next_that_fits([lit[1], d[1]]) is d[1]
+    late.end -= 30
+    assert late.next_that_fits([lit[1], d[1]]) is None
+    too_long = scheduler(runs, 50)  # for any lease: it is spread over several
+    assert too_long.next_that_fits([d[1]]) is d[1]
+    too_long.end -= 30
+    assert too_long.next_that_fits([d[1]]) is None
+
+
+def test_an_interrupted_run_needs_what_is_left(tmp_path):
+    runs = compare.read_recipe(recipe(tmp_path), tmp_path)
+    finish(runs[0], [1, 2], seconds=60)
+    finish(runs[2], [1], seconds=30)
+    assert scheduler(runs).estimate(runs[2]) == 60  # without a checkpoint all
+    (runs[2].folder / "checkpoint.pth").touch()
+    assert scheduler(runs).estimate(runs[2]) == 30
+
+
+def test_report_of_the_last_epoch(tmp_path, capsys):
+    path = recipe(tmp_path)
+    runs = compare.read_recipe(path, tmp_path)
+    finish(runs[0], [99, 60])  # never the best
+    finish(runs[2], [99, 62])
+    finish(runs[1], [50, 51])
+    compare.main([str(path), "--output", str(tmp_path), "--report"])
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| lit | 1,234 | 61.00 ± 1.41 | 60.00, 62.00 | 1.0 |" in text
+    assert "| d | 1,234 | 51.00 | 51.00 | 1.0 |" in text
+    assert "3 of 4 runs, 2 epochs" in text
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_report_without_a_finished_run(tmp_path, ending):
+    ended = ending(compare.main, [str(recipe(tmp_path)), "--output", str(tmp_path), "--report"])
+    assert ended.code == 2 and "holds no finished run of this recipe yet" in ended.err
+
+
+def test_failures_are_told(tmp_path, ending, data_path):
+    path = recipe(tmp_path, seeds=[0], models={"a": "--mask_type Lit --model-kwargs depth=none"})
+    arguments = [str(path), "--output", str(tmp_path), "--data-path", str(data_path)]
+    ended = ending(compare.main, arguments)
+    assert ended.code == 1 and "a, seed 0: ended with 2, see" in ended.out
+    assert "cannot be built" in (tmp_path / "a" / "seed0" / "output.txt").read_text()
+
+
+@pytest.mark.slow
+def test_leases(tmp_path, data_path):
+    """A signal stops all, which save; the next call ends what was begun and removes checkpoints."""
+    out = tmp_path / "out"
+    path = recipe(tmp_path, seeds=[0], arguments=shlex.join([*TINY, "--epochs", "6"]))
+    command = [sys.executable, ROOT / "scripts/compare.py", path, "--output", out,
+               "--data-path", data_path, "--concurrent", "2"]  # fmt: skip
+    logs = [out / name / "seed0" / "log.txt" for name in ("lit", "d")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: all(log.exists() and log.read_text() for log in logs), 120)
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "0 of 2 runs are finished" in printed
+    for log in logs:
+        assert (log.parent / "checkpoint.pth").exists()
+        assert 0 < log.read_text().count("\n") < 6
+    began = time.monotonic()
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "2 of 2 runs are finished" in printed and "from epoch 0" not in printed
+    for log in logs:
+        assert log.read_text().count("\n") == 6
+        assert not list(log.parent.glob("*.pth"))
+        leases = [json.loads(line) for line in (log.parent / "leases.jsonl").open()]
+        assert [lease["at_once"] for lease in leases] == [2, 2]
+        assert sum(lease["epochs"] for lease in leases) >= 6
+        assert leases[1]["seconds"] <= time.monotonic() - began
+
+
+def test_the_time_is_kept(tmp_path, data_path, ending):
+    path = recipe(tmp_path, seeds=[0], arguments=shlex.join([*TINY, "--epochs", "1000"]))
+    arguments = [path, "--output", tmp_path / "out", "--data-path", data_path, "--models", "d",
+                 "--minutes", "0.02"]  # fmt: skip
+    ended = ending(compare.main, [str(argument) for argument in arguments])
+    assert ended.code == 0
+    assert "d, seed 0: stopped in epoch 0\n0 of 1 runs are finished\n" in ended.out
+
+
+def test_recipes_of_the_repository(tmp_path):
+    for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):
+        assert compare.read_recipe(path, tmp_path)
