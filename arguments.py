@@ -15,11 +15,15 @@ from torch import nn
 import device_augment
 import models_timm
 from augment import SMALL_IMAGE
+from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
+from decays import DECAY_INITS
 from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
-LION_ARGUMENTS = ("mask_type", "order", "format", "chunk_size", "pos_emb", "cls_tok")
+LION_ARGUMENTS = (
+    "mask_type", "order", "format", "chunk_size", "decay_init", "pos_emb", "cls_tok",
+)  # fmt: skip
 PREPROCESSING_ARGUMENTS = {  # of the fields of Preprocessing
     "crop_pct": "eval_crop_ratio",
     **{name: name for name in ("crop_mode", "interpolation", "mean", "std")},
@@ -48,8 +52,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model", default="deit_base_patch16_224", help="a LION, Hydra, Vim or any timm model")
     add("--input-size", default=224, type=int, within="[1, inf)", help="pixels")
     add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
-    add("--order", default="Normal", choices=("Normal", "S"), help="S: two snake curves")
+    add("--order", default="Normal",
+        help=f"Normal, or curves: {', '.join(ORDERS)}, or several joined by +")  # fmt: skip
     add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
+    add("--decay-init", default="paper", choices=DECAY_INITS, help="how decays and gates start")
     add("--chunk_size", default=32, type=int, within="[1, inf)",
         help="tokens per chunk of --format Chunk")  # fmt: skip
     flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
@@ -259,6 +265,7 @@ def check_cache(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace) -> None:
     """Raises ValueError for an unknown --model, or one that has no use for LION's arguments."""
     models_timm.check_name(args.model)
+    check_order(args.order)
     default = get_args_parser().get_default
     given = [f"--{name}" for name in LION_ARGUMENTS if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):

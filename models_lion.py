@@ -44,7 +44,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import lion_kernels
-from curves import ORDERS, inverse, scan_curves
+from curves import check_order, inverse, num_curves, scan_curves
+from decays import DECAY_INITS, decay_logits, start_exponents
 
 # Products of decays stop at exp(LEAST_LOG): nothing beside the weight 1 that a token gives itself,
 # but far from subnormal numbers, on which a CPU's exp and matrix products are 100 times slower.
@@ -524,15 +525,17 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Decay": normalized_silu,
     "Selective": normalized_silu,
 }
+SPREAD_GATES_STD = 0.006  # of gates' weights whose biases start apart, against timm's 0.02
 FEATURE_NAMES = {elu_plus_one: "elu", normalized_silu: "silu", None: "none"}  # in the kernels
 
 
 class LionAttention(nn.Module):
     """Token mixer with the interface and parameter names of timm's attention.
 
-    Decay parameters: `a_i` (and `a2_i` for the second curve of order `S`) is `[H]` for `Decay`, a
-    Linear(dim, H) for `Selective`, absent for `Lit`. The first `num_prefix_tokens` tokens keep a
-    decay of 1 in `Selective`.
+    Decay parameters: `a_i` (and `a2_i`, `a3_i`, ... for further curves of the order) is `[H]` for
+    `Decay`, a Linear(dim, H) for `Selective`, absent for `Lit`. The first `num_prefix_tokens`
+    tokens keep a decay of 1 in `Selective`. `decay_init` is one of `decays.DECAY_INITS`; `paper`
+    draws LION-D's and leaves gates to their layers.
 
     `qkv`, `proj` and the gates may be wrapped or replaced (LoRA, hooks, quantised, sharded layers):
     what is not a bare Linear is called. A bare gate computes in float32 where no kernel runs, a
@@ -554,6 +557,7 @@ class LionAttention(nn.Module):
         order: str = "Normal",
         format: str = "Attention",
         chunk_size: int = 32,
+        decay_init: str = "paper",
         num_prefix_tokens: int = 1,
         normalise: bool = True,
         feature_map: bool = True,
@@ -565,13 +569,15 @@ class LionAttention(nn.Module):
     ):
         super().__init__()
         _check_choice("mask_type", mask_type, FEATURE_MAPS)
-        _check_choice("order", order, ORDERS)
+        check_order(order)
+        _check_choice("decay_init", decay_init, DECAY_INITS)
         if dim % num_heads:
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
         placed = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.mask_type = mask_type
+        self.decay_init = decay_init
         self.num_prefix_tokens = num_prefix_tokens
         self.normalise = normalise
         self.feature_map = FEATURE_MAPS[mask_type] if feature_map else None
@@ -581,7 +587,7 @@ class LionAttention(nn.Module):
         self.norm = nn.LayerNorm(dim, **placed) if grows else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **placed)
         self.proj_drop = nn.Dropout(proj_drop)
-        names = {"Normal": ("a_i",), "S": ("a_i", "a2_i")}[order]
+        names = ("a_i", *(f"a{c}_i" for c in range(2, num_curves(order) + 1)))
         self.gate_names = () if mask_type == "Lit" else names
         for name in self.gate_names:
             if mask_type == "Decay":
@@ -591,10 +597,24 @@ class LionAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the decays of LION-D; the layers have their own `reset_parameters`."""
-        if self.mask_type == "Decay":
+        """Starts the decays; the layers have their own `reset_parameters`, which come first."""
+        if self.mask_type == "Decay" and self.decay_init == "paper":
             for gate in self._gates():
                 nn.init.normal_(gate)
+        self.spread_decays()
+
+    @torch.no_grad()
+    def spread_decays(self, layer: int = 0, depth: int = 1) -> None:
+        """Starts decays in layer `layer` of `depth` as `decay_init` says; `paper` is left alone."""
+        if self.decay_init == "paper":
+            return
+        logits = decay_logits(start_exponents(self.decay_init, self.num_heads, layer, depth))
+        for gate in self._gates():
+            if self.mask_type == "Decay":
+                gate.copy_(logits)
+            else:
+                nn.init.trunc_normal_(gate.weight, std=SPREAD_GATES_STD)
+                gate.bias.copy_(-logits)
 
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         """Chooses how the same function is computed; None keeps the chunk size."""
@@ -638,10 +658,14 @@ class LionAttention(nn.Module):
             qkv = self.qkv(x)
             with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
                 y = self._mix(qkv, self.log_decay(x), curves, valid, documents)
-        return self.proj_drop(self.proj(self.norm(y)))
+        return self.proj_drop(self.proj(self._completed(self.norm(y), x)))
+
+    def _completed(self, y: Tensor, x: Tensor) -> Tensor:
+        """What is projected, of the mixed tokens `y` and the input `x`, both `[B, N, dim]`."""
+        return y
 
     def _gates(self) -> list[Any]:
-        """`a_i` and, in order S, `a2_i`: parameters in `Decay`, layers in `Selective`."""
+        """`a_i`, and one more for each further curve: parameters in `Decay`, else layers."""
         return [getattr(self, name) for name in self.gate_names]
 
     def _gate_logits(self, x: Tensor) -> Tensor:
@@ -706,20 +730,14 @@ class LionAttention(nn.Module):
         scale = q.shape[-1] ** -0.5
         if self.feature_map:
             q, k = (self.feature_map(t.to(_state_dtype(t))) for t in (q, k))
-        y = _mix_by_format(
-            (q * scale).to(v.dtype),
-            k.to(v.dtype),
-            v,
-            log_decay,
-            curves,
-            valid,
-            documents,
-            format=self.format,
-            chunk_size=self.chunk_size,
-            normalise=self.normalise,
-            eps=self.eps,
-        )
+        masks = (log_decay, curves, valid, documents)
+        y = self._attend((q * scale).to(v.dtype), k.to(v.dtype), v, *masks)
         return rearrange(y, "b h n d -> b n (h d)")
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> Tensor:
+        """`[B, H, N, D]` without kernels, as the formats take it; masks are those of `_mix`."""
+        options = {"format": self.format, "chunk_size": self.chunk_size}
+        return _mix_by_format(q, k, v, *masks, normalise=self.normalise, eps=self.eps, **options)
 
 
 def _is_bare(layer: nn.Module) -> bool:
@@ -795,8 +813,8 @@ class LionVisionTransformer(VisionTransformer):
     of timm's VisionTransformer, with LION's defaults: `global_pool` overrides `cls_tok`, and
     `pos_embed` ("learn" or "none") `pos_emb`; None is the default.
 
-    Raises ValueError for an unknown mask_type, order or format, a chunk_size below 1, and for
-    arguments of timm's that have no meaning with these mixers.
+    Raises ValueError for an unknown mask_type, order, format or decay_init, a chunk_size below 1,
+    and for arguments of timm's that have no meaning with these mixers.
     """
 
     block_class = LionBlock
@@ -808,6 +826,7 @@ class LionVisionTransformer(VisionTransformer):
         order: str = "Normal",
         format: str = "Attention",
         chunk_size: int = 32,
+        decay_init: str = "paper",
         pos_emb: bool = False,
         cls_tok: bool = False,
         **kwargs: Any,
@@ -822,7 +841,8 @@ class LionVisionTransformer(VisionTransformer):
             **{name: value for name, value in given.items() if value is not None},
         }
         _check_options(order, **options)
-        mixer = {"mask_type": mask_type, "order": order, "format": format, "chunk_size": chunk_size}
+        mixer = {"mask_type": mask_type, "order": order, "format": format,
+                 "chunk_size": chunk_size, "decay_init": decay_init}  # fmt: skip
         super().__init__(**options, block_fn=partial(self.block_class, mixer=mixer))
         for block in self.blocks:
             block.attn.num_prefix_tokens = self.num_prefix_tokens
@@ -831,6 +851,11 @@ class LionVisionTransformer(VisionTransformer):
         self.order = order
         self.register_buffer("curves", None, persistent=False)
         self.init_non_persistent_buffers()
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        super().init_weights(mode, needs_reset)
+        for layer, block in enumerate(self.blocks):
+            block.attn.spread_decays(layer, len(self.blocks))
 
     def init_non_persistent_buffers(self) -> None:
         """Curves over the grid of the model's own input size."""
@@ -899,8 +924,8 @@ def _check_options(order: str, **options: Any) -> None:
         raise ValueError("pos_drop_rate needs a position embedding: add pos_emb=True.")
     if not 0 <= options.get("patch_drop_rate", 0) < 1:
         raise ValueError("patch_drop_rate is a share of the patches: give 0 or more, below 1.")
-    if order == "S" and options.get("patch_drop_rate"):
-        raise ValueError("Order S needs every patch of the grid: leave patch_drop_rate at 0.")
+    if order != "Normal" and options.get("patch_drop_rate"):
+        raise ValueError(f"Order {order} needs every patch: leave patch_drop_rate at 0.")
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -7,7 +7,7 @@ attention is the mask's. Time and memory are quadratic, and there is the format 
 
 from typing import Any
 
-from einops import rearrange
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
@@ -25,6 +25,9 @@ from models_lion import (
 class MaskedSoftmaxAttention(LionAttention):
     """Token mixer with LION's parameters and masks, but the weights of a softmax."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, feature_map=False, **kwargs)
+
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         super().set_format(format, chunk_size)
         if format != "Attention":
@@ -33,9 +36,11 @@ class MaskedSoftmaxAttention(LionAttention):
     def _has_kernel(self, x: Tensor) -> bool:
         return False
 
-    def _mix(
+    def _attend(
         self,
-        qkv: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         log_decay: Tensor | None,
         curves: Tensor | None,
         valid: Tensor | None,
@@ -43,11 +48,10 @@ class MaskedSoftmaxAttention(LionAttention):
     ) -> Tensor:
         if valid is not None or documents is not None:
             raise ValueError("Masked softmax knows no padding and no documents: give neither.")
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        scores = (q * q.shape[-1] ** -0.5 @ k.mT).float()
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
         if log_decay is not None:
             scores = scores + decay_mask(log_decay, curves).log()
-        return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h n d -> b n (h d)")
+        return scores.softmax(-1).to(v.dtype) @ v
 
 
 class MaskedSoftmaxBlock(LionBlock):

@@ -65,6 +65,7 @@ WORDS = {
     "device": ("abacus", "cuda:x", "meta"),
     "torchcompile": ("nonsense",),
     "aa": ("nonsense",),
+    "order": ("nonsense",),
     "remode": ("nonsense",),
     "sched": ("nonsense", "plateau"),
     "opt": ("nonsense", "fusedlamb", "fusedadam", "bnbadamw8bit", "adahessian"),

@@ -151,7 +151,7 @@ def test_leases(tmp_path, data_path):
                "--data-path", data_path, "--concurrent", "2"]  # fmt: skip
     logs = [out / name / "seed0" / "log.txt" for name in ("lit", "d")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: all(log.exists() and log.read_text() for log in logs), 120)
+        wait_for(lambda: all(log.exists() and log.read_text() for log in logs), 300)
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "0 of 2 runs are finished" in printed

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from curves import ORDERS
 from models_lion import FEATURE_MAPS, FORMATS
 
 # Mask and order of LION's mixer; Lit has no decay and therefore no order.
-VARIANTS = ("Lit", *(f"{m}-{order}" for m in FEATURE_MAPS if m != "Lit" for order in ORDERS))
+VARIANTS = ("Lit", *(f"{m}-{o}" for m in FEATURE_MAPS if m != "Lit" for o in ("Normal", "S")))
 SOFTMAX = "softmax"  # timm's ViT, or its attention alone
 NO_MIXING = "no mixing"  # the ViT whose tokens keep their own values: a floor for every mixer
 NAMES = {
