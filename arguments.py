@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -18,6 +19,7 @@ from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
+from models_lion_plus import PLUS
 from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
@@ -58,6 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--decay-init", default="paper", choices=DECAY_INITS, help="how decays and gates start")
     add("--chunk_size", default=32, type=int, within="[1, inf)",
         help="tokens per chunk of --format Chunk")  # fmt: skip
+    add("--plus", nargs="+", default=[], choices=PLUS, help="what goes beyond the paper's LION")
     flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
     add("--pos_emb", **flag, help="learned position embedding")
     add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
@@ -267,12 +270,20 @@ def check_model(args: argparse.Namespace) -> None:
     models_timm.check_name(args.model)
     check_order(args.order)
     default = get_args_parser().get_default
-    given = [f"--{name}" for name in LION_ARGUMENTS if getattr(args, name) != default(name)]
+    names = (*LION_ARGUMENTS, "plus")
+    given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
         raise ValueError(
             f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
             "--model-kwargs."
         )
+    if args.plus and not timm.is_model(plus_name(args.model)):
+        raise ValueError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
+
+
+def plus_name(model: str) -> str:
+    """The model that is the LION model of this name with what --plus adds."""
+    return model.replace("lion_", "lion_plus_", 1)
 
 
 def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:

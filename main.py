@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 import checkpoint
 import models_hydra  # noqa: F401  (these register the models)
 import models_lion  # noqa: F401
+import models_lion_plus  # noqa: F401
 import models_masked_softmax  # noqa: F401
 import models_timm
 import models_vim  # noqa: F401
@@ -37,6 +38,7 @@ from arguments import (
     check_no_other_run,
     check_optimizer,
     get_args_parser,
+    plus_name,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from cached_images import CachedLoader
@@ -98,6 +100,8 @@ def build_model(
     }
     if name.startswith("lion_"):
         options |= {name: getattr(args, name) for name in LION_ARGUMENTS}
+    if args.plus:
+        name, options["plus"] = plus_name(name), args.plus
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
     model = models_timm.create(
         name,

@@ -734,10 +734,20 @@ class LionAttention(nn.Module):
         y = self._attend((q * scale).to(v.dtype), k.to(v.dtype), v, *masks)
         return rearrange(y, "b h n d -> b n (h d)")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> Tensor:
-        """`[B, H, N, D]` without kernels, as the formats take it; masks are those of `_mix`."""
-        options = {"format": self.format, "chunk_size": self.chunk_size}
-        return _mix_by_format(q, k, v, *masks, normalise=self.normalise, eps=self.eps, **options)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, normalise: bool | None = None
+    ) -> Tensor:
+        """`[B, H, N, E]` without kernels, as the formats take it; masks are those of `_mix`."""
+        return _mix_by_format(
+            q,
+            k,
+            v,
+            *masks,
+            format=self.format,
+            chunk_size=self.chunk_size,
+            normalise=self.normalise if normalise is None else normalise,
+            eps=self.eps,
+        )
 
 
 def _is_bare(layer: nn.Module) -> bool:
@@ -811,7 +821,8 @@ class LionVisionTransformer(VisionTransformer):
     `cls_tok=False` averages all tokens after the final norm, class token included; `cls_tok=True`
     reads the class token. `pos_emb` adds a learned position embedding. Every other argument is that
     of timm's VisionTransformer, with LION's defaults: `global_pool` overrides `cls_tok`, and
-    `pos_embed` ("learn" or "none") `pos_emb`; None is the default.
+    `pos_embed` ("learn" or "none") `pos_emb`; None is the default. `more_of_mixer` are arguments of
+    the mixers of subclasses.
 
     Raises ValueError for an unknown mask_type, order, format or decay_init, a chunk_size below 1,
     and for arguments of timm's that have no meaning with these mixers.
@@ -829,6 +840,7 @@ class LionVisionTransformer(VisionTransformer):
         decay_init: str = "paper",
         pos_emb: bool = False,
         cls_tok: bool = False,
+        more_of_mixer: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         given = inspect.signature(VisionTransformer).bind_partial(*args, **kwargs).arguments
@@ -842,7 +854,8 @@ class LionVisionTransformer(VisionTransformer):
         }
         _check_options(order, **options)
         mixer = {"mask_type": mask_type, "order": order, "format": format,
-                 "chunk_size": chunk_size, "decay_init": decay_init}  # fmt: skip
+                 "chunk_size": chunk_size, "decay_init": decay_init,
+                 **(more_of_mixer or {})}  # fmt: skip
         super().__init__(**options, block_fn=partial(self.block_class, mixer=mixer))
         for block in self.blocks:
             block.attn.num_prefix_tokens = self.num_prefix_tokens

@@ -1,0 +1,137 @@
+"""LION with what the paper's model does not have, each off by default: `plus` names some of
+
+- `conv`: a depthwise 3 x 3 convolution over the grid of patches, beside the mixer;
+- `gate`: an output gate, `sigmoid(W x + b)` times what is projected;
+- `rope`: a rotary embedding of queries and keys in the numerator, by rows and columns. The
+  denominator stays without it, hence positive. It runs in plain PyTorch, in every format.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat, build_rotary_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from models_lion import SIZES, LionAttention, LionBlock, LionVisionTransformer, imagenet_cfg
+
+PLUS = ("conv", "gate", "rope")
+
+
+class LionPlusAttention(LionAttention):
+    """As LionAttention, with parameters `conv` and `gate` where these are asked for.
+
+    `grid` is the patches' (h, w) and `angles` the rotary embedding `[h * w, 2 * head_dim]`: the
+    model sets both before its blocks are called.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, plus: Sequence[str] = (), **kwargs: Any):
+        super().__init__(dim, num_heads, **kwargs)
+        placed = {name: kwargs.get(name) for name in ("device", "dtype")}
+        self.rotates = "rope" in plus
+        if self.rotates and self.head_dim % 4:
+            raise ValueError(f"rope needs heads of a multiple of 4 wide, not {self.head_dim}.")
+        conv = partial(nn.Conv2d, dim, dim, 3, padding=1, groups=dim, **placed)
+        self.conv = conv() if "conv" in plus else None
+        self.gate = nn.Linear(dim, dim, **placed) if "gate" in plus else None
+        self.grid: tuple[int, int] | None = None
+        self.angles: Tensor | None = None
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        return not self.rotates and super()._has_kernel(x)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> Tensor:
+        if not self.rotates:
+            return super()._attend(q, k, v, *masks)
+        attend = partial(super()._attend, normalise=False)
+        numerator = attend(self._rotated(q), self._rotated(k), v, *masks)
+        if not self.normalise:
+            return numerator
+        denominator = attend(q, k, torch.ones_like(v[..., :1]), *masks)
+        return numerator / (denominator + self.eps)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        prefix, patches = x.tensor_split([self.num_prefix_tokens], 2)
+        return torch.cat([prefix, apply_rot_embed_cat(patches, self.angles).to(x.dtype)], 2)
+
+    def _completed(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            prefix = self.num_prefix_tokens
+            patches = x[:, prefix:].mT.unflatten(2, self.grid)
+            y = y + F.pad(self.conv(patches).flatten(2).mT, (0, 0, prefix, 0))
+        return y if self.gate is None else y * self.gate(x).sigmoid()
+
+
+class LionPlusBlock(LionBlock):
+    mixer_class = LionPlusAttention
+
+
+class LionPlusVisionTransformer(LionVisionTransformer):
+    """As LionVisionTransformer; `plus` names some of `PLUS`.
+
+    Raises ValueError for others, and for `conv` or `rope` with a patch_drop_rate.
+    """
+
+    block_class = LionPlusBlock
+
+    def __init__(self, *args: Any, plus: Sequence[str] = (), **kwargs: Any):
+        if unknown := [name for name in plus if name not in PLUS]:
+            raise ValueError(f"Unknown plus {unknown[0]!r}: choose some of {', '.join(PLUS)}.")
+        if kwargs.get("patch_drop_rate") and {"conv", "rope"} & set(plus):
+            raise ValueError("conv and rope need every patch: leave patch_drop_rate at 0.")
+        super().__init__(*args, **kwargs, more_of_mixer={"plus": tuple(plus)})
+
+    def _curves_for(self, x: Tensor) -> Tensor | None:
+        grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+        mixers = [block.attn for block in self.blocks]
+        angles = None
+        if mixers[0].rotates:
+            sines_and_cosines = build_rotary_pos_embed(
+                grid, dim=mixers[0].head_dim, in_pixels=False, device=x.device
+            )
+            angles = torch.cat(sines_and_cosines, -1)
+        for mixer in mixers:
+            mixer.grid, mixer.angles = grid, angles
+        return super()._curves_for(x)
+
+
+default_cfgs = generate_default_cfgs(
+    {f"lion_plus_{size}_patch16_224": imagenet_cfg() for size in SIZES}
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionPlusVisionTransformer:
+    embed_dim, num_heads = SIZES[variant.split("_")[2]]
+    defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
+    return build_model_with_cfg(
+        LionPlusVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **{**defaults, **kwargs},
+    )
+
+
+@register_model
+def lion_plus_tiny_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> LionPlusVisionTransformer:
+    return _create("lion_plus_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_plus_small_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> LionPlusVisionTransformer:
+    return _create("lion_plus_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def lion_plus_base_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> LionPlusVisionTransformer:
+    return _create("lion_plus_base_patch16_224", pretrained, **kwargs)
