@@ -26,6 +26,7 @@ DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with De
 LION_ARGUMENTS = (
     "mask_type", "order", "format", "chunk_size", "decay_init", "pos_emb", "cls_tok",
 )  # fmt: skip
+OF_GATES = ("gate_lr_scale", "gate_weight_decay")
 PREPROCESSING_ARGUMENTS = {  # of the fields of Preprocessing
     "crop_pct": "eval_crop_ratio",
     **{name: name for name in ("crop_mode", "interpolation", "mean", "std")},
@@ -78,6 +79,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--clip-grad", default=None, type=float, within="(0, inf)", help="largest gradient norm")
     add("--momentum", default=0.9, type=float, within="[0, 1)")
     add("--weight-decay", default=0.05, type=float, within="[0, inf)")
+    add("--gate-lr-scale", default=1.0, type=float, within="[0, inf)",
+        help="learning rate factor of LION's decays and gates")  # fmt: skip
+    add("--gate-weight-decay", default=None, type=float, within="[0, inf)",
+        help="of the weights of LION's gates, instead of --weight-decay")  # fmt: skip
     add("--layer-decay", default=None, type=float, within="(0, 1]",
         help="learning rate factor per layer")  # fmt: skip
     add("--sched", default="cosine")
@@ -270,13 +275,17 @@ def check_model(args: argparse.Namespace) -> None:
     models_timm.check_name(args.model)
     check_order(args.order)
     default = get_args_parser().get_default
-    names = (*LION_ARGUMENTS, "plus")
+    names = (*LION_ARGUMENTS, *OF_GATES, "plus")
     given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
         raise ValueError(
             f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
             "--model-kwargs."
         )
+    if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
+        raise ValueError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
+    if args.sched == "none" and args.gate_lr_scale != 1:
+        raise ValueError("--sched none scales no rate: leave --gate_lr_scale out.")
     if args.plus and not timm.is_model(plus_name(args.model)):
         raise ValueError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
 

@@ -47,6 +47,7 @@ from device_augment import build_device_transform
 from engine import Position, Run, autocast, evaluate, train_one_epoch
 from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
+from parameter_groups import set_apart
 from preprocessing import Preprocessing
 from processes import Interrupted, StopSignal, World, init_distributed
 from samplers import EpochSampler, ShardSampler
@@ -323,6 +324,9 @@ def build_run(
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".attn." in name or name.startswith(("head", "pos_embed"))
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+    if args.gate_lr_scale != 1 or args.gate_weight_decay is not None:
+        set_apart(optimizer, model.decay_parameters(), lr_scale=args.gate_lr_scale,
+                  weight_decay=args.gate_weight_decay)  # fmt: skip
     schedule = {**scheduler_kwargs(args), "updates_per_epoch": steps}
     scheduler, _ = create_scheduler_v2(optimizer, **schedule)
     scaler = torch.amp.GradScaler(

@@ -888,6 +888,15 @@ class LionVisionTransformer(VisionTransformer):
         for block in self.blocks:
             block.attn.set_format(format, chunk_size)
 
+    def decay_parameters(self) -> list[nn.Parameter]:
+        """Of the decays and gates of all blocks."""
+        return [
+            parameter
+            for block in self.blocks
+            for name, parameter in block.attn.named_parameters()
+            if name.split(".")[0] in block.attn.gate_names
+        ]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
         self.grad_checkpointing = False  # blocks do it themselves, as they have curves

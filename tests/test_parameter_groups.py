@@ -1,0 +1,84 @@
+"""Decays and gates that learn at their own rate and with their own weight decay."""
+
+import pytest
+import torch
+from helpers import TINY, refused, weights
+
+import checkpoint
+import main
+
+SELECTIVE = (*TINY, "--mask_type", "Selective", "--order", "S", "--no-model-ema")
+
+
+def built(*options: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, main.Run]:
+    args = main.get_args_parser().parse_args([*SELECTIVE, *options])
+    main.check_args(args)
+    world = main.World(0, 1, torch.device("cpu"))
+    model = main.build_model(args, 3, 16)
+    run, set_lr = main.build_run(args, world, model, 10, {})
+    set_lr(0, 0)
+    return model, run.optimizer, run
+
+
+def settings(model, optimizer, field: str) -> dict[str, float]:
+    """Of every parameter, by name."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: g[field] for g in optimizer.param_groups for p in g["params"]}
+
+
+def is_gate(name: str) -> bool:
+    return ".a_i" in name or ".a2_i" in name
+
+
+@pytest.mark.parametrize("more", [(), ("--layer-decay", "0.5"), ("--sched-on-updates",)])
+def test_gates_have_their_own_rate_and_decay(more):
+    plain, options = built(*more), ("--gate-lr-scale", "3", "--gate-weight-decay", "0.5")
+    apart = built(*more, *options)
+    for field in ("lr", "weight_decay"):
+        before, after = (settings(*run[:2], field) for run in (plain, apart))
+        assert before.keys() == after.keys() == dict(plain[0].named_parameters()).keys()
+        for name in before:
+            expected = before[name]
+            if is_gate(name) and field == "lr":
+                expected *= 3
+            elif is_gate(name) and expected:  # biases have none
+                assert name.endswith("weight")
+                expected = 0.5
+            assert after[name] == pytest.approx(expected), (field, name)
+    assert apart[1].param_groups[0]["lr"] == plain[1].param_groups[0]["lr"]  # what is logged
+
+
+def test_decays_are_gates_too():
+    model, optimizer, _ = built("--mask_type", "Decay", "--gate-lr-scale", "0")
+    rates = settings(model, optimizer, "lr")
+    assert {name for name, rate in rates.items() if rate == 0} == set(filter(is_gate, rates))
+
+
+def test_training_with_a_rate_of_zero_leaves_gates_alone(run, data_path, tmp_path):
+    options = (*SELECTIVE, "--data-path", data_path, "--epochs", "2", "--warmup-epochs", "1")
+    for name, more in (("frozen", ("--gate-lr-scale", "0")), ("free", ())):
+        folder = tmp_path / name
+        assert run(*options, *more, "--lr", "0.01", "--output_dir", folder).code == 0
+        args = main.get_args_parser().parse_args(list(map(str, options)))
+        main.seed_everything(args.seed)
+        start = main.build_model(args, 3, 16).state_dict()
+        moved = {n for n, t in weights(folder).items() if not t.equal(start[n])}
+        assert any(map(is_gate, moved)) == (name == "free")
+        assert "head.weight" in moved
+    frozen = tmp_path / "frozen"
+    more = ("--gate-lr-scale", "0", "--epochs", "3", "--resume", "auto")
+    assert run(*options, *more, "--output_dir", frozen).code == 0
+    assert checkpoint.load(frozen / "checkpoint.pth")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model vit_tiny_patch16_224 --gate-lr-scale 2", "takes no --gate_lr_scale"),
+        ("--mask_type Lit --gate-weight-decay 0", "Lit has no gates: leave --gate_weight_decay"),
+        ("--sched none --gate-lr-scale 2", "sched none scales no rate: leave --gate_lr_scale"),
+    ],
+)
+def test_without_gates_there_is_nothing_to_set_apart(options, message, run, data_path, tmp_path):
+    ended = run(*TINY, *options.split(), "--data-path", data_path, "--output_dir", tmp_path / "x")
+    refused(ended, message, tmp_path / "x")
