@@ -138,6 +138,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     switch("amp", True, "mixed precision on a GPU")
     add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on GPUs: equal runs, resumed ones too, end with equal weights bit for bit; slower",
+    )
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
     add("--channels-last", action="store_true")
     add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")

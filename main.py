@@ -45,7 +45,7 @@ from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from samplers import EpochSampler, ShardSampler
-from utils import digest, peak_memory, run_command, seed_everything
+from utils import digest, make_deterministic, peak_memory, run_command, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -496,6 +496,8 @@ def main(args: argparse.Namespace) -> None:
     def build(peers: Peers) -> Callable[[], None]:
         peers.agree(shared_arguments(args), "give them the same arguments")
         check_args(args)
+        if args.deterministic:
+            make_deterministic()
         world = init_distributed(args.device, peers)
         if args.output_dir:
             require_writable(Path(args.output_dir), world)

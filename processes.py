@@ -133,12 +133,16 @@ class Peers:
         return [f"{name}/{rank}" for rank in range(self.size)]
 
     def _end_with_others(self) -> None:
-        """Ends a process that hangs, in a collective operation say, when another has failed."""
-        while not self._ended.wait(1):
+        """Ends a process that hangs, in a collective operation say, when another has failed.
+
+        Also one whose launcher was killed, which would write where the next start does.
+        """
+        while not self._ended.wait(0.5):
             try:
                 code = self.failure()
-            except RuntimeError:  # the store has ended with the process that held it
-                return
+            except RuntimeError:
+                print(f"{self}: the process that held all together was killed.", file=sys.stderr)
+                os._exit(1)
             if code is not None and not self._ended.wait(PATIENCE):
                 os._exit(code)
 
@@ -147,7 +151,8 @@ class Peers:
         try:
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
-                _until(lambda: self.store.check(self._keys("left")), 1)
+                seconds = PATIENCE if self.failure() is None else 1
+                _until(lambda: self.store.check(self._keys("left")), seconds)
         except RuntimeError:
             return
 

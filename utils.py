@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import random
 import resource
 import sys
@@ -91,6 +92,16 @@ def seed_everything(*entropy: int) -> None:
     random.seed(words[0])
     np.random.seed(words[1])
     torch.manual_seed(words[2])
+
+
+def make_deterministic() -> None:
+    """Operations give the same bits in each run, or raise RuntimeError if they cannot.
+
+    To be called before anything is computed on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody reads
 
 
 def digest(model: nn.Module) -> str:

@@ -26,7 +26,7 @@ from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from samplers import EpochSampler
-from utils import digest, run_command, seed_everything
+from utils import digest, make_deterministic, run_command, seed_everything
 
 # What a resumed run must share with the run that it goes on with.
 FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
@@ -65,6 +65,7 @@ class Settings:
     betas: list = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     precision: str = "bf16"  # on a GPU; fp32
+    deterministic: bool = False  # equal runs on GPUs end with equal weights bit for bit; slower
     compile: bool = False
     workers: int = 2
     seed: int = 17
@@ -382,6 +383,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings = typed(Settings, values, args.config)
         shared = {name: v for name, v in asdict(settings).items() if name not in NODE_SETTINGS}
         peers.agree(shared, "give them the same settings")
+        if settings.deterministic:
+            make_deterministic()
         world = init_distributed(settings.device, peers)
         if settings.output:
             require_writable(Path(settings.output), world, "output")

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -11,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import TINY, Ranks, call_main, make_image_folder, rendezvous, same
+from helpers import (
+    TINY,
+    Ranks,
+    call_main,
+    free_port,
+    make_image_folder,
+    rendezvous,
+    same,
+    wait_for,
+)
 from test_mlm_pretrain import short
 
 import processes
@@ -62,7 +72,8 @@ def test_gathered_values_are_not_kept():
 
 def failing(rank: int, folder: Path, where: str, meanwhile: str) -> None:
     """Rank 1 fails in a phase of a command, and rank 0 is somewhere `meanwhile`."""
-    processes.PATIENCE = 1.5
+    # Only a process that looks at nothing has to be waited for.
+    processes.PATIENCE = 1.5 if meanwhile in ("build", "work") else 100
 
     def at(place: str, peers: Peers) -> None:
         if rank == 1 and place == where:
@@ -88,7 +99,7 @@ def failing(rank: int, folder: Path, where: str, meanwhile: str) -> None:
 @pytest.mark.parametrize("meanwhile", ["build", "gather", "settled"])
 def test_a_users_error_of_one_rank_ends_all(meanwhile, tmp_path):
     ranks = Ranks(tmp_path, "build", meanwhile, function=failing)
-    assert ranks.wait(30) == [2, 2], ranks.errors(1)
+    assert ranks.wait() == [2, 2], ranks.errors(1)
     assert ranks.errors(0) == ""
     assert re.fullmatch(rf"command: error: rank 1 on {HOST}: this one alone\n", ranks.errors(1))
 
@@ -96,7 +107,7 @@ def test_a_users_error_of_one_rank_ends_all(meanwhile, tmp_path):
 @pytest.mark.parametrize("meanwhile", ["work", "barrier"])
 def test_an_error_of_one_rank_in_its_work_ends_all(meanwhile, tmp_path):
     ranks = Ranks(tmp_path, "work", meanwhile, function=failing)
-    assert ranks.wait(30) == [1, 1], ranks.errors(1)
+    assert ranks.wait() == [1, 1], ranks.errors(1)
     assert ranks.errors(0) == ""
     assert ranks.errors(1).startswith("Traceback")
     last = ranks.errors(1).splitlines()[-1]
@@ -115,10 +126,25 @@ def without_data(rank: int, folder: Path, command: str, data: Path) -> None:
 def test_data_that_one_rank_lacks(command, data_path, corpus, tmp_path):
     data = corpus if command == "mlm.pretrain" else data_path
     ranks = Ranks(tmp_path, command, data, function=without_data)
-    assert ranks.wait(30) == [2, 2], ranks.errors(1)
+    assert ranks.wait() == [2, 2], ranks.errors(1)
     assert ranks.errors(0) == ""
     reason = "The data folder absent does not exist|no tokeniser in absent"
     assert re.match(rf"{command}: error: rank 1 on {HOST}: .*({reason})", ranks.errors(1))
+
+
+def waiting(rank: int, folder: Path, port: int) -> None:
+    def build(peers: Peers):
+        return lambda: ((folder / f"works{rank}").touch(), time.sleep(100))
+
+    run_command("command", build, f"tcp://127.0.0.1:{port}")
+
+
+def test_ranks_end_when_the_process_is_killed_that_holds_them_together(tmp_path):
+    ranks = Ranks(tmp_path, free_port(), function=waiting)
+    wait_for(lambda: all((ranks.folder / f"works{rank}").exists() for rank in (0, 1)))
+    ranks.processes[0].kill()
+    assert ranks.wait(30) == [-signal.SIGKILL, 1]
+    assert re.match(rf"rank 1 on {HOST}: the process that held all", ranks.errors(1))
 
 
 def ended(rank: int, folder: Path, ending: str) -> None:
@@ -146,7 +172,7 @@ def ended(rank: int, folder: Path, ending: str) -> None:
 @pytest.mark.parametrize("ending", ["end", "stop", "not finite", "error"])
 def test_the_group_of_processes_is_left_whichever_way(ending, tmp_path):
     ranks = Ranks(tmp_path, ending, function=ended)
-    ranks.wait(30)
+    ranks.wait()
     assert all((ranks.folder / f"left{rank}").exists() for rank in (0, 1)), ranks.errors()
 
 
@@ -176,7 +202,7 @@ def refused(folder: Path, arguments: tuple, alone: tuple, message: str) -> None:
     for rank in (0, 1):
         (folder / f"of{rank}").mkdir(exist_ok=True)
     ranks = Ranks(folder, arguments, alone, function=differing)
-    assert ranks.wait(30) == [2, 2], ranks.errors()
+    assert ranks.wait() == [2, 2], ranks.errors()
     sentence = message.replace("RANK", rf"rank \d on {HOST}")
     assert re.fullmatch(rf"main\.py: error: The processes differ in {sentence}\n", ranks.errors())
     assert ranks.errors(1) == ""
@@ -235,7 +261,7 @@ def test_pretraining_with_other_settings_or_data(corpus, tmp_path):
             other = shutil.copytree(corpus, tmp_path / "other")
             shutil.copy(next(other.glob("eval-*.bin")), next(other.glob("train-*.bin")))
         ranks = Ranks(tmp_path, [corpus, other], settings, function=other_settings)
-        assert ranks.wait(30) == [2, 2], ranks.errors()
+        assert ranks.wait() == [2, 2], ranks.errors()
         error = ranks.errors().splitlines()[-1]
         assert re.match(rf"mlm\.pretrain: error: The processes differ in {message}", error), error
         assert "error:" not in ranks.errors(1)
