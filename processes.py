@@ -141,7 +141,10 @@ class Peers:
             try:
                 code = self.failure()
             except RuntimeError:
-                print(f"{self}: the process that held all together was killed.", file=sys.stderr)
+                print(
+                    f"{self}: the launcher was killed, or the main process, which had no launcher.",
+                    file=sys.stderr,
+                )
                 os._exit(1)
             if code is not None and not self._ended.wait(PATIENCE):
                 os._exit(code)
