@@ -116,9 +116,9 @@ def test_torchrun_starts_again_after_the_death_of_a_rank(
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run",
                  "--resume", "auto")  # fmt: skip
     command = torchrun("torch.distributed.run", "--max-restarts=1", ROOT / "main.py", *arguments)
-    log, output = tmp_path / "run" / "log.txt", tmp_path / "output"
+    saved, output = tmp_path / "run" / "checkpoint.pth", tmp_path / "output"
     with output.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
-        wait_for(lambda: log.exists() and log.read_text().count("\n") == 1)
+        wait_for(saved.exists)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children.split()[victim]), signal.SIGKILL)
         assert process.wait(120) == 0, output.read_text()
