@@ -38,14 +38,14 @@ from arguments import (
     shared_arguments,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
-from datasets import DeviceLoader, SeededDataset, build_dataset, fingerprint, ignore_signals
-from engine import Position, Run, autocast, evaluate, train_one_epoch
+from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
+from engine import Position, Run, autocast, evaluate, require_same, train_one_epoch
 from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from samplers import EpochSampler, ShardSampler
-from utils import digest, make_deterministic, peak_memory, run_command, seed_everything
+from utils import make_deterministic, peak_memory, run_command, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -254,22 +254,6 @@ def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
     keep_head = not checkpoint.differing_classes(saved, classes)
     for note in checkpoint.adapt_weights(model, weights, source, keep_head=keep_head):
         logger.info("Fine-tuning from %s: %s", source, note)
-
-
-def require_same(
-    world: World, data: dict[str, Dataset], model: nn.Module, position: Position | None = None
-) -> None:
-    """Raises ValueError if the processes found other images or weights, or stand elsewhere."""
-    if world.size == 1:
-        return
-    facts = {"their number of classes": len(next(iter(data.values())).classes)}
-    for name, images in data.items():
-        facts[f"their number of {name} images"] = len(images)
-        facts[f"the names or labels of their {name} images"] = fingerprint(images)
-    if position:
-        facts["where they stand"] = f"epoch {position.epoch}, step {position.step}"
-    facts["their weights"] = digest(model)
-    world.peers.agree(facts, "give them the same data and checkpoints")
 
 
 def build_run(
