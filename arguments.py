@@ -38,6 +38,7 @@ HOW_MANY = {
 }  # fewest, most numbers
 WORDS = {1: "one", 2: "two", 3: "three"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may differ in these
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
 
 
@@ -159,6 +160,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     switch("amp", True, "mixed precision on a GPU")
     add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on GPUs: equal runs, resumed ones too, end with equal weights bit for bit; slower",
+    )
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
     add("--channels-last", action="store_true")
     add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
@@ -182,6 +188,15 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto needs the --output_dir of the run.")
+
+
+def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What all processes of a run must be given alike."""
+    given = sorted(set(args.given) - set(NODE_ARGUMENTS))
+    values = {name: value for name, value in vars(args).items() if name not in NODE_ARGUMENTS}
+    return {f"--{name}": value for name, value in values.items() if name != "given"} | {
+        "the arguments given": " ".join(given)
+    }
 
 
 def check_no_other_run(args: argparse.Namespace) -> None:

@@ -12,11 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import checkpoint
+from datasets import fingerprint
 from journal import Mean, Progress
 from processes import Interrupted, StopSignal, World
-from utils import seed_everything
+from utils import digest, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,22 @@ class Run:
         self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))
         self.max_accuracy = saved.get("max_accuracy", 0.0)
         logger.info("Resumed from %s: %s", source, self.position)
+
+
+def require_same(
+    world: World, data: dict[str, Dataset], model: nn.Module, position: Position | None = None
+) -> None:
+    """Raises ValueError if the processes found other images or weights, or stand elsewhere."""
+    if world.size == 1:
+        return
+    facts = {"their number of classes": len(next(iter(data.values())).classes)}
+    for name, images in data.items():
+        facts[f"their number of {name} images"] = len(images)
+        facts[f"the names or labels of their {name} images"] = fingerprint(images)
+    if position:
+        facts["where they stand"] = f"epoch {position.epoch}, step {position.step}"
+    facts["their weights"] = digest(model)
+    world.peers.agree(facts, "give them the same data and checkpoints")
 
 
 def train_one_epoch(

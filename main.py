@@ -19,7 +19,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
@@ -39,19 +38,20 @@ from arguments import (
     check_optimizer,
     get_args_parser,
     plus_name,
+    shared_arguments,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from cached_images import CachedLoader
 from datasets import DeviceLoader, SeededDataset, Split, build_dataset, ignore_signals, normalized
 from device_augment import build_device_transform
-from engine import Position, Run, autocast, evaluate, train_one_epoch
+from engine import Position, Run, autocast, evaluate, require_same, train_one_epoch
 from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
 from parameter_groups import set_apart
 from preprocessing import Preprocessing
-from processes import Interrupted, StopSignal, World, init_distributed
+from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from samplers import EpochSampler, ShardSampler
-from utils import peak_memory, run_command, seed_everything
+from utils import make_deterministic, peak_memory, run_command, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -362,6 +362,7 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
         saved, source = found
         state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
         checkpoint.load_weights(model, state, source)
+    require_same(world, {"test": loader.dataset}, model)
     model.to(world.device)
     with autocast(world.device, amp_dtype(args, world)):
         models_timm.require_logits(model, args.model, len(classes), images.input_size)
@@ -418,6 +419,8 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     if found:
         check_same_steps(args, world, *found)
         run.restore(*found)
+    data = {"training": train_loader.dataset.dataset, "test": eval_loader.dataset}
+    require_same(world, data, run.model, run.position)
     batch_transform = build_batch_transform(
         mixup=args.mixup,
         cutmix=args.cutmix,
@@ -467,7 +470,9 @@ def fit(
     facts = {"args": vars(args), "data_config": run.facts["data_config"],
              "world_size": world.size, **provenance()}  # fmt: skip
     journal = Journal(folder, facts, position.epoch)
-    model = distributed_and_compiled(args, world, run.model)
+    model = world.distributed(run.model)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     logger.info("number of params: %d", n_parameters)
     logger.info("Start training for %d epochs", args.epochs - position.epoch)
@@ -506,15 +511,6 @@ def fit(
     logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
 
 
-def distributed_and_compiled(
-    args: argparse.Namespace, world: World, model: nn.Module
-) -> Callable[..., Any]:
-    if world.size > 1:
-        devices = [world.device] if world.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=devices)
-    return torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-
-
 def evaluate_weights(
     args: argparse.Namespace, world: World, run: Run, loader: DataLoader, stop: StopSignal
 ) -> dict[str, float]:
@@ -537,15 +533,18 @@ def evaluate_weights(
 
 
 def main(args: argparse.Namespace) -> None:
-    def build() -> Callable[[], None]:
+    def build(peers: Peers) -> Callable[[], None]:
+        peers.agree(shared_arguments(args), "give them the same arguments")
         check_args(args)
-        world = init_distributed(args.device, args.dist_url)
+        if args.deterministic:
+            make_deterministic()
+        world = init_distributed(args.device, peers)
         if args.output_dir:
             require_writable(Path(args.output_dir), world)
             check_no_other_run(args)
         return (evaluate_only if args.eval else train)(args, world)
 
-    run_command("main.py", build)
+    run_command("main.py", build, args.dist_url)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,175 @@
 """The processes of a run: ranks and devices, agreement between them, and signals to stop."""
 
 import os
+import pickle
 import signal
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+POLL = 0.02  # seconds between two looks at what others have told
+PATIENCE = 10.0  # seconds for the others to end, once a process has failed
+MEETING = 1800.0  # seconds in which all processes have to start
+
+
+class PeerFailed(Exception):
+    """Another process has failed, and tells why."""
+
+
+class Peers:
+    """What the processes of a run tell each other through a store.
+
+    Unlike a collective operation of NCCL or gloo, it needs no device and does not wait for a
+    process that has failed.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self._rounds = 0
+        self._ended = threading.Event()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value`, which can be pickled, of every process, by rank.
+
+        Raises PeerFailed once another process has failed.
+        """
+        if self.size == 1:
+            return [value]
+        self._rounds += 1
+        self.store.set(f"round {self._rounds}/{self.rank}", pickle.dumps(value))
+        keys = self._keys(f"round {self._rounds}")
+        while not self.store.check(keys):
+            self._require_no_failure()
+            time.sleep(POLL)
+        if self._rounds > 1:  # which all have read, as they have come to this one
+            self.store.delete_key(f"round {self._rounds - 1}/{self.rank}")
+        return [pickle.loads(self.store.get(key)) for key in keys]
+
+    def agree(self, facts: dict[str, Any], remedy: str) -> None:
+        """Raises ValueError, on all processes, if they do not have the same `facts`."""
+        everywhere = self.gather((socket.gethostname(), facts))
+        names = dict.fromkeys(name for _, theirs in everywhere for name in theirs)
+        differing = []
+        for name in names:
+            ranks = defaultdict(list)
+            for rank, (host, theirs) in enumerate(everywhere):
+                ranks[str(theirs.get(name))].append(f"rank {rank} on {host}")
+            if len(ranks) > 1:
+                sides = "; ".join(f"{_listed(who)}: {value}" for value, who in ranks.items())
+                differing.append(f"{name} ({sides})")
+        if differing:
+            raise ValueError(f"The processes differ in {', '.join(differing)}: {remedy}.")
+
+    def failure(self) -> int | None:
+        """The exit code of a process that has failed, None if there is none."""
+        if self.size > 1 and self.store.check(["failed"]):
+            return int(self.store.get("failed"))
+        return None
+
+    def settle(self, problem: str = "") -> bool:
+        """Waits until all are ready. With a `problem`, tells whether the main process has the same.
+
+        Raises PeerFailed if another process has one.
+        """
+        if self.size == 1:
+            return True
+        if problem:
+            self.store.set("failed", "2")
+        self.store.set(f"verdict/{self.rank}", problem)
+        keys = self._keys("verdict")
+        if problem:
+            _until(lambda: self.store.check(keys[:1]), PATIENCE)
+            return self.store.check(keys[:1]) and self.store.get(keys[0]).decode() == problem
+        while not self.store.check(keys):
+            self._require_no_failure()
+            time.sleep(POLL)
+        self._require_no_failure()
+        return True
+
+    @contextmanager
+    def together(self, command: str) -> Iterator[None]:
+        """All processes end within seconds once one fails in the block, which tells its error."""
+        if self.size == 1:
+            yield
+            return
+        threading.Thread(target=self._end_with_others, daemon=True).start()
+        try:
+            yield
+        except Exception as error:
+            code = self.failure()  # else the error is but the lost connection to that process
+            if code is None:
+                self.store.set("failed", code := "1")
+                traceback.print_exc()
+                print(f"{command}: error: {self}: {error!r}", file=sys.stderr, flush=True)
+            sys.exit(int(code))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._leave()
+            self._ended.set()
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def _require_no_failure(self) -> None:
+        if self.failure() is not None:
+            self.store.set(f"verdict/{self.rank}", "")
+            raise PeerFailed
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}/{rank}" for rank in range(self.size)]
+
+    def _end_with_others(self) -> None:
+        """Ends a process that hangs, in a collective operation say, when another has failed.
+
+        Also one whose launcher was killed, which would write where the next start does.
+        """
+        while not self._ended.wait(0.5):
+            try:
+                code = self.failure()
+            except RuntimeError:
+                print(
+                    f"{self}: the launcher was killed, or the main process, which had no launcher.",
+                    file=sys.stderr,
+                )
+                os._exit(1)
+            if code is not None and not self._ended.wait(PATIENCE):
+                os._exit(code)
+
+    def _leave(self) -> None:
+        """The main process, which may hold the store, is the last to leave."""
+        try:
+            self.store.set(f"left/{self.rank}", "")
+            if self.rank == 0:
+                seconds = PATIENCE if self.failure() is None else 1
+                _until(lambda: self.store.check(self._keys("left")), seconds)
+        except RuntimeError:
+            return
+
+
+def _until(happened: Callable[[], bool], seconds: float = float("inf")) -> bool:
+    """Whether it happened within that time."""
+    end = time.monotonic() + seconds
+    while not (done := happened()) and time.monotonic() < end:
+        time.sleep(POLL)
+    return done
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 @dataclass(frozen=True)
@@ -18,6 +179,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    peers: Peers = field(default_factory=Peers)
 
     @property
     def is_main(self) -> bool:
@@ -31,22 +193,34 @@ class World:
 
     def gather(self, value: object) -> list:
         """`value` of every process, by rank."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return self.peers.gather(value)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block before the others do (to download, for instance)."""
         if not self.is_main:
-            dist.barrier()
-        try:
-            yield
-        finally:  # an error of the main process is for the others to find, too
-            if self.is_main and self.size > 1:
-                dist.barrier()
+            self.peers.gather(None)
+        yield
+        if self.is_main:
+            self.peers.gather(None)
+
+    def distributed(self, model: nn.Module) -> nn.Module:
+        """`model` with the mean of all processes' gradients.
+
+        DistributedDataParallel arranges the gradients anew in its second step, which changes how
+        sums over more than two processes are rounded. A backward pass before the first step, of
+        all parameters in their order, leaves nothing to arrange: a resumed run rounds alike.
+        """
+        if self.size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        wrapped = DistributedDataParallel(model, device_ids=devices)
+        model.forward = lambda: sum(p.sum() for p in parameters)
+        wrapped().backward()
+        del model.forward
+        model.zero_grad(set_to_none=True)
+        return wrapped
 
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -77,23 +251,68 @@ def launched_as() -> tuple[int, int]:
     return rank, size
 
 
-def init_distributed(device: str = "auto", init_method: str = "env://") -> World:
-    """Joins the processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
+def meet(dist_url: str = "env://") -> Peers:
+    """Meets the processes that torchrun started.
+
+    Raises ValueError if its variables are incomplete, or if the processes do not find each other.
+    """
+    rank, size = launched_as()
+    if size == 1:
+        return Peers(rank, size)
+    try:
+        store, _, _ = next(dist.rendezvous(dist_url, rank, size))
+        return Peers(rank, size, dist.PrefixStore(_attempt(store, rank, size), store))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"Rank {rank} on {socket.gethostname()} cannot meet the others at --dist_url "
+            f"{dist_url} ({reason}): use env:// with torchrun."
+        ) from error
+
+
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name, the same on all processes, for this start of them.
+
+    A launcher that starts them again keeps the store, in which the first start left its keys. The
+    number of the restart would not do: each node counts its own.
+    """
+    store.set(f"start/{rank}", own := uuid.uuid4().hex)
+    starts = [f"start/{r}" for r in range(size)]
+
+    def called() -> list[str]:
+        return store.get("starts").decode().split() if store.check(["starts"]) else []
+
+    def complete() -> bool:
+        if rank == 0 and store.check(starts):
+            store.set("starts", " ".join(store.get(key).decode() for key in starts))
+        names = called()
+        if names[rank : rank + 1] != [own]:
+            return False
+        store.set(f"{names[0]}/here/{rank}", "")
+        return rank > 0 or store.check([f"{own}/here/{r}" for r in range(size)])
+
+    if not _until(complete, MEETING):
+        raise RuntimeError(f"not all came in {MEETING / 60:.0f} minutes")
+    return called()[0]
+
+
+def init_distributed(device: str = "auto", peers: Peers | None = None) -> World:
+    """The processes of a run, or `peers`, over NCCL on GPUs and gloo on CPUs.
 
     `device` is `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`. Raises ValueError if it
     is not there.
     """
+    peers = peers or meet()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"--device {device} needs a CUDA GPU and none was found: use --device cpu."
         )
-    rank, size = launched_as()
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        world = World(rank, size, torch.device(device))
+        world = World(peers.rank, peers.size, torch.device(device), peers)
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
     except RuntimeError as error:
@@ -102,16 +321,16 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
         ) from error
     if world.device.type not in ("cpu", "cuda"):
         raise ValueError(f"Not made for {device!r}: use --device auto, cpu, cuda or cuda:N.")
-    if size > 1:
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, init_method=init_method, world_size=size, rank=rank)
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(
-                f"The processes cannot meet at --dist_url {init_method} ({reason}): use env:// "
-                "with torchrun."
-            ) from error
+    if world.size > 1:
+        peers.gather(None)  # all have found their devices
+        cuda = world.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", peers.store),
+            rank=world.rank,
+            world_size=world.size,
+            device_id=world.device if cuda else None,
+        )
     return world
 
 

@@ -3,9 +3,11 @@
 import io
 import logging
 import math
+import os
 import random
 import resource
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch import nn
 
-from processes import launched_as
+from processes import Peers, meet
 
 
 def setup_logging(is_main: bool) -> None:
@@ -31,27 +33,35 @@ def setup_logging(is_main: bool) -> None:
     )
 
 
-def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
-    """Runs a command: `build()` reads and checks everything, what it returns does the work.
+def run_command(
+    name: str, build: Callable[[Peers], Callable[[], None]], dist_url: str = "env://"
+) -> None:
+    """Runs a command: `build(peers)` reads and checks everything, what it returns does the work.
 
     A ValueError of `build` is the user's: its sentence on standard error, from the main process,
-    and exit code 2. A FloatingPointError of the work is told likewise, with exit code 1.
+    or from each whose error is another, and exit code 2. A FloatingPointError of the work is told
+    likewise, with exit code 1. An error of one process ends all.
     """
-    is_main = True
     try:
-        is_main = launched_as()[0] == 0
-        setup_logging(is_main)
-        work = build()
+        peers = meet(dist_url)
+        setup_logging(peers.rank == 0)
     except ValueError as error:
-        if is_main:
-            print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    try:
-        work()
-    except FloatingPointError as error:
-        sys.exit(f"{name}: error: {error}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with peers.together(name):
+        try:
+            work = build(peers)
+            peers.settle()
+        except ValueError as error:
+            if peers.rank == 0:
+                print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+            if not peers.settle(str(error)):
+                print(f"{name}: error: {peers}: {error}", file=sys.stderr)
+            sys.exit(2)
+        try:
+            work()
+        except FloatingPointError as error:
+            sys.exit(f"{name}: error: {error}")
 
 
 def outside(number: float, interval: str) -> str | None:
@@ -82,6 +92,26 @@ def seed_everything(*entropy: int) -> None:
     random.seed(words[0])
     np.random.seed(words[1])
     torch.manual_seed(words[2])
+
+
+def make_deterministic() -> None:
+    """Operations give the same bits in each run, or raise RuntimeError if they cannot.
+
+    To be called before anything is computed on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody reads
+
+
+def digest(model: nn.Module) -> str:
+    """A checksum of the weights, in eight hexadecimal digits."""
+    value = 0
+    for tensor in model.state_dict().values():
+        value = zlib.crc32(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value
+        )
+    return f"{value:08x}"
 
 
 @contextmanager

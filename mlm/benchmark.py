@@ -26,7 +26,7 @@ from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
-from processes import init_distributed
+from processes import Peers, init_distributed
 from utils import peak_memory, run_command
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # of softmax on GPUs
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--threads", type=int, default=1, help="of a CPU")
     args = parser.parse_intermixed_args(arguments)
 
-    def build() -> Callable[[], None]:
+    def build(_: Peers) -> Callable[[], None]:
         values = [word for word in args.configs if "=" in word]
         paths = [word for word in args.configs if "=" not in word]
         if not paths or min(args.tokens, args.threads, *args.lengths) < 1:

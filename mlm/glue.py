@@ -30,7 +30,7 @@ from journal import require_writable
 from mlm.settings import check_ranges, override, read_yaml, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
-from processes import World, init_distributed
+from processes import Peers, World, init_distributed
 from utils import run_command, seed_everything, setup_logging
 
 WARMUP_SHARE = 0.06
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", metavar="TASK,TASK", help="only these")
     args = parser.parse_intermixed_args(arguments)
 
-    def build() -> Callable[[], None]:
+    def build(_: Peers) -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
         known = values.get("tasks", {})
         chosen = args.tasks.split(",") if args.tasks else known

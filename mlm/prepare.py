@@ -297,7 +297,7 @@ def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], Non
 
 def main(arguments: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(arguments)
-    run_command("mlm.prepare", lambda: build(args))
+    run_command("mlm.prepare", lambda _: build(args))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -25,13 +24,14 @@ from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
-from processes import Interrupted, StopSignal, World, init_distributed
+from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from samplers import EpochSampler
-from utils import run_command, seed_everything
+from utils import digest, make_deterministic, run_command, seed_everything
 
 # What a resumed run must share with the run that it goes on with.
 FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
          "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed")  # fmt: skip
+NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these
 RANGES = {
     **dict.fromkeys(("length", "global_batch", "micro_batch", "steps"), "[1, inf)"),
     **dict.fromkeys(("eval_every", "save_every"), "[1, inf)"),
@@ -65,6 +65,7 @@ class Settings:
     betas: list = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     precision: str = "bf16"  # on a GPU; fp32
+    deterministic: bool = False  # equal runs on GPUs end with equal weights bit for bit; slower
     compile: bool = False
     workers: int = 2
     seed: int = 17
@@ -73,7 +74,6 @@ class Settings:
     device: str = "auto"
     resume: str = ""  # auto: go on with the run in `output`
     overwrite: bool = False
-    init_method: str = "env://"
 
     def check(self) -> None:
         """Raises ValueError for values that make no sense."""
@@ -196,6 +196,16 @@ class Pretraining:
             self._restore()
         self.loader, self.eval_loader = build_loaders(settings, world, self.tokenizer, self.step)
         self.dtype = amp_dtype(settings, world.device)
+        self._require_same()
+
+    def _require_same(self) -> None:
+        """Raises ValueError if the processes found other data or weights, or stand elsewhere."""
+        if self.world.size == 1:
+            return
+        facts = {"their step": self.step, "their weights": digest(self.model)}
+        for name, loader in (("training", self.loader), ("evaluation", self.eval_loader)):
+            facts[f"their {name} data"] = loader.dataset.corpus.description()
+        self.world.peers.agree(facts, "give them the same data and checkpoints")
 
     def _restore(self) -> None:
         found = checkpoint.latest(self.settings.output)
@@ -236,7 +246,9 @@ class Pretraining:
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
         folder = settings.output if world.is_main else None
         journal = Journal(folder, facts, self.step + 1, clock="step")
-        model = self._wrapped()
+        if settings.compile:
+            self.model.lion.compile()
+        model = world.distributed(self.model)
         first = self.saved_meters[world.rank] if len(self.saved_meters) == world.size else ()
         meter = Mean(world.device, *first)
         tokens = settings.global_batch * settings.length
@@ -265,14 +277,6 @@ class Pretraining:
             print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
             sys.exit(stop.exit_code)
         progress.close()
-
-    def _wrapped(self) -> nn.Module:
-        if self.settings.compile:
-            self.model.lion.compile()
-        if self.world.size == 1:
-            return self.model
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=devices)
 
     def _line_due(self) -> bool:
         return self.step % self.settings.eval_every == 0 or self.step == self.settings.steps
@@ -370,18 +374,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("mlm.pretrain", description=__doc__)
     parser.add_argument("config", help="YAML file, such as mlm/configs/lion-s-base.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--dist_url", default="env://", help="how processes find each other")
+    args = parser.parse_intermixed_args(arguments)
     logging.disable_progress_bar()
 
-    def build() -> Callable[[], None]:
+    def build(peers: Peers) -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
         settings = typed(Settings, values, args.config)
-        world = init_distributed(settings.device, settings.init_method)
+        shared = {name: v for name, v in asdict(settings).items() if name not in NODE_SETTINGS}
+        peers.agree(shared, "give them the same settings")
+        if settings.deterministic:
+            make_deterministic()
+        world = init_distributed(settings.device, peers)
         if settings.output:
             require_writable(Path(settings.output), world, "output")
         return Pretraining(settings, world).fit
 
-    run_command("mlm.pretrain", build)
+    run_command("mlm.pretrain", build, args.dist_url)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,12 @@ class Corpus:
                 "prepare more text, or lower the length."
             )
 
+    def description(self) -> str:
+        """What tells it apart from another, wherever it is."""
+        sizes = ",".join(str(len(shard)) for shard in self.shards)
+        content = hashlib.sha256(f"{self.fingerprint} {sizes}".encode()).hexdigest()[:8]
+        return f"{len(self)} windows of {self.length} tokens, {content}"
+
     def __len__(self) -> int:
         return int(self.ends[-1])
 

@@ -126,11 +126,14 @@ def _rank(rank: int, size: int, folder: Path, function: Callable, arguments: Seq
 
 def torchrun(module: str, *arguments: Any) -> list[str]:
     """The command by which `module` starts two processes of this machine."""
+    launch = ("--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
+    return [sys.executable, "-m", module, *launch, *map(str, arguments)]
+
+
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    launch = ("--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}")
-    return [sys.executable, "-m", module, *launch, *map(str, arguments)]
+        return listener.getsockname()[1]
 
 
 def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:

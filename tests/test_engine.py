@@ -14,7 +14,7 @@ import models_lion  # noqa: F401  (registers the models)
 from engine import Position, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models_lion import FEATURE_MAPS, FORMATS
-from processes import Interrupted, World, init_distributed
+from processes import Interrupted, World, init_distributed, meet
 from samplers import ShardSampler
 
 # mask, order, format and the parts of a batch that gradients are accumulated over
@@ -95,7 +95,7 @@ class StopAt:
 
 def everything_on_two_ranks(rank: int, folder: Path) -> None:
     """Each process writes what it found, so that processes are started only once."""
-    world = init_distributed("cpu", rendezvous(folder))
+    world = init_distributed("cpu", meet(rendezvous(folder)))
     found = {"variants": {}}
     for *variant, accumulate in VARIANTS:
         model = small_model(*variant)

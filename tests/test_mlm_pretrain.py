@@ -32,7 +32,8 @@ SHORT = {"steps": 12, "length": 16, "micro_batch": 4, "global_batch": 8, "eval_e
 def pretraining(corpus: Path, **settings: object) -> None:
     """mlm.pretrain with the tiny configuration."""
     values = {"data": corpus, "device": "cpu", **settings}
-    pretrain.main([str(TINY), *(f"{name}={value}" for name, value in values.items())])
+    where = ["--dist_url", values.pop("dist_url")] if "dist_url" in values else []
+    pretrain.main([str(TINY), *(f"{name}={value}" for name, value in values.items()), *where])
 
 
 def short(corpus: Path, output: Path, **settings: object) -> None:
@@ -40,7 +41,7 @@ def short(corpus: Path, output: Path, **settings: object) -> None:
 
 
 def rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -> None:
-    short(corpus, output, init_method=rendezvous(folder), **settings)
+    short(corpus, output, dist_url=rendezvous(folder), **settings)
 
 
 def interrupted(monkeypatch, call: int, method: str = "_train_step") -> None:

@@ -108,6 +108,24 @@ def test_torchrun_is_told_to_end(whole_on_two_ranks, data_path, tmp_path):
     assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=2), whole_on_two_ranks)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_again_after_the_death_of_a_rank(
+    victim, whole_on_two_ranks, data_path, tmp_path
+):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run",
+                 "--resume", "auto")  # fmt: skip
+    command = torchrun("torch.distributed.run", "--max-restarts=1", ROOT / "main.py", *arguments)
+    saved, output = tmp_path / "run" / "checkpoint.pth", tmp_path / "output"
+    with output.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        wait_for(saved.exists)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children.split()[victim]), signal.SIGKILL)
+        assert process.wait(120) == 0, output.read_text()
+    assert "Resumed from" in output.read_text()
+    assert_same_run(tmp_path / "run", whole_on_two_ranks)
+
+
 def test_unreadable_checkpoint(whole, run, data_path, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     os.truncate(folder / "checkpoint.pth", 1000)

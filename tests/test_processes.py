@@ -1,0 +1,327 @@
+"""What ranks tell each other: which start they are of, an error of one alone, what differs."""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    TINY,
+    Ranks,
+    call_main,
+    free_port,
+    make_image_folder,
+    rendezvous,
+    same,
+    slow,
+    wait_for,
+)
+from test_mlm_pretrain import short
+
+import checkpoint
+import processes
+from mlm import pretrain
+from processes import Peers, init_distributed, meet
+from utils import run_command
+
+HOST = re.escape(socket.gethostname())
+
+
+def on_threads(function, size: int = 2) -> list:
+    """What `function(rank)` returns on every rank of a process."""
+    results = [None] * size
+
+    def call(rank: int) -> None:
+        results[rank] = function(rank)
+
+    threads = [threading.Thread(target=call, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # so that the first could take what it finds
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+def test_a_second_start_has_a_name_of_its_own():
+    store = dist.HashStore()
+    names = [on_threads(lambda rank: processes._attempt(store, rank, 2)) for _ in range(3)]
+    names += [on_threads(lambda rank: processes._attempt(store, 1 - rank, 2))]
+    assert all(len(set(pair)) == 1 and pair[0] for pair in names)
+    assert len({name for name, _ in names}) == len(names)
+
+
+def test_gathered_values_are_not_kept():
+    store = dist.HashStore()
+
+    def gather(rank: int) -> list[list]:
+        peers = Peers(rank, 2, store)
+        return [peers.gather((rank, number)) for number in range(5)]
+
+    expected = [[(0, number), (1, number)] for number in range(5)]
+    assert on_threads(gather) == [expected, expected]
+    assert store.num_keys() == 2
+
+
+# Errors of one rank alone
+
+
+def failing(rank: int, folder: Path, where: str, meanwhile: str) -> None:
+    """Rank 1 fails in a phase of a command, and rank 0 is somewhere `meanwhile`."""
+    # Only a process that looks at nothing has to be waited for.
+    processes.PATIENCE = 1.5 if meanwhile in ("build", "work") else 100
+
+    def at(place: str, peers: Peers) -> None:
+        if rank == 1 and place == where:
+            raise ValueError("this one alone")
+        if rank == 0 and place == meanwhile:
+            time.sleep(100)  # as in a collective operation of NCCL
+
+    def build(peers: Peers):
+        at("build", peers)
+        if meanwhile == "gather":
+            peers.gather(None)
+        init_distributed("cpu", peers)
+
+        def work() -> None:
+            at("work", peers)
+            dist.barrier()
+
+        return work
+
+    run_command("command", build, rendezvous(folder))
+
+
+@pytest.mark.parametrize("meanwhile", ["build", "gather", "settled"])
+def test_a_users_error_of_one_rank_ends_all(meanwhile, tmp_path):
+    ranks = Ranks(tmp_path, "build", meanwhile, function=failing)
+    assert ranks.wait() == [2, 2], ranks.errors(1)
+    assert ranks.errors(0) == ""
+    assert re.fullmatch(rf"command: error: rank 1 on {HOST}: this one alone\n", ranks.errors(1))
+
+
+@pytest.mark.parametrize("meanwhile", ["work", "barrier"])
+def test_an_error_of_one_rank_in_its_work_ends_all(meanwhile, tmp_path):
+    ranks = Ranks(tmp_path, "work", meanwhile, function=failing)
+    assert ranks.wait() == [1, 1], ranks.errors(1)
+    assert ranks.errors(0) == ""
+    assert ranks.errors(1).startswith("Traceback")
+    last = ranks.errors(1).splitlines()[-1]
+    assert re.fullmatch(rf"command: error: rank 1 on {HOST}: ValueError\('this one alone'\)", last)
+
+
+def without_data(rank: int, folder: Path, command: str, data: Path) -> None:
+    path = "absent" if rank else data
+    if command == "mlm.pretrain":
+        short(path, folder / "run", dist_url=rendezvous(folder))
+    else:
+        call_main(*TINY, "--data-path", path, "--dist_url", rendezvous(folder))
+
+
+@pytest.mark.parametrize("command", ["main.py", "mlm.pretrain"])
+def test_data_that_one_rank_lacks(command, data_path, corpus, tmp_path):
+    data = corpus if command == "mlm.pretrain" else data_path
+    ranks = Ranks(tmp_path, command, data, function=without_data)
+    assert ranks.wait() == [2, 2], ranks.errors(1)
+    assert ranks.errors(0) == ""
+    reason = "The data folder absent does not exist|no tokeniser in absent"
+    assert re.match(rf"{command}: error: rank 1 on {HOST}: .*({reason})", ranks.errors(1))
+
+
+def waiting(rank: int, folder: Path, port: int) -> None:
+    def build(peers: Peers):
+        return lambda: ((folder / f"works{rank}").touch(), time.sleep(100))
+
+    run_command("command", build, f"tcp://127.0.0.1:{port}")
+
+
+def test_ranks_end_when_the_process_is_killed_that_holds_them_together(tmp_path):
+    ranks = Ranks(tmp_path, free_port(), function=waiting)
+    wait_for(lambda: all((ranks.folder / f"works{rank}").exists() for rank in (0, 1)))
+    ranks.processes[0].kill()
+    assert ranks.wait(30) == [-signal.SIGKILL, 1]
+    assert re.search(rf"\nrank 1 on {HOST}: the launcher was killed", ranks.errors(1))
+
+
+def ended(rank: int, folder: Path, ending: str) -> None:
+    def build(peers: Peers):
+        init_distributed("cpu", peers)
+
+        def work() -> None:
+            match ending:
+                case "stop":
+                    raise SystemExit(143)
+                case "not finite":
+                    raise FloatingPointError
+                case "error":
+                    raise RuntimeError
+
+        return work
+
+    try:
+        run_command("command", build, rendezvous(folder))
+    finally:
+        assert not dist.is_initialized()
+        (folder / f"left{rank}").touch()
+
+
+@pytest.mark.parametrize("ending", ["end", "stop", "not finite", "error"])
+def test_the_group_of_processes_is_left_whichever_way(ending, tmp_path):
+    ranks = Ranks(tmp_path, ending, function=ended)
+    ranks.wait()
+    assert all((ranks.folder / f"left{rank}").exists() for rank in (0, 1)), ranks.errors()
+
+
+def not_finite_on_one(rank: int, folder: Path, corpus: Path) -> None:
+    forward = pretrain.LionBertForMaskedLM.forward
+    calls = itertools.count()
+
+    def broken(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        if rank == 1 and next(calls) == 5:
+            result.loss = result.loss * float("nan")
+        return result
+
+    pretrain.LionBertForMaskedLM.forward = broken
+    settings = {"save_every": 1, "eval_every": 100, "steps": 100}
+    short(corpus, folder / "run", dist_url=rendezvous(folder), **settings)
+
+
+def test_a_pretraining_loss_that_is_not_finite_on_one_rank_ends_both(corpus, tmp_path):
+    ranks = Ranks(tmp_path, corpus, function=not_finite_on_one)
+    assert ranks.wait() == [1, 1], ranks.errors(1)
+    assert "not finite" in ranks.errors(0) + ranks.errors(1)
+    saved = checkpoint.load(ranks.folder / "run" / "checkpoint.pth")
+    assert 0 < saved["step"] < 6
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+# Ranks that differ
+
+
+@pytest.fixture(scope="module")
+def fewer_images(tmp_path_factory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("fewer"), train=117)
+
+
+@pytest.fixture(scope="module")
+def other_names(data_path, tmp_path_factory) -> Path:
+    folder = shutil.copytree(data_path, tmp_path_factory.mktemp("other") / "images")
+    (folder / "train" / "class0" / "0.png").rename(folder / "train" / "class0" / "z.png")
+    return folder
+
+
+def differing(rank: int, folder: Path, arguments: tuple, alone: tuple) -> None:
+    """Rank 1 has more arguments, and a working directory of its own."""
+    os.chdir(folder.parent / f"of{rank}")
+    more = alone if rank else ()
+    call_main(*TINY, *arguments, *more, "--dist_url", rendezvous(folder))
+
+
+def refused(folder: Path, arguments: tuple, alone: tuple, message: str) -> None:
+    for rank in (0, 1):
+        (folder / f"of{rank}").mkdir(exist_ok=True)
+    ranks = Ranks(folder, arguments, alone, function=differing)
+    assert ranks.wait() == [2, 2], ranks.errors()
+    sentence = message.replace("RANK", rf"rank \d on {HOST}")
+    assert re.fullmatch(rf"main\.py: error: The processes differ in {sentence}\n", ranks.errors())
+    assert ranks.errors(1) == ""
+
+
+@pytest.mark.parametrize("mode", [(), slow(("--eval",))], ids=["training", "evaluation"])
+def test_arguments_that_differ(mode, data_path, tmp_path):
+    message = r"--seed \(RANK: 0; RANK: 3\), the arguments given \(.*\): give them the same .*"
+    refused(tmp_path, ("--data-path", data_path, *mode), ("--seed", "3"), message)
+
+
+def test_another_number_of_images(fewer_images, data_path, tmp_path):
+    message = (r"their number of training images \(rank 0 on HOST: 120; rank 1 on HOST: 117\), "
+               "the names or labels of their training images .*: give .*")  # fmt: skip
+    arguments = ("--data-path", data_path)
+    refused(tmp_path, arguments, ("--data-path", fewer_images), message.replace("HOST", HOST))
+
+
+def test_other_names_of_images(other_names, data_path, tmp_path):
+    message = r"the names or labels of their training images \(RANK: \w{8}; RANK: \w{8}\): give .*"
+    refused(tmp_path, ("--data-path", data_path), ("--data-path", other_names), message)
+
+
+def test_data_may_lie_elsewhere(data_path, tmp_path):
+    shutil.copytree(data_path, tmp_path / "of1" / "images")
+    (tmp_path / "of0").mkdir()
+    alone = ("--data-path", "images", "--num_workers", "1")
+    ranks = Ranks(tmp_path, ("--data-path", data_path), alone, function=differing)
+    assert ranks.wait() == [0, 0], ranks.errors()
+
+
+@pytest.mark.parametrize("epochs", [slow(1), 2], ids=["other weights", "another epoch"])
+def test_another_checkpoint(epochs, run, data_path, tmp_path):
+    arguments = ("--data-path", data_path, "--output_dir", "run", "--epochs", "3")
+    for rank in (0, 1):
+        options = ("--epochs", epochs if rank else 1, "--seed", rank if epochs == 1 else 0)
+        folder = tmp_path / f"of{rank}" / "run"
+        assert run(*TINY, *arguments, *options, "--output_dir", folder).code == 0
+    weights = r"their weights \(RANK: \w{8}; RANK: \w{8}\): give .*"
+    stand = r"where they stand \(RANK: epoch 1, step 0; RANK: epoch 2, step 0\), "
+    message = weights if epochs == 1 else stand + weights
+    refused(tmp_path, (*arguments, "--resume", "auto"), (), message)
+
+
+def other_settings(rank: int, folder: Path, data: list[Path], settings: list[dict]) -> None:
+    short(data[rank], folder / "run", dist_url=rendezvous(folder), **settings[rank])
+
+
+def test_pretraining_with_other_settings_or_data(corpus, tmp_path):
+    for settings, message in (
+        ([{"lr": 1e-3}, {"lr": 2e-3}], rf"lr \(rank 0 on {HOST}: 0.001; rank 1 on {HOST}: 0.002\)"),
+        ([{}, {}], r"their training data \(.* windows of 16 tokens, .*\)"),
+    ):
+        other = corpus
+        if not settings[0]:
+            other = shutil.copytree(corpus, tmp_path / "other")
+            shutil.copy(next(other.glob("eval-*.bin")), next(other.glob("train-*.bin")))
+        ranks = Ranks(tmp_path, [corpus, other], settings, function=other_settings)
+        assert ranks.wait() == [2, 2], ranks.errors()
+        error = ranks.errors().splitlines()[-1]
+        assert re.match(rf"mlm\.pretrain: error: The processes differ in {message}", error), error
+        assert "error:" not in ranks.errors(1)
+
+
+# Sums over processes
+
+
+def stepping(rank: int, folder: Path) -> None:
+    """The weights of two runs of four steps, one of which is wrapped anew in the middle."""
+    world = init_distributed("cpu", meet(rendezvous(folder)))
+    runs = []
+    for parts in ([4], [2, 2]):
+        torch.manual_seed(0)
+        layers = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(4)]
+        model = torch.nn.Sequential(*layers)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for steps in parts:
+            wrapped = world.distributed(model)
+            assert all(p.grad is None for p in model.parameters())
+            for _ in range(steps):
+                samples = torch.randn(8, 64) + rank
+                wrapped(samples).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        runs.append(model.state_dict())
+    torch.save(runs, folder / f"runs{rank}.pth")
+
+
+def test_a_new_start_rounds_sums_over_three_ranks_alike(tmp_path):
+    ranks = Ranks(tmp_path, size=3, function=stepping)
+    assert ranks.wait() == [0, 0, 0], ranks.errors()
+    runs = [torch.load(ranks.folder / f"runs{rank}.pth") for rank in range(3)]
+    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
+    assert same(*runs[0])
