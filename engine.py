@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import checkpoint
 from journal import Mean, Progress
 from processes import Interrupted, StopSignal, World
+from urls import without_secrets
 from utils import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Run:
             "step": self.position.step,
             "meters": self.position.meters,
             "max_accuracy": self.max_accuracy,
-            "args": settings,
+            "args": without_secrets(settings),
             **self.facts,
         }
 

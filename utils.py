@@ -16,6 +16,14 @@ import torch
 import torch.distributed as dist
 
 from processes import launched_as
+from urls import without_secrets
+
+
+class DiscreetFormatter(logging.Formatter):
+    """Plain lines, in which URLs have no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def setup_logging(is_main: bool) -> None:
@@ -23,12 +31,10 @@ def setup_logging(is_main: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING,
-        format="%(message)s",
-        stream=sys.stdout,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(DiscreetFormatter("%(message)s"))
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
@@ -44,7 +50,7 @@ def run_command(name: str, build: Callable[[], Callable[[], None]]) -> None:
         work = build()
     except ValueError as error:
         if is_main:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(2)
     try:
         work()
