@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,17 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
     With `keep_previous`, the checkpoint replaced stays as `<stem>.previous<suffix>`.
 
     Raises:
-        RuntimeError: `state` cannot be written, or could not be loaded again; the checkpoint
-            already at `path` stays.
+        RuntimeError: `state` cannot be written, or could not be loaded again.
+        FloatingPointError: it holds a tensor that is not finite.
+
+    The checkpoint already at `path` then stays.
     """
     path = Path(path)
+    if names := list(_not_finite(state)):
+        raise FloatingPointError(
+            f"The checkpoint {path} is not replaced, as the new one would not be finite "
+            f"({_first(names)}): go on from the one that is there, with a lower learning rate."
+        )
     replaced = path.with_name(f".{path.name}.replaced")
     try:
         replaced.unlink(missing_ok=True)
@@ -121,7 +128,7 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     The name prefixes of DistributedDataParallel and torch.compile are dropped.
 
     Raises:
-        ValueError: the differences, listed; the model is unchanged.
+        ValueError: the differences, listed, or weights that are not finite; the model is unchanged.
     """
     state = _bare_names(state)
     found, wanted = _shapes(state), _shapes(model.state_dict())
@@ -139,6 +146,11 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
             f"unexpected, {len(reshaped)} of another shape; build the model with its settings"
         )
         raise ValueError("\n".join([summary, *lines]))
+    if names := list(_not_finite(state)):
+        raise ValueError(
+            f"{source} holds weights that are not finite ({_first(names)}): use an earlier "
+            "checkpoint."
+        )
     model.load_state_dict(state)
 
 
@@ -196,8 +208,7 @@ def differing_classes(saved: dict, classes: list[str]) -> str:
     for title, ours, theirs in sides:
         alone = [name for name in ours if name not in set(theirs)]
         if alone:
-            shown = ", ".join(map(str, alone[:_MAX_NAMES])) + ", ..." * (len(alone) > _MAX_NAMES)
-            parts.append(f"only in the {title}: {shown}")
+            parts.append(f"only in the {title}: {_first(alone)}")
     return "; ".join(parts) or "the same in another order"
 
 
@@ -209,6 +220,20 @@ def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
         for key in keys
         if key in saved and key in wanted and saved[key] != wanted[key]
     ]
+
+
+def _first(names: list) -> str:
+    return ", ".join(map(str, names[:_MAX_NAMES])) + ", ..." * (len(names) > _MAX_NAMES)
+
+
+def _not_finite(value: object, name: str = "") -> Iterator[str]:
+    """Names of the tensors in nested containers that hold NaN or infinity."""
+    if torch.is_tensor(value):
+        if not value.isfinite().all():
+            yield name
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{name}.{key}" if name else str(key))
 
 
 def _bare_names(state: dict) -> dict:
