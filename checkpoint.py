@@ -1,7 +1,6 @@
 """Checkpoints that survive a kill at any moment, and that cannot run code when they are loaded."""
 
 import argparse
-import hashlib
 import logging
 import math
 import os
@@ -9,15 +8,18 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from files import replacing
+from urls import cached, is_url, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +33,27 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
     With `keep_previous`, the checkpoint replaced stays as `<stem>.previous<suffix>`.
 
     Raises:
-        RuntimeError: `state` cannot be written, or could not be loaded again; the checkpoint
-            already at `path` stays.
+        RuntimeError: `state` cannot be written, or could not be loaded again.
+        FloatingPointError: it holds a tensor that is not finite.
+
+    The checkpoint already at `path` then stays.
     """
     path = Path(path)
-    # Fixed names, so that a save also replaces what a killed one has left.
-    temporary = path.with_name(f".{path.name}.saving")
+    if names := list(_not_finite(state)):
+        raise FloatingPointError(
+            f"The checkpoint {path} is not replaced, as the new one would not be finite "
+            f"({_first(names)}): go on from the one that is there, with a lower learning rate."
+        )
     replaced = path.with_name(f".{path.name}.replaced")
     try:
         replaced.unlink(missing_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path, "xb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())
-        if refused := get_unsafe_globals_in_checkpoint(temporary):
-            raise TypeError(f"it holds {', '.join(refused)}, which a safe load refuses")
-        if keep_previous and path.exists():
-            _link_or_copy(path, replaced)
-        os.replace(temporary, path)
+            if refused := get_unsafe_globals_in_checkpoint(file.name):
+                raise TypeError(f"it holds {', '.join(refused)}, which a safe load refuses")
+            if keep_previous and path.exists():
+                _link_or_copy(path, replaced)
         if replaced.exists():
             os.replace(replaced, _previous(path))
         _sync_folder(path.parent)
@@ -58,9 +63,8 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
         reason = error.__context__ if hidden else error
         raise RuntimeError(f"cannot save the checkpoint {path}: {reason}") from error
     finally:
-        for leftover in (temporary, replaced):
-            with suppress(OSError):
-                leftover.unlink()
+        with suppress(OSError):
+            replaced.unlink()
 
 
 def load(source: str | Path) -> dict:
@@ -71,21 +75,10 @@ def load(source: str | Path) -> dict:
     Raises:
         ValueError: `source` is missing, truncated, corrupt, or holds anything else.
     """
-    path = _download(str(source)) if _is_url(source) else Path(source)
-    try:
-        checkpoint = _read(path)
-    except OSError as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    except Exception as error:
-        raise ValueError(
-            f"cannot load the checkpoint {path}: it is truncated, corrupt, or holds objects other "
-            "than weights and plain settings, which are refused because they could run code"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a checkpoint")
-    if isinstance(checkpoint.get("args"), argparse.Namespace):
-        checkpoint["args"] = vars(checkpoint["args"])
-    return checkpoint
+    if is_url(source):
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        return cached(source, folder, partial(_load_file, source=without_secrets(source)))
+    return _load_file(Path(source), source)
 
 
 def latest(folder: str | Path) -> tuple[dict, Path] | None:
@@ -135,7 +128,7 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     The name prefixes of DistributedDataParallel and torch.compile are dropped.
 
     Raises:
-        ValueError: the differences, listed; the model is unchanged.
+        ValueError: the differences, listed, or weights that are not finite; the model is unchanged.
     """
     state = _bare_names(state)
     found, wanted = _shapes(state), _shapes(model.state_dict())
@@ -153,6 +146,11 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
             f"unexpected, {len(reshaped)} of another shape; build the model with its settings"
         )
         raise ValueError("\n".join([summary, *lines]))
+    if names := list(_not_finite(state)):
+        raise ValueError(
+            f"{source} holds weights that are not finite ({_first(names)}): use an earlier "
+            "checkpoint."
+        )
     model.load_state_dict(state)
 
 
@@ -210,18 +208,32 @@ def differing_classes(saved: dict, classes: list[str]) -> str:
     for title, ours, theirs in sides:
         alone = [name for name in ours if name not in set(theirs)]
         if alone:
-            shown = ", ".join(map(str, alone[:_MAX_NAMES])) + ", ..." * (len(alone) > _MAX_NAMES)
-            parts.append(f"only in the {title}: {shown}")
+            parts.append(f"only in the {title}: {_first(alone)}")
     return "; ".join(parts) or "the same in another order"
 
 
 def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
     """One line for each setting of `keys` that both dicts hold with different values."""
+    saved, wanted = without_secrets(saved), without_secrets(wanted)
     return [
         f"{key}: checkpoint {saved[key]}, now {wanted[key]}"
         for key in keys
         if key in saved and key in wanted and saved[key] != wanted[key]
     ]
+
+
+def _first(names: list) -> str:
+    return ", ".join(map(str, names[:_MAX_NAMES])) + ", ..." * (len(names) > _MAX_NAMES)
+
+
+def _not_finite(value: object, name: str = "") -> Iterator[str]:
+    """Names of the tensors in nested containers that hold NaN or infinity."""
+    if torch.is_tensor(value):
+        if not value.isfinite().all():
+            yield name
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{name}.{key}" if name else str(key))
 
 
 def _bare_names(state: dict) -> dict:
@@ -352,7 +364,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
     with suppress(OSError):  # a file system without hard links
         os.link(source, target)
         return
-    shutil.copyfile(source, target)
+    with source.open("rb") as old, target.open("xb") as copy:
+        shutil.copyfileobj(old, copy)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -363,25 +376,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _is_url(source: str | Path) -> bool:
-    return urlsplit(str(source)).scheme in ("http", "https")
-
-
-def _download(url: str) -> Path:
-    """The file of `url` in the cache of torch.hub, verified if its name ends in a hash."""
-    name = Path(urlsplit(url).path).name
-    hashed = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if not hashed:
-        # Many a URL ends in checkpoint.pth: one of them must not be taken for another.
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+def _load_file(path: Path, source: str | Path) -> dict:
+    """The checkpoint in a file; errors name its `source`."""
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hashed and hashed[1])
+        checkpoint = _read(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot read the checkpoint {source}: {reason}") from error
     except Exception as error:
-        raise ValueError(f"cannot download the checkpoint {url}: {error}") from error
-    return path
+        raise ValueError(
+            f"cannot load the checkpoint {source}: it is truncated, corrupt, or holds objects "
+            "other than weights and plain settings, which are refused because they could run code"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a checkpoint")
+    if isinstance(checkpoint.get("args"), argparse.Namespace):
+        checkpoint["args"] = vars(checkpoint["args"])
+    return checkpoint
 
 
 def _read(path: Path) -> object:

@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_wor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from files import inside
 from images import load_image
 
 logger = logging.getLogger(__name__)
@@ -269,10 +270,22 @@ def _class_folders(folder: Path) -> tuple[list[str], Counter]:
 def _images_in(folder: Path) -> tuple[list[str], Counter]:
     """Paths of the images below `folder`, and how many other files there are of each type.
 
-    What is hidden, or in a hidden folder, is no image: `.ipynb_checkpoints` holds copies.
+    What is hidden, or in a hidden folder, is no image: `.ipynb_checkpoints` holds copies. Links to
+    folders are followed, but each folder is read once, and none that holds the class folder itself.
     """
     paths, others = [], Counter()
-    for where, _, names in sorted(os.walk(folder, followlinks=True)):
+    above = (*folder.absolute().parents, *folder.resolve().parents)
+    read = {_identity(parent) for parent in above}
+    tree = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()  # which of several links to a folder counts
+        if _identity(where) in read:
+            folders.clear()
+            others["links to folders already read"] += 1
+        else:
+            read.add(_identity(where))
+            tree.append((where, names))
+    for where, names in sorted(tree):
         hidden = any(part.startswith(".") for part in Path(where).relative_to(folder).parts)
         for name in sorted(names):
             if hidden or name.startswith("."):
@@ -282,6 +295,11 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
             else:
                 others[Path(name).suffix.lower() or "without a suffix"] += 1
     return paths, others
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def _listed(others: Counter) -> str:
@@ -307,14 +325,15 @@ def _inaturalist(
         )
     _require_folder(root)
     categories = _read_json(root / "categories.json")
-    split = _read_json(root / f"{'train' if train else 'val'}{year}.json")
+    listing = root / f"{'train' if train else 'val'}{year}.json"
+    split = _read_json(listing)
     try:
         classes = sorted({category[level] for category in categories})
         label_of_class = {name: label for label, name in enumerate(classes)}
         label = {category["id"]: label_of_class[category[level]] for category in categories}
-        path = {image["id"]: os.path.join(root, image["file_name"]) for image in split["images"]}
+        path = {im["id"]: inside(root, im["file_name"], listing) for im in split["images"]}
         samples = [(path[a["image_id"]], label[a["category_id"]]) for a in split["annotations"]]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The json files in {root} do not fit together (key {error}): "
             f"use those of the iNaturalist {year} competition."
@@ -325,7 +344,7 @@ def _inaturalist(
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is missing or no json file: INAT needs the competition's json files there."
         ) from error

@@ -18,6 +18,7 @@ import checkpoint
 from datasets import fingerprint
 from journal import Mean, Progress
 from processes import Interrupted, StopSignal, World
+from urls import without_secrets
 from utils import digest, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LOG_INTERVAL = 10  # steps between two lines; on a GPU the host waits for the device only then
 METERS = ("lr", "loss", "grad_norm")
+# A GradScaler begins at 2**16 and halves its scale with each step that it skips: 32 in a row.
+LEAST_SCALE = 2.0**-16
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Run:
             "step": self.position.step,
             "meters": self.position.meters,
             "max_accuracy": self.max_accuracy,
-            "args": settings,
+            "args": without_secrets(settings),
             **self.facts,
         }
 
@@ -109,6 +112,57 @@ def require_same(
     world.peers.agree(facts, "give them the same data and checkpoints")
 
 
+def looks_every_step(device: torch.device) -> bool:
+    """On a GPU a look makes the host wait for the device."""
+    return device.type == "cpu"
+
+
+class StepCheck:
+    """All processes together see whether their steps are finite, and whether to stop.
+
+    Called before each optimiser step, it looks there on the CPU; on a GPU only where `look` says
+    so, then at all steps since the last look. No checkpoint may be written without one.
+    """
+
+    def __init__(self, world: World, stop: StopSignal | None, advice: str) -> None:
+        self.world, self.stop, self.advice = world, stop, advice
+        self.every_step = looks_every_step(world.device)
+        self.broken = torch.zeros((), dtype=torch.bool, device=world.device)
+
+    def __call__(
+        self,
+        loss: Tensor,
+        norm: Tensor,
+        *,
+        look: bool,
+        where: str,
+        lr: float,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> bool:
+        """Whether any process was told to stop, as far as it looks.
+
+        A `scaler` that is enabled skips steps whose gradient norm is not finite by itself. Raises
+        FloatingPointError, naming `where` it is, on all processes if any is not finite.
+        """
+        told = bool(self.stop)  # in every step, for then it listens anew
+        scaled = scaler is not None and scaler.is_enabled()
+        self.broken |= ~loss.isfinite() if scaled else ~(loss.isfinite() & norm.isfinite())
+        if not (look or self.every_step):
+            return False
+        collapsed = scaled and scaler.get_scale() <= LEAST_SCALE
+        flags = torch.stack([self.broken, *map(self.broken.new_tensor, (told, collapsed))]).int()
+        broken, stopping, collapsed = self.world.reduce(flags, dist.ReduceOp.MAX).tolist()
+        if broken or collapsed:
+            problem = f"Loss {loss.item()} or gradient norm {norm.item()} is not finite"
+            if collapsed:
+                problem = f"Gradients are not finite at a loss scale of {scaler.get_scale():.3g}"
+            raise FloatingPointError(
+                f"{problem} ({where}, rank {self.world.rank}, learning rate {lr:.3g}); the last "
+                f"checkpoint is untouched. {self.advice}"
+            )
+        return bool(stopping)
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
@@ -137,7 +191,7 @@ def train_one_epoch(
 
     Raises Interrupted after a step when `stop` was signalled to any process, and
     FloatingPointError, on all processes together, when a loss or gradient norm is not finite: on
-    the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps.
+    the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps, and before it leaves.
     """
     model.train(train_mode)
     device, epoch = world.device, position.epoch
@@ -148,7 +202,7 @@ def train_one_epoch(
         f"Epoch: [{epoch}]", steps, images_per_step,
         start=position.step, interval=LOG_INTERVAL, show=world.is_main,
     )  # fmt: skip
-    broken = torch.zeros((), dtype=torch.bool, device=device)
+    check = StepCheck(world, stop, "Try a lower --lr, --clip-grad 1 or --no-amp.")
     batches = iter(loader)
     stopping = False
     while position.step < steps and not stopping:
@@ -166,19 +220,9 @@ def train_one_epoch(
             loss += part_loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
-        broken |= ~loss.isfinite()
-        if not scaler.is_enabled():  # a scaler skips steps with infinite gradients by itself
-            broken |= ~norm.isfinite()
         lr = optimizer.param_groups[0]["lr"]
-        told = bool(stop)  # in every step, for then it listens anew
-        if device.type == "cpu" or progress.due(step):
-            stopping, is_broken = agreed(world, told, broken)
-            if is_broken:
-                raise FloatingPointError(
-                    f"Loss {loss.item()} or gradient norm {norm.item()} is not finite (epoch "
-                    f"{epoch}, step {step}, rank {world.rank}, learning rate {lr:.3g}); the last "
-                    "checkpoint is untouched. Try a lower --lr, --clip-grad 1 or --no-amp."
-                )
+        where, look = f"epoch {epoch}, step {step}", progress.due(step)
+        stopping = check(loss, norm, look=look, where=where, lr=lr, scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -209,8 +253,8 @@ def evaluate(
     """Loss, top-1 and top-5 accuracy (in %) over all processes' shards, and images/s.
 
     `images` is the size of the whole set. `per_class`, zeros `[K, 2]` on the device, receives each
-    class's images and how many of them are classified correctly. Raises Interrupted on all
-    processes together when `stop` was signalled to any.
+    class's images and how many of them are classified correctly. Raises, on all processes together,
+    Interrupted when `stop` was signalled to any, and FloatingPointError if the loss is not finite.
     """
     model.eval()
     # loss, top-1, top-5, images, stopped
@@ -242,9 +286,19 @@ def evaluate(
     if stopped:
         raise Interrupted
     images_per_second = images / progress.seconds()  # also where a process has none of them
+    require_finite(loss)
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
     return stats, images_per_second
+
+
+def require_finite(loss: float) -> None:
+    """Raises FloatingPointError for a loss of an evaluation that is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss of the evaluation is {loss}: the weights, or what is computed from them, "
+            "are not finite. Use an earlier checkpoint, or evaluate in float32."
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -253,10 +307,3 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 def without_sync(model: nn.Module) -> object:
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
-
-
-def agreed(world: World, stopping: bool, broken: Tensor) -> tuple[bool, bool]:
-    """Whether any process was told to stop, and whether any is broken."""
-    flags = torch.stack([torch.full_like(broken, stopping), broken]).int()
-    stopping, broken = world.reduce(flags, dist.ReduceOp.MAX).tolist()
-    return bool(stopping), bool(broken)

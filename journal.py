@@ -4,7 +4,7 @@ import csv
 import importlib.metadata
 import json
 import logging
-import os
+import math
 import subprocess
 import sys
 import tempfile
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -21,9 +21,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from files import replacing
 from processes import World
+from urls import without_secrets
 
 logger = logging.getLogger(__name__)
+
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
 
 
 class Mean:
@@ -147,8 +151,8 @@ class Journal:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(self.folder / "args.yaml") as file:
-            yaml.safe_dump(facts, file, sort_keys=False)
+        with replacing(self.folder / "args.yaml", **TEXT) as file:
+            yaml.safe_dump(without_secrets(facts), file, sort_keys=False)
         self._drop_from(first_epoch)
         self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
@@ -157,7 +161,7 @@ class Journal:
         if self.folder is None:
             return
         with (self.folder / "log.txt").open("a") as file:
-            file.write(json.dumps(stats) + "\n")
+            file.write(to_json(stats) + "\n")
         for name, value in {**stats, **speeds}.items():
             if name not in (self.clock, "n_parameters"):
                 self.board.add_scalar(name.replace("_", "/", 1), value, stats[self.clock])
@@ -169,9 +173,8 @@ class Journal:
             return
         lines = log.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        temporary = log.with_name(".log.txt.saving")
-        temporary.write_text("".join(ln for ln in whole if json.loads(ln)[self.clock] < epoch))
-        os.replace(temporary, log)
+        with replacing(log) as file:
+            file.writelines(ln for ln in whole if json.loads(ln)[self.clock] < epoch)
 
 
 def require_writable(folder: Path, world: World, argument: str = "--output_dir") -> None:
@@ -213,9 +216,9 @@ def write_scores(
     Bytes of class names that are no UTF-8 are written as \\udcXX.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / "eval.json") as file:
-        file.write(json.dumps(facts, indent=2) + "\n")
-    with _replacing(folder / "per_class.csv") as file:
+    with replacing(folder / "eval.json", **TEXT) as file:
+        file.write(to_json(without_secrets(facts), indent=2) + "\n")
+    with replacing(folder / "per_class.csv", **TEXT) as file:
         rows = csv.writer(file)
         rows.writerow(["class", "images", "correct", "acc1"])
         for name, (images, correct) in zip(classes, per_class, strict=True):
@@ -224,16 +227,17 @@ def write_scores(
             )
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` when it is whole."""
-    temporary = path.with_name(f".{path.name}.saving")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON of nested dicts and lists; numbers that are not finite, which it has not, are null."""
+    return json.dumps(_finite_or_none(value), indent=indent, allow_nan=False)
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def provenance() -> dict[str, str]:

@@ -18,6 +18,14 @@ import torch
 from torch import nn
 
 from processes import Peers, meet
+from urls import without_secrets
+
+
+class DiscreetFormatter(logging.Formatter):
+    """Plain lines, in which URLs have no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def setup_logging(is_main: bool) -> None:
@@ -25,12 +33,10 @@ def setup_logging(is_main: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING,
-        format="%(message)s",
-        stream=sys.stdout,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(DiscreetFormatter("%(message)s"))
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def run_command(
@@ -42,11 +48,15 @@ def run_command(
     or from each whose error is another, and exit code 2. A FloatingPointError of the work is told
     likewise, with exit code 1. An error of one process ends all.
     """
+
+    def tell(problem: str) -> None:
+        print(without_secrets(f"{name}: error: {problem}"), file=sys.stderr, flush=True)
+
     try:
         peers = meet(dist_url)
         setup_logging(peers.rank == 0)
     except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        tell(str(error))
         sys.exit(2)
     with peers.together(name):
         try:
@@ -54,14 +64,15 @@ def run_command(
             peers.settle()
         except ValueError as error:
             if peers.rank == 0:
-                print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+                tell(str(error))
             if not peers.settle(str(error)):
-                print(f"{name}: error: {peers}: {error}", file=sys.stderr)
+                tell(f"{peers}: {error}")
             sys.exit(2)
         try:
             work()
         except FloatingPointError as error:
-            sys.exit(f"{name}: error: {error}")
+            tell(str(error))
+            sys.exit(1)
 
 
 def outside(number: float, interval: str) -> str | None:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
 from engine import autocast
-from journal import require_writable
+from journal import require_writable, to_json
 from mlm.settings import check_ranges, override, read_yaml, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
@@ -104,7 +104,7 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
     if done.exists():
         before = json.loads(done.read_text())
         if before["job"] == facts:
-            return before["scores"]
+            return {k: math.nan if v is None else v for k, v in before["scores"].items()}
     folder, task = Path(job.data), job.task
     train = read_examples(folder, task.train, task, None)
     tokenizer = load_tokenizer(Path(job.model))
@@ -122,7 +122,7 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
             scores[f"{Path(name).stem} {metric}"] = value
     model.save_pretrained(job.folder)
     tokenizer.save_pretrained(job.folder)
-    done.write_text(json.dumps({"scores": scores, "job": facts}, indent=2) + "\n")
+    done.write_text(to_json({"scores": scores, "job": facts}, indent=2) + "\n")
     return scores
 
 
@@ -168,13 +168,18 @@ def predict(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> list[float]:
-    """The class of each example, or the value of a regression."""
+    """The class of each example, or the value of a regression.
+
+    Raises FloatingPointError if there is none, as the outputs are not finite.
+    """
     model.eval()
     outputs = []
     order = np.arange(len(examples.labels))
     for batch in batches(examples, order, EVAL_BATCH, tokenizer, length, device):
         with autocast(device, dtype):
             logits = model(**batch).logits.float()
+        if not logits.isfinite().all():
+            raise FloatingPointError("its outputs are not finite: try a lower lr.")
         outputs += (logits.argmax(1) if examples.classes else logits[:, 0]).tolist()
     return outputs
 
@@ -194,7 +199,10 @@ def _take_device(free: Any) -> None:
 
 
 def _run(job: Job) -> dict[str, float]:
-    return fine_tune(job, _device)
+    try:
+        return fine_tune(job, _device)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{job.name}, seed {job.seed}: {error}") from error
 
 
 def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
@@ -307,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(text)
             folder = Path(settings.output)
             (folder / "results.md").write_text(text + "\n")
-            (folder / "results.json").write_text(json.dumps(means, indent=2) + "\n")
+            (folder / "results.json").write_text(to_json(means, indent=2) + "\n")
 
         return work
 

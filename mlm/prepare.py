@@ -9,7 +9,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from tokenizers.trainers import WordPieceTrainer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from files import replacing
 from mlm.shards import SPECIAL_TOKENS, fingerprint_of, load_tokenizer, read_header, shard_writer
 from utils import run_command
 
@@ -241,9 +241,8 @@ def write_manifest(output: Path, stems: list[str], words: int) -> dict[str, dict
             "shards": names,
         }
     manifest = {"tokenizer": fingerprint, "vocab_size": words, "splits": splits}
-    temporary = output / ".manifest.json.saving"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, output / "manifest.json")
+    with replacing(output / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
     return splits
 
 

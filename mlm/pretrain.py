@@ -1,6 +1,7 @@
 """Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 import checkpoint
 from datasets import ignore_signals
-from engine import LOG_INTERVAL, agreed, autocast, without_sync
+from engine import LOG_INTERVAL, StepCheck, autocast, require_finite, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
@@ -248,7 +249,7 @@ class Pretraining:
         journal = Journal(folder, facts, self.step + 1, clock="step")
         if settings.compile:
             self.model.lion.compile()
-        model = world.distributed(self.model)
+        model, check = world.distributed(self.model), StepCheck(world, stop, "Try a lower lr.")
         first = self.saved_meters[world.rank] if len(self.saved_meters) == world.size else ()
         meter = Mean(world.device, *first)
         tokens = settings.global_batch * settings.length
@@ -257,18 +258,20 @@ class Pretraining:
         batches = iter(self.loader)
         try:
             while self.step < settings.steps or meter.count:
-                if not (meter.count and self._line_due()):  # else it was stopped while it evaluated
+                stopped_in_evaluation = meter.count and self._line_due(self.step)
+                if not stopped_in_evaluation:
                     due = progress.due(self.step)
-                    loss, stopping = self._train_step(model, batches, due, stop)
+                    written = self._line_due(self.step + 1) or self._save_due(self.step + 1)
+                    loss, stopping = self._train_step(model, batches, check, due or written)
                     meter.update(loss)
                     progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
                     self.step += 1
                     if stopping:
                         raise Interrupted
-                if self._line_due():
+                if self._line_due(self.step):
                     journal.write(self._record(meter, progress, stop))
                     meter = Mean(world.device)
-                if self.step == settings.steps or self.step % settings.save_every == 0:
+                if self._save_due(self.step):
                     with progress.paused():
                         self.save(meter)
         except Interrupted:
@@ -278,14 +281,17 @@ class Pretraining:
             sys.exit(stop.exit_code)
         progress.close()
 
-    def _line_due(self) -> bool:
-        return self.step % self.settings.eval_every == 0 or self.step == self.settings.steps
+    def _line_due(self, step: int) -> bool:
+        return step % self.settings.eval_every == 0 or step == self.settings.steps
+
+    def _save_due(self, step: int) -> bool:
+        return step % self.settings.save_every == 0 or step == self.settings.steps
 
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def _train_step(
-        self, model: nn.Module, batches: Any, due: bool, stop: StopSignal
+        self, model: nn.Module, batches: Any, check: StepCheck, look: bool
     ) -> tuple[Tensor, bool]:
         """One optimiser step; returns the loss times the processes, and whether to stop.
 
@@ -306,14 +312,8 @@ class Pretraining:
                     loss = model(**part, num_items_in_batch=asked).loss
                 loss.backward()
             total += loss.detach()
-        stopping, told = False, bool(stop)  # in every step, for then it listens anew
-        if due or world.device.type == "cpu":
-            stopping, broken = agreed(world, told, ~total.isfinite())
-            if broken:
-                raise FloatingPointError(
-                    f"The loss is not finite (step {self.step}, rank {world.rank}); the last "
-                    "checkpoint is untouched. Try a lower lr."
-                )
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+        stopping = check(total, norm, look=look, where=f"step {self.step}", lr=self._lr())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total, stopping
@@ -349,7 +349,8 @@ class Pretraining:
     def evaluate(self, stop: StopSignal) -> dict[str, float]:
         """Loss and accuracy (in %) over the masked tokens of the evaluation split.
 
-        Raises Interrupted on all processes together when `stop` was signalled to any.
+        Raises, on all processes together, Interrupted when `stop` was signalled to any, and
+        FloatingPointError if the loss is not finite.
         """
         self.model.eval()
         # loss, hits, masked tokens, stopped
@@ -367,6 +368,7 @@ class Pretraining:
         loss, hits, count, stopped = self.world.reduce(sums).tolist()
         if stopped:
             raise Interrupted
+        require_finite(loss)
         return {"loss": loss / max(count, 1), "accuracy": 100 * hits / max(count, 1)}
 
 

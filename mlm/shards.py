@@ -7,15 +7,15 @@ A folder of shards holds `manifest.json`, `tokenizer/` and the shards of the spl
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
+
+from files import inside, replacing
 
 HEADER = struct.Struct("<8s32sQQB7x")  # magic, SHA-256 of the tokeniser, documents, tokens, bytes
 MAGIC = b"LIONMLM1"
@@ -29,7 +29,6 @@ def shard_writer(path: Path, fingerprint: str, vocab: int) -> Iterator[Callable[
     It is not there if the block fails.
     """
     dtype = np.dtype("<u2" if vocab <= 2**16 else "<u4")
-    temporary = path.with_name(f".{path.name}.saving")
     count = tokens = 0
 
     def add(document: list[int]) -> None:
@@ -37,15 +36,12 @@ def shard_writer(path: Path, fingerprint: str, vocab: int) -> Iterator[Callable[
         file.write(np.asarray(document, dtype).tobytes())
         count, tokens = count + 1, tokens + len(document)
 
-    with temporary.open("wb") as file:
+    with replacing(path, "xb") as file:
         file.write(bytes(HEADER.size))
         yield add
         file.seek(0)
         header = (MAGIC, bytes.fromhex(fingerprint), count, tokens, dtype.itemsize)
         file.write(HEADER.pack(*header))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_header(path: Path, fingerprint: str) -> tuple[int, int, int]:
@@ -104,11 +100,11 @@ class Corpus:
 
     def __init__(self, folder: str | Path, split: str, length: int) -> None:
         self.folder, self.length = Path(folder), length
-        manifest = read_manifest(self.folder)
+        names = shard_names(self.folder, split)
         self.fingerprint = fingerprint_of(self.folder / "tokenizer")
         self.shards = []
-        for name in manifest["splits"][split]["shards"]:
-            path = self.folder / name
+        for name in names:
+            path = Path(inside(self.folder, name, self.folder / "manifest.json"))
             _, tokens, width = read_header(path, self.fingerprint)
             if tokens >= length:
                 self.shards.append(
@@ -137,12 +133,15 @@ class Corpus:
         return self.shards[shard][start : start + self.length].astype(np.int64)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def shard_names(folder: Path, split: str) -> list[str]:
+    """What the manifest of a prepared folder lists; ValueError if it cannot be read."""
     try:
-        return json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return [str(name) for name in manifest["splits"][split]["shards"]]
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"cannot read {folder}/manifest.json: {reason}; make the folder with "
-            "python -m mlm.prepare."
-        ) from error
+    except (KeyError, TypeError) as error:
+        reason = f"it names no shards of {split} ({type(error).__name__}: {error})"
+    raise ValueError(
+        f"cannot read {folder}/manifest.json: {reason}; make the folder with python -m mlm.prepare."
+    )

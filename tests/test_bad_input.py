@@ -110,6 +110,35 @@ def test_checkpoint_of_another_model(run, data_path, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+class Malicious:
+    """Creates the file `proof` when unpickled without care."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return open, (str(self.proof), "w")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--resume",),
+        ("--eval", "--resume"),
+        ("--finetune",),
+        ("--distillation-type", "hard", "--teacher-model", "deit_tiny_patch16_224",
+         "--teacher-path"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_malicious_checkpoint_runs_nothing(options, run, data_path, tmp_path):
+    path, proof = tmp_path / "weights.pth", tmp_path / "proof"
+    torch.save({"model": {}, "args": Malicious(proof)}, path)
+    arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
+    refused(run(*arguments, *options, path), f"{path}: .* because they could run code")
+    assert not proof.exists() and not (tmp_path / "run").exists()
+
+
 def test_an_error_under_two_ranks_is_told_once(tmp_path):
     ranks = Ranks(tmp_path, *TINY, "--data-path", "absent", "--output_dir", tmp_path / "run")
     assert ranks.wait() == [2, 2]

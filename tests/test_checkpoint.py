@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import resource
+import sys
 import threading
 import time
 from functools import partial
@@ -114,6 +115,52 @@ def test_killed_while_saving(path):
     assert step > 40 and unfinished > 0, "the kills did not hit a save"
     checkpoint.save(state(step + 1), path)
     assert names(path.parent) == ["checkpoint.previous.pth", "checkpoint.pth"]
+
+
+def test_a_reader_finds_a_whole_checkpoint_at_every_moment(path):
+    """It looks after each call of a C function, as those of the operating system are."""
+    previous = path.with_name("checkpoint.previous.pth")
+    small = {"model": {"weight": torch.ones(3)}}
+    for step in range(2):
+        checkpoint.save(small | {"step": step}, path)
+    before = {file: file.read_bytes() for file in (path, previous)}
+    seen = {path: set(), previous: set()}
+
+    def look(_frame, event, _argument):
+        if event in ("c_return", "c_exception"):
+            for file, contents in seen.items():
+                contents.add(file.read_bytes() if file.exists() else "nothing")
+
+    sys.setprofile(look)
+    try:
+        checkpoint.save(small | {"step": 2}, path)
+    finally:
+        sys.setprofile(None)
+    assert seen[path] == {before[path], path.read_bytes()}
+    assert seen[previous] == {before[previous], before[path]}
+    assert previous.read_bytes() == before[path]
+
+
+def test_a_save_is_on_the_disk_before_it_is_renamed(path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        calls.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        calls.append(("replace", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    checkpoint.save(state(0), path)
+    assert calls == [
+        ("fsync", ".checkpoint.pth.saving"),
+        ("replace", "checkpoint.pth"),
+        ("fsync", "run"),
+    ]
 
 
 def assert_save_fails(new: dict, path, message: str) -> None:

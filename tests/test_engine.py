@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import TINY, Ranks, make_image_folder, rendezvous, same
+from helpers import TINY, Ranks, count_reduction, make_image_folder, rendezvous, same
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,7 +47,7 @@ def batches(world: World, accumulate: int = 1) -> list[tuple[torch.Tensor, torch
 
 
 def train(model: nn.Module, world: World = CPU, *, position=None, accumulate=1, **kwargs):
-    if world.size > 1:
+    if world.size > 1 and not isinstance(model, DistributedDataParallel):
         model = DistributedDataParallel(model)
     defaults = {
         "criterion": DistillationLoss(nn.CrossEntropyLoss()),
@@ -55,12 +55,12 @@ def train(model: nn.Module, world: World = CPU, *, position=None, accumulate=1, 
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "steps": STEPS,
         "set_lr": lambda epoch, step: None,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
     }
     return train_one_epoch(
         model, position=position or Position(), world=world, images_per_step=BATCH,
         batch_transform=lambda samples, targets: (samples, targets),
-        scaler=torch.amp.GradScaler("cpu", enabled=False), accumulate=accumulate,
-        **{**defaults, **kwargs},
+        accumulate=accumulate, **{**defaults, **kwargs},
     )  # fmt: skip
 
 
@@ -101,6 +101,12 @@ def everything_on_two_ranks(rank: int, folder: Path) -> None:
         model = small_model(*variant)
         stats, _ = train(model, world, accumulate=accumulate)
         found["variants"][*variant, accumulate] = model.state_dict(), stats["loss"]
+    found["reductions"] = {}
+    for accumulate in (1, 2, 4):
+        model, calls = DistributedDataParallel(small_model()), []
+        model.register_comm_hook(calls, count_reduction)
+        train(model, world, accumulate=accumulate)
+        found["reductions"][accumulate] = len(calls)
     for gradient in (False, True):
         model = small_model()
         try:
@@ -140,6 +146,10 @@ def test_two_ranks_and_accumulation_train_like_one_large_batch(
     for name, expected in model.named_parameters():
         assert torch.allclose(weights[name], expected, rtol=1e-4, atol=1e-5), name
         assert not expected.equal(before[name]), f"{name} was not trained"
+
+
+def test_gradients_are_averaged_once_a_step_whatever_its_parts(found):
+    assert [part["reductions"] for part in found] == [dict.fromkeys((1, 2, 4), STEPS)] * 2
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "loss and gradient"])

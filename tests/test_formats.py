@@ -10,7 +10,7 @@ from reference import curves_for, dense, dense_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models_lion import FORMATS, LionAttention, decay_mask
+from models_lion import FORMATS, LEAST_LOG, LionAttention, decay_mask
 
 MASKS = ("Lit", "Decay", "Selective")
 CHUNKS = (1, 7, 64, 1000)
@@ -98,8 +98,8 @@ def test_gradcheck_of_every_format():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("saturation", [80.0, -80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("saturation", [80.0, -80.0, 1000.0])
 def test_saturated_gates_stay_finite(format, dtype, saturation):
     torch.manual_seed(0)
     layer = LionAttention(16, 2, mask_type="Selective", order="S", format=format, chunk_size=4)
@@ -107,11 +107,79 @@ def test_saturated_gates_stay_finite(format, dtype, saturation):
         layer.a_i.bias.fill_(saturation)
         layer.a2_i.bias.fill_(-saturation)
     x = torch.randn(2, 21, 16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = layer(x, curves_for("S", 21))
     y.float().square().sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def saturated_layer(mask: str, logits: list[float]) -> LionAttention:
+    """A head for each logit of the decay."""
+    torch.manual_seed(0)
+    layer = LionAttention(4 * len(logits), len(logits), mask_type=mask, num_prefix_tokens=0)
+    with torch.no_grad():
+        if mask == "Decay":
+            layer.a_i.copy_(torch.tensor(logits))
+        else:  # whose decay is 1 - sigmoid
+            layer.a_i.bias.copy_(-torch.tensor(logits))
+            layer.a_i.weight.zero_()
+    return layer
+
+
+@pytest.mark.parametrize("mask", MASKS[1:])
+def test_saturated_gates_decay_and_learn_as_exact_ones(mask):
+    """sigmoid(20) is 1 in float32, and sigmoid(-200) is 0."""
+    logits = [-200.0, -80.0, -20.0, 0.0, 20.0, 80.0]
+    layer = saturated_layer(mask, logits)
+    decay = layer.log_decay(torch.ones(1, 1, layer.qkv.in_features))[0, 0, :, 0]
+    decay.sum().backward()
+    gradient = layer.a_i.grad if mask == "Decay" else -layer.a_i.bias.grad
+    exact = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.logsigmoid(exact)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(decay.double(), expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", MASKS[1:])
+def test_gates_are_not_in_half_precision(mask, dtype):
+    """Neither where the weights are, nor where autocast is on."""
+    torch.manual_seed(0)
+    layer = LionAttention(16, 2, mask_type=mask, num_prefix_tokens=0)
+    x = torch.randn(2, 5, 16)
+    for weights, tokens in ((layer, x), (layer.to(dtype), x.to(dtype))):
+        found = []
+        weights._mix = lambda qkv, decay, *_, found=found: found.append(decay) or qkv[..., :16]
+        with torch.autocast("cpu", dtype, enabled=tokens.dtype == torch.float32):
+            weights(tokens)
+        (decay,) = found
+        gate = weights.a_i
+        logits = (
+            gate.double()[:, None]
+            if mask == "Decay"
+            else -(tokens.double() @ gate.weight.double().T + gate.bias.double()).transpose(1, 2)
+        )
+        expected = torch.nn.functional.logsigmoid(logits).expand(decay.shape[1:])
+        assert decay.dtype == torch.float32
+        torch.testing.assert_close(decay[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["Attention", "Chunk"])
+@pytest.mark.parametrize("size", [1, 6])
+def test_products_of_decays_stop_far_from_subnormal_numbers(format, size):
+    """Tokens read the one before or after them through a decay of exp(-95)."""
+    v, decay = torch.ones(1, 1, 6, 1), torch.full((1, 1, 1, 6), -95.0)
+    for diagonal in (-1, 1):
+        q, k = (
+            torch.eye(6)[None, None],
+            torch.ones(6, 6).triu(diagonal).tril(diagonal).T[None, None],
+        )
+        numerator, _ = FORMATS[format](q, k, v, decay, chunk_size=size)
+        readers = numerator[numerator > 0]
+        expected = torch.full((5,), math.exp(LEAST_LOG))
+        torch.testing.assert_close(readers, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("mask", MASKS)

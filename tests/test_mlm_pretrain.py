@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Ranks, rendezvous, same, slow
+from helpers import ROOT, Ranks, count_reduction, rendezvous, same, slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -64,6 +64,19 @@ def interrupted_rank(
     if _rank == 1:
         interrupted(pytest.MonkeyPatch(), *at)
     rank(_rank, folder, corpus, output, settings)
+
+
+def counting_rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -> None:
+    wrapped, calls = pretrain.Pretraining._wrapped, []
+
+    def counted(self):
+        model = wrapped(self)
+        model.register_comm_hook(calls, count_reduction)
+        return model
+
+    pretrain.Pretraining._wrapped = counted
+    rank(_rank, folder, corpus, output, settings)
+    (folder / f"averaged{_rank}").write_text(str(len(calls)))
 
 
 def records(folder: Path) -> list[dict]:
@@ -161,8 +174,11 @@ def test_passes_and_ranks_share_one_loss(corpus, tmp_path):
     exact = {"model.hidden_dropout_prob": 0, "steps": 4, "eval_every": 4}
     short(corpus, tmp_path / "one", micro_batch=8, **exact)
     short(corpus, tmp_path / "passes", micro_batch=2, **exact)
-    ranks = Ranks(tmp_path, corpus, tmp_path / "ranks", exact, function=rank)
+    settings = {**exact, "micro_batch": 2}
+    ranks = Ranks(tmp_path, corpus, tmp_path / "ranks", settings, function=counting_rank)
     assert ranks.wait() == [0, 0], ranks.errors()
+    averaged = [(ranks.folder / f"averaged{number}").read_text() for number in (0, 1)]
+    assert averaged == ["4", "4"], "gradients are averaged once a step, at its last pass"
     (expected,) = records(tmp_path / "one")
     for other in ("passes", "ranks"):
         (record,) = records(tmp_path / other)
@@ -304,7 +320,7 @@ def test_bad_shard(damage, message, corpus, ending, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(corpus, ending, tmp_path):
     ended = ending(short, corpus, tmp_path, lr=1e30, warmup_share=0)
-    assert ended.code == 1 and re.search("loss is not finite .step", ended.err)
+    assert ended.code == 1 and re.search("norm nan is not finite .step 1", ended.err)
 
 
 def test_header_is_64_bytes_and_says_what_it_holds(corpus):

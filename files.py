@@ -1,0 +1,40 @@
+"""Files that are whole at every moment, and names that stay in their folder."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "x", **options: Any) -> Iterator[IO]:
+    """A new file, opened in `mode` "x" or "xb", that takes the place of `path` after the block.
+
+    Until then, and if the block fails, `path` is what it was.
+    """
+    # A fixed name, so that a new attempt also replaces what a killed one has left.
+    temporary = path.with_name(f".{path.name}.saving")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open(mode, **options) as file:  # "x": a link of this name is not followed
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> str:
+    """The path of a file that a list, read from `source`, names relative to `folder`.
+
+    Raises ValueError for a name that leads out of the folder.
+    """
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(
+            f"{source} names {name!r}, which is outside of its folder: mend the name, or get the "
+            "data from a source that you trust."
+        )
+    return os.path.join(folder, name)

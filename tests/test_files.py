@@ -1,0 +1,179 @@
+"""Files of others: links in the place of ours, names that lead elsewhere, folders in a loop."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+from datasets import build_dataset
+from files import inside, replacing
+from journal import Journal, write_scores
+from mlm.shards import Corpus, shard_writer
+
+# Links in the place of temporary files
+
+
+def save_checkpoint(folder: Path) -> None:
+    checkpoint.save({"model": {"weight": torch.ones(2)}}, folder / "checkpoint.pth")
+
+
+def write_shard(folder: Path) -> None:
+    with shard_writer(folder / "train-0.bin", 64 * "0", 100) as add:
+        add([1, 2])
+
+
+def trim_log(folder: Path) -> None:
+    (folder / "log.txt").write_text('{"epoch": 0}\n')
+    Journal(folder, {}, 1)
+
+
+WRITERS = {
+    "checkpoint.pth.saving": save_checkpoint,
+    "checkpoint.pth.replaced": save_checkpoint,
+    "eval.json.saving": lambda folder: write_scores(folder, {}, ["a"], [[1, 1]]),
+    "per_class.csv.saving": lambda folder: write_scores(folder, {}, ["a"], [[1, 1]]),
+    "args.yaml.saving": lambda folder: Journal(folder, {}, 0),
+    "log.txt.saving": trim_log,
+    "train-0.bin.saving": write_shard,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(name, tmp_path):
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("mine")
+    (folder / f".{name}").symlink_to(victim)
+    WRITERS[name](folder)
+    assert victim.read_text() == "mine"
+    assert not any(path.is_symlink() or path.name.startswith(".") for path in folder.iterdir())
+
+
+def test_a_link_made_meanwhile_is_an_error(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    unlink = Path.unlink
+
+    def unlink_and_lose_the_race(path, **options):
+        unlink(path, **options)
+        path.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_lose_the_race)
+    with pytest.raises(FileExistsError), replacing(tmp_path / "file") as file:
+        file.write("ours")
+    assert victim.read_text() == "mine"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write("new")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+# Lists that name files elsewhere
+
+OUTSIDE = ("/etc/hostname", "../secret.jpg", "a/../../secret.jpg", "..")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_of_their_folder(name):
+    with pytest.raises(ValueError, match="list.json names '.*', which is outside of its folder"):
+        inside("folder", name, "list.json")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a/b..jpg", "..a/b.jpg"])
+def test_names_in_their_folder(name):
+    assert inside("folder", name, "list.json") == f"folder/{name}"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_inaturalist_reads_nothing_outside_of_its_folder(name, tmp_path):
+    (tmp_path / "categories.json").write_text(json.dumps([{"id": 1, "name": "wolf"}]))
+    listing = {
+        "images": [{"id": 1, "file_name": name}],
+        "annotations": [{"image_id": 1, "category_id": 1}],
+    }
+    (tmp_path / "train2018.json").write_text(json.dumps(listing))
+    with pytest.raises(ValueError, match="train2018.json names .* outside of its folder"):
+        build_dataset("INAT18", tmp_path, train=True)
+
+
+def test_nested_json_without_end_is_an_error(tmp_path):
+    (tmp_path / "categories.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="categories.json is missing or no json file"):
+        build_dataset("INAT18", tmp_path, train=True)
+
+
+def edited(corpus: Path, folder: Path, text: str) -> Path:
+    shutil.copytree(corpus, folder)
+    (folder / "manifest.json").write_text(text)
+    return folder
+
+
+def test_a_manifest_names_no_shards_outside_of_its_folder(corpus, tmp_path):
+    """The shard that is named is whole, and of this tokeniser."""
+    (shard,) = corpus.glob("train-*.bin")
+    for number, name in enumerate((str(shard), f"../{shard.name}")):
+        shutil.copy(shard, tmp_path)
+        text = json.dumps({"splits": {"train": {"shards": [name]}}})
+        folder = edited(corpus, tmp_path / f"edited{number}", text)
+        with pytest.raises(ValueError, match="manifest.json names .* outside of its folder"):
+            Corpus(folder, "train", 16)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"splits": {"train": 1}}', "{", "[" * 100_000])
+def test_a_manifest_of_another_form_is_an_error(text, corpus, tmp_path):
+    folder = edited(corpus, tmp_path / "edited", text)
+    with pytest.raises(ValueError, match="cannot read .*manifest.json: .* make the folder with"):
+        Corpus(folder, "train", 16)
+
+
+# Folders in a loop
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for name in ("ant/1.png", "ant/deep/2.png", "bee/3.png"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    return tmp_path
+
+
+def samples(root: Path) -> list[tuple[str, int]]:
+    dataset, _ = build_dataset("IMNET", root, train=True)
+    return [(str(Path(path).relative_to(root / "train")), label) for path, label in dataset.samples]
+
+
+@pytest.mark.parametrize("target", ["ant", "ant/deep", ".", "..", "bee/../ant"])
+@pytest.mark.parametrize("link", ["ant/loop", "ant/deep/loop"])
+def test_a_link_loop_adds_no_images(target, link, images):
+    before = samples(images)
+    assert before == [("ant/1.png", 0), ("ant/deep/2.png", 0), ("bee/3.png", 1)]
+    (images / "train" / link).symlink_to((images / "train" / target).resolve())
+    found = samples(images)
+    assert [(Path(path).name, label) for path, label in found] == [
+        (Path(path).name, label) for path, label in before
+    ]
+
+
+def test_links_to_other_folders_are_followed(images):
+    elsewhere = images / "elsewhere"
+    (images / "train" / "bee").rename(elsewhere)
+    (elsewhere / "loop").symlink_to(elsewhere)
+    (images / "train" / "bee").symlink_to(elsewhere)
+    assert samples(images)[-1] == ("bee/3.png", 1)
+    assert len(samples(images)) == 3
+
+
+def test_a_class_folder_that_is_a_loop_is_an_error(images):
+    (images / "train" / "loop").symlink_to(images / "train")
+    with pytest.raises(ValueError, match="train/loop has no images .1 links to folders already"):
+        samples(images)
