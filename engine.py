@@ -66,7 +66,8 @@ class Run:
     def restore(self, saved: dict[str, Any], source: str) -> None:
         """Goes on where `saved` was written; a file with weights alone restores these.
 
-        Raises ValueError if it is of another model or optimiser.
+        The schedule stays as it is: timm's are functions of the position. Raises ValueError if
+        `saved` is of another model or optimiser.
         """
         checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
         if self.ema:
@@ -76,14 +77,12 @@ class Run:
             logger.info("%s holds weights alone: training starts at its beginning.", source)
             return
         try:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
                 "and the arguments of its run, or start from its weights with --finetune."
             ) from error
-        if self.scheduler and saved.get("lr_scheduler"):
-            self.scheduler.load_state_dict(saved["lr_scheduler"])
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))

@@ -28,6 +28,7 @@ import models_lion  # noqa: F401
 import models_timm
 import models_vim  # noqa: F401
 import preprocessing
+import resuming
 from arguments import (
     LION_ARGUMENTS,
     PREPROCESSING_ARGUMENTS,
@@ -35,6 +36,7 @@ from arguments import (
     check_args,
     check_no_other_run,
     check_optimizer,
+    check_same_optimizer,
     get_args_parser,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
@@ -44,13 +46,11 @@ from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
 from processes import Interrupted, StopSignal, World, init_distributed
+from resuming import Found, Rule
 from samplers import EpochSampler, ShardSampler
 from utils import peak_memory, run_command, seed_everything
 
 logger = logging.getLogger(__name__)
-
-
-Found = tuple[dict[str, Any], str]  # a checkpoint and where it was read
 
 
 def choose_preprocessing(
@@ -81,7 +81,7 @@ def build_model(
 ) -> nn.Module:
     name = args.model
     if args.distillation_type != "none" and "distilled" not in name:
-        name = name.replace("_patch16", "_distilled_patch16")
+        name = models_timm.built_name(name, args.distillation_type)
         if not timm.is_model(name) or name == args.model:
             raise ValueError(
                 f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
@@ -214,37 +214,22 @@ def loader_options(args: argparse.Namespace, world: World, images: Preprocessing
     }
 
 
-def read_checkpoint(args: argparse.Namespace) -> Found | None:
-    """What --resume names, checked to be of the same kind of model; None if there is nothing."""
-    if args.resume == "auto":
-        found = checkpoint.latest(args.output_dir)
-        if found is None:
-            return None
-        saved, source = found[0], str(found[1])
-    else:
-        saved, source = checkpoint.load(args.resume), args.resume
-    # The weights' names and shapes tell most differences; not this one.
-    differing = checkpoint.difference(saved.get("args") or {}, vars(args), ("cls_tok",))
-    if differing and args.model.startswith("lion_"):
-        raise ValueError(f"{source} is of another model: {'; '.join(differing)}.")
-    return saved, source
-
-
-def check_same_steps(
-    args: argparse.Namespace, world: World, saved: dict[str, Any], source: str
-) -> None:
-    """Raises ValueError if a checkpoint from mid-epoch counts other steps than this run."""
-    if not saved.get("step"):
-        return
-    names = ("batch_size", "grad_accum_steps", "repeated_aug", "seed")
-    differing = checkpoint.difference(saved["args"], vars(args), names)
-    if len(saved["meters"]) != world.size:
-        differing.append(f"processes: checkpoint {len(saved['meters'])}, now {world.size}")
-    if differing:
-        raise ValueError(
-            f"{source} was saved in the middle of an epoch, which has to end as it began "
-            f"({'; '.join(differing)})."
-        )
+def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> None:
+    """Restores a run; raises ValueError if it cannot go on with these arguments."""
+    saved, source = found
+    before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args), **run.facts}))
+    if "optimizer" in saved and "epoch" in saved:
+        kept = [Rule.OPTIMIZER, *([Rule.BETWEEN_EPOCHS] if saved.get("step") else [])]
+        resuming.check_settings(before, now, resuming.RULES, source, *kept)
+        check_same_optimizer(args, before, world.device, source)
+        if saved["epoch"] + 1 > args.epochs:
+            raise ValueError(
+                f"{source} has {saved['epoch'] + 1} epochs behind it: raise --epochs {args.epochs}."
+            )
+    run.restore(saved, source)
+    # Weights of another name or shape are told better by load_weights.
+    resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
+    resuming.tell_changes(before, now, resuming.RULES, source)
 
 
 def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
@@ -286,7 +271,7 @@ def build_run(
             return
         if args.sched_on_updates:
             scheduler.step_update(epoch * steps + step)
-        elif step == 0:
+        else:
             scheduler.step(epoch)
 
     position = Position(args.start_epoch)
@@ -299,7 +284,9 @@ def amp_dtype(args: argparse.Namespace, world: World) -> torch.dtype | None:
 
 def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that --eval needs; the returned function does the work."""
-    found = read_checkpoint(args) if args.resume else None
+    found = resuming.read(args.resume, args.output_dir)
+    if args.resume and not found:
+        raise ValueError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
     images = choose_preprocessing(args, found, keep_size=True)
     loader = build_eval_loader(args, world, images)
     classes = loader.dataset.classes
@@ -310,6 +297,8 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
         saved, source = found
         state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
         checkpoint.load_weights(model, state, source)
+        before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
+        resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     model.to(world.device)
     with autocast(world.device, amp_dtype(args, world)):
         models_timm.require_logits(model, args.model, len(classes), images.input_size)
@@ -344,7 +333,7 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
 def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that training needs; the returned function does the work."""
     check_optimizer(args, world.device)
-    found = read_checkpoint(args) if args.resume else None
+    found = resuming.read(args.resume, args.output_dir)
     basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
     images = choose_preprocessing(args, found or basis, keep_size=bool(found))
     train_loader, classes = build_train_loader(args, world, images)
@@ -361,11 +350,13 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
-    facts = {"data_config": images.state(), "classes": classes}
+    facts = {"data_config": images.state(), "classes": classes,
+             "images": len(train_loader.dataset), "processes": world.size}  # fmt: skip
     run, set_lr = build_run(args, world, model, steps, facts)
     if found:
-        check_same_steps(args, world, *found)
-        run.restore(*found)
+        go_on(args, world, run, found)
+        # The rates of the step before: an evaluation that is left saves the same as it would have.
+        set_lr(run.position.epoch, max(run.position.step - 1, 0))
     batch_transform = build_batch_transform(
         mixup=args.mixup,
         cutmix=args.cutmix,
