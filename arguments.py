@@ -164,15 +164,23 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_no_other_run(args: argparse.Namespace) -> None:
-    """Raises ValueError if a new run would mix with the one in --output_dir."""
-    if args.eval or args.resume or args.overwrite:
-        return
+    """Raises ValueError if training would mix with another run in --output_dir."""
     found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
-    if found:
+    if found and not (args.eval or args.overwrite or goes_on(args)):
         raise ValueError(
             f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
             "--resume auto, replace it by --overwrite, or choose another --output_dir."
         )
+
+
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether --resume names the run in --output_dir, not another."""
+    if args.resume == "auto":
+        return True
+    own = [Path(args.output_dir, name) for name in RUN_FILES]
+    return Path(args.resume).is_file() and any(
+        path.exists() and path.samefile(args.resume) for path in own
+    )
 
 
 def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 import checkpoint
@@ -170,10 +170,32 @@ def train_one_epoch(
         progress.update(step, **shown)
         position.step += 1
     images_per_second = progress.close()
+    if position.step == steps > progress.start and world.size > 1:
+        distribute_bn(model, world.size)  # each process has averages of its own batches
     position.meters = world.gather({name: meter.state() for name, meter in meters.items()})
     if stopping:
         raise Interrupted
     return {name: meter.over(world) for name, meter in meters.items()}, images_per_second
+
+
+def train_and_save(
+    one_epoch: Callable[[], tuple[dict[str, float], float]],
+    position: Position,
+    save: Callable[[], None],
+) -> tuple[dict[str, float], float]:
+    """`one_epoch()`, saved when it ends or is interrupted, so that an evaluation may fail.
+
+    An epoch that had ended before is not saved again.
+    """
+    begun = position.step
+    try:
+        result = one_epoch()
+    except Interrupted:
+        save()
+        raise
+    if position.step > begun:
+        save()
+    return result
 
 
 @torch.inference_mode()

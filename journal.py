@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -167,11 +168,18 @@ class Journal:
         log = self.folder / "log.txt"
         if not log.exists():
             return
-        lines = log.read_text().splitlines(keepends=True)
+        text = log.read_text(encoding="utf-8", errors="backslashreplace")
+        lines = text.splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
-        temporary = log.with_name(".log.txt.saving")
-        temporary.write_text("".join(ln for ln in whole if json.loads(ln)[self.clock] < epoch))
-        os.replace(temporary, log)
+        with _replacing(log) as file:
+            file.writelines(line for line in whole if self._epoch_of(line) < epoch)
+
+    def _epoch_of(self, line: str) -> float:
+        """Before all epochs for what is no record: notes and blank lines of the user's stay."""
+        try:
+            return float(json.loads(line)[self.clock])
+        except (ValueError, TypeError, KeyError):
+            return -math.inf
 
 
 def require_writable(folder: Path, world: World, argument: str = "--output_dir") -> None:

@@ -17,7 +17,7 @@ import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -38,10 +38,11 @@ from arguments import (
     check_optimizer,
     check_same_optimizer,
     get_args_parser,
+    goes_on,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
-from engine import Position, Run, autocast, evaluate, train_one_epoch
+from engine import Position, Run, autocast, evaluate, train_and_save, train_one_epoch
 from journal import Journal, provenance, require_writable, write_scores
 from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
@@ -397,10 +398,14 @@ def fit(
     sampler: EpochSampler,
     eval_loader: DataLoader,
 ) -> None:
-    """The epochs that are left: train, evaluate, log, save. Saves before leaving on a signal."""
+    """The epochs that are left: train, save, evaluate, log, save.
+
+    The first save holds an epoch whose evaluation is outstanding; resuming makes it up. Saves
+    before leaving on a signal, too.
+    """
     stop, position = StopSignal(), run.position
     folder = Path(args.output_dir) if args.output_dir and world.is_main else None
-    if folder and args.overwrite and not args.resume:
+    if folder and args.overwrite and not goes_on(args):
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
     facts = {"args": vars(args), "data_config": run.facts["data_config"],
@@ -410,17 +415,23 @@ def fit(
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     logger.info("number of params: %d", n_parameters)
     logger.info("Start training for %d epochs", args.epochs - position.epoch)
+
+    def save(**options: bool) -> None:
+        if folder:
+            checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth", **options)
+
     began = time.perf_counter()
     while position.epoch < args.epochs:
         sampler.set_epoch(position.epoch, position.step * args.batch_size * args.grad_accum_steps)
+        left_of_epoch = partial(one_epoch, model, position=position, stop=stop)
         try:
-            train_stats, images_per_second = one_epoch(model, position=position, stop=stop)
+            train_stats, images_per_second = train_and_save(left_of_epoch, position, save)
             test_stats = evaluate_weights(args, world, run, eval_loader, stop)
         except Interrupted:
-            if folder:
-                checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth")
-            logger.info("Stopped at epoch %d, step %d: go on by --resume auto", position.epoch,
-                        position.step)  # fmt: skip
+            left = (
+                "go on by --resume auto" if args.output_dir else "not saved, without --output_dir"
+            )
+            logger.info("Stopped at epoch %d, step %d: %s", position.epoch, position.step, left)
             sys.exit(stop.exit_code)
         is_best = test_stats["acc1"] >= run.max_accuracy
         run.max_accuracy = max(run.max_accuracy, test_stats["acc1"])
@@ -432,12 +443,11 @@ def fit(
             "n_parameters": n_parameters,
         }
         run.position = position = Position(position.epoch + 1)
-        if folder:  # the checkpoint last: a run killed in between repeats the epoch
-            state = run.state(vars(args))
-            if is_best:
-                checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)
-            journal.write(stats, train_images_per_second=images_per_second)
-            checkpoint.save(state, folder / "checkpoint.pth")
+        if folder and is_best:
+            best = folder / "best_checkpoint.pth"
+            checkpoint.save(run.state(vars(args)), best, keep_previous=False)
+        journal.write(stats, train_images_per_second=images_per_second)
+        save(keep_previous=False)  # last: a run killed in between evaluates again
     logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
 
 
@@ -454,8 +464,6 @@ def evaluate_weights(
     args: argparse.Namespace, world: World, run: Run, loader: DataLoader, stop: StopSignal
 ) -> dict[str, float]:
     """Test statistics of the weights, and as `ema_*` of their moving average."""
-    if world.size > 1:  # running averages of batch normalisation differ between processes
-        distribute_bn(run.model, world.size)
     images = len(loader.dataset)
     score = partial(evaluate, loader=loader, world=world, images=images,
                     amp_dtype=amp_dtype(args, world), stop=stop)  # fmt: skip

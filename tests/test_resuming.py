@@ -17,8 +17,9 @@ LIT = (*TINY, "--mask_type", "Lit", "--batch-size", "40")  # no weight tells its
 FACTS = {"images", "processes"}  # what is compared beside the arguments
 # Of every argument: what a resumed run is given instead of what the run was given.
 OTHERS = {
-    "model": "lion_tiny_distilled_patch16_224", "mask_type": "Decay", "order": "S", "pos_emb": "True",
-    "cls_tok": "True", "model_kwargs": "patch_size=4 embed_dim=16 depth=2 num_heads=4",
+    "model": "lion_tiny_distilled_patch16_224", "mask_type": "Decay", "order": "S",
+    "pos_emb": "True", "cls_tok": "True",
+    "model_kwargs": "patch_size=4 embed_dim=16 depth=2 num_heads=4",
     "distillation_type": "hard --teacher-path {teacher} --teacher-model test_resnet",
     "opt": "lamb", "layer_decay": "0.5", "attn_only": "",
     "batch_size": "4", "grad_accum_steps": "2", "repeated_aug": None, "seed": "1",
