@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -44,6 +45,7 @@ from augment import build_batch_transform, build_eval_transform, build_train_tra
 from datasets import DeviceLoader, SeededDataset, build_dataset, ignore_signals
 from engine import Position, Run, autocast, evaluate, train_and_save, train_one_epoch
 from journal import Journal, provenance, require_writable, write_scores
+from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
 from preprocessing import Preprocessing
 from processes import Interrupted, StopSignal, World, init_distributed
@@ -398,11 +400,7 @@ def fit(
     sampler: EpochSampler,
     eval_loader: DataLoader,
 ) -> None:
-    """The epochs that are left: train, save, evaluate, log, save.
-
-    The first save holds an epoch whose evaluation is outstanding; resuming makes it up. Saves
-    before leaving on a signal, too.
-    """
+    """The epochs that are left: train, save, evaluate, log, save. A signal saves, too."""
     stop, position = StopSignal(), run.position
     folder = Path(args.output_dir) if args.output_dir and world.is_main else None
     if folder and args.overwrite and not goes_on(args):
@@ -480,15 +478,20 @@ def evaluate_weights(
 
 
 def main(args: argparse.Namespace) -> None:
+    held = ExitStack()
+
     def build() -> Callable[[], None]:
         check_args(args)
         world = init_distributed(args.device, args.dist_url)
         if args.output_dir:
             require_writable(Path(args.output_dir), world)
+            if not args.eval:
+                held.enter_context(only_run_in(Path(args.output_dir), world))
             check_no_other_run(args)
         return (evaluate_only if args.eval else train)(args, world)
 
-    run_command("main.py", build)
+    with held:
+        run_command("main.py", build)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The processes of a run: ranks and devices, agreement between them, and signals to stop."""
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +79,12 @@ def launched_as() -> tuple[int, int]:
     return rank, size
 
 
+def end_with_launcher() -> None:
+    """SIGTERM comes when torchrun dies, so that no process goes on without it (on Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
 def init_distributed(device: str = "auto", init_method: str = "env://") -> World:
     """Joins the processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
 
@@ -90,6 +98,7 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
             f"--device {device} needs a CUDA GPU and none was found: use --device cpu."
         )
     rank, size = launched_as()
+    end_with_launcher()
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -115,8 +124,14 @@ def init_distributed(device: str = "auto", init_method: str = "env://") -> World
     return world
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a run can save before it leaves.
+    """Remembers the first of `STOP_SIGNALS`, so that a run can save before it leaves.
+
+    Slurm sends SIGUSR1 or SIGUSR2, as it is told, before a time limit. SIGHUP comes when a terminal
+    closes; under nohup it is ignored, and stays so.
 
     Asked, it also listens anew, for Triton's compiler puts LLVM's handlers in the place of others:
     these step aside at a first signal, but a second one meanwhile, as launchers send it, would end
@@ -125,6 +140,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self.numbers = [n for n in STOP_SIGNALS if not (nohup and n is signal.SIGHUP)]
         self._listen()
 
     def __bool__(self) -> bool:
@@ -138,11 +155,11 @@ class StopSignal:
         return 128 + (self.received or signal.SIGTERM)
 
     def _listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.numbers:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
 

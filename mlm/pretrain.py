@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import checkpoint
 from datasets import ignore_signals
 from engine import LOG_INTERVAL, agreed, autocast, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
+from locking import only_run_in
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
@@ -373,15 +374,19 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     logging.disable_progress_bar()
 
+    held = ExitStack()
+
     def build() -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
         settings = typed(Settings, values, args.config)
         world = init_distributed(settings.device, settings.init_method)
         if settings.output:
             require_writable(Path(settings.output), world, "output")
+            held.enter_context(only_run_in(Path(settings.output), world, "output"))
         return Pretraining(settings, world).fit
 
-    run_command("mlm.pretrain", build)
+    with held:
+        run_command("mlm.pretrain", build)
 
 
 if __name__ == "__main__":
