@@ -27,12 +27,26 @@ from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
 from processes import Interrupted, StopSignal, World, init_distributed
+from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
 from utils import run_command, seed_everything
 
-# What a resumed run must share with the run that it goes on with.
-FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
-         "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed")  # fmt: skip
+# Of every setting, when a run goes on.
+RULES = {
+    **dict.fromkeys(
+        ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
+         "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed"),
+        Rule.RUN,
+    ),
+    **dict.fromkeys(
+        ("data", "eval_mask_share", "eval_every", "micro_batch", "precision"), Rule.TAKEN_UP
+    ),
+    **dict.fromkeys(
+        ("output", "save_every", "compile", "workers", "device", "resume", "overwrite",
+         "init_method"),
+        Rule.FREE,
+    ),
+}  # fmt: skip
 RANGES = {
     **dict.fromkeys(("length", "global_batch", "micro_batch", "steps"), "[1, inf)"),
     **dict.fromkeys(("eval_every", "save_every"), "[1, inf)"),
@@ -70,7 +84,7 @@ class Settings:
     workers: int = 2
     seed: int = 17
     eval_every: int = 2000  # steps, with a line in log.txt
-    save_every: int = 1000
+    save_every: int = 1000  # and before every evaluation
     device: str = "auto"
     resume: str = ""  # auto: go on with the run in `output`
     overwrite: bool = False
@@ -203,9 +217,9 @@ class Pretraining:
         if found is None:
             return
         saved, source = found
-        differing = checkpoint.difference(saved.get("args", {}), asdict(self.settings), FIXED)
-        if differing:
-            raise ValueError(f"{source} is of another run: {'; '.join(differing)}.")
+        before, now = saved.get("args", {}), asdict(self.settings)
+        check_settings(before, now, RULES, source, Rule.RUN)
+        tell_changes(before, now, RULES, source)
         checkpoint.load_weights(self.model, saved["model"], source)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
@@ -236,17 +250,17 @@ class Pretraining:
         settings, world, stop = self.settings, self.world, StopSignal()
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
         folder = settings.output if world.is_main else None
-        journal = Journal(folder, facts, self.step + 1, clock="step")
+        meter = self._restored_meter()
+        outstanding = bool(meter.count) and self._line_due()  # an evaluation, that is to be made up
+        journal = Journal(folder, facts, self.step + (not outstanding), clock="step")
         model = self._wrapped()
-        first = self.saved_meters[world.rank] if len(self.saved_meters) == world.size else ()
-        meter = Mean(world.device, *first)
         tokens = settings.global_batch * settings.length
         progress = Progress("Step:", settings.steps, tokens, start=self.step, unit="tok",
                             interval=LOG_INTERVAL, show=world.is_main)  # fmt: skip
         batches = iter(self.loader)
         try:
             while self.step < settings.steps or meter.count:
-                if not (meter.count and self._line_due()):  # else it was stopped while it evaluated
+                if not outstanding:
                     due = progress.due(self.step)
                     loss, stopping = self._train_step(model, batches, due, stop)
                     meter.update(loss)
@@ -254,18 +268,30 @@ class Pretraining:
                     self.step += 1
                     if stopping:
                         raise Interrupted
-                if self._line_due():
+                    outstanding = self._line_due()
+                    if outstanding or self.step % settings.save_every == 0:
+                        with progress.paused():
+                            self.save(meter)
+                if outstanding:
                     journal.write(self._record(meter, progress, stop))
-                    meter = Mean(world.device)
-                if self.step == settings.steps or self.step % settings.save_every == 0:
-                    with progress.paused():
+                    meter, outstanding = Mean(world.device), False
+                    if self.step == settings.steps:
                         self.save(meter)
         except Interrupted:
             progress.close()
             self.save(meter)
-            print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
+            left = "go on by resume=auto" if settings.output else "not saved, without output"
+            print(f"Stopped at step {self.step}: {left}", flush=True)
             sys.exit(stop.exit_code)
         progress.close()
+
+    def _restored_meter(self) -> Mean:
+        """This process's share of the losses since the last evaluation."""
+        saved, world = self.saved_meters, self.world
+        if len(saved) in (0, world.size):
+            return Mean(world.device, *(saved[world.rank] if saved else ()))
+        totals, counts = zip(*saved, strict=True)  # of another number of processes
+        return Mean(world.device, sum(totals) / len(totals), counts[0])
 
     def _wrapped(self) -> nn.Module:
         if self.settings.compile:
