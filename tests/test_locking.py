@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,24 @@ def impatient(monkeypatch):
     monkeypatch.setattr(locking, "PATIENCE", 0)
 
 
+@pytest.fixture
+def other(tmp_path) -> Iterator[Callable[..., Ranks]]:
+    """`other(function, *arguments)` starts a process and waits until it has the lock."""
+    started = []
+
+    def start(function: Callable[..., None], *arguments: object) -> Ranks:
+        started.append(Ranks(tmp_path, *arguments, size=1, function=function))
+        wait_for((started[-1].folder / "ready").exists)
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.kill()
+
+
 def stuck_in_evaluation(_rank: int, folder: Path, *arguments: object) -> None:
     def evaluate(*args, **kwargs):
-        (folder / "stuck").touch()
+        (folder / "ready").touch()
         time.sleep(600)
 
     pytest.MonkeyPatch().setattr(main, "evaluate", evaluate)
@@ -34,15 +50,14 @@ def stuck_in_evaluation(_rank: int, folder: Path, *arguments: object) -> None:
 
 def holding(_rank: int, folder: Path, target: Path) -> None:
     with locking.only_run_in(target, World(0, 1, torch.device("cpu"))):
-        (folder / "held").touch()
+        (folder / "ready").touch()
         time.sleep(600)
 
 
-def test_a_second_run_is_refused_until_the_first_is_dead(run, data_path, tmp_path):
+def test_a_second_run_is_refused_until_the_first_is_dead(run, other, data_path, tmp_path):
     folder = tmp_path / "run"
     arguments = (*TINY, "--data-path", data_path, "--output_dir", folder, "--num_workers", "1")
-    first = Ranks(tmp_path, *arguments, size=1, function=stuck_in_evaluation)
-    wait_for((first.folder / "stuck").exists)
+    first = other(stuck_in_evaluation, *arguments)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for options in (("--resume", "auto"), ("--overwrite",), ()):
         ended = run(*arguments, *options)
@@ -61,10 +76,9 @@ def test_a_second_run_is_refused_until_the_first_is_dead(run, data_path, tmp_pat
 
 @pytest.mark.parametrize("command", ["pretrain", "glue"])
 def test_language_models_have_folders_of_their_own_too(
-    command, ending, corpus, tmp_path, monkeypatch
+    command, ending, other, corpus, tmp_path, monkeypatch
 ):
-    other = Ranks(tmp_path, tmp_path / "run", size=1, function=holding)
-    wait_for((other.folder / "held").exists)
+    other(holding, tmp_path / "run")
     if command == "pretrain":
         settings = [f"data={corpus}", f"output={tmp_path / 'run'}", "device=cpu"]
         ended = ending(pretrain.main, [str(ROOT / "mlm/configs/tiny.yaml"), *settings])
@@ -72,15 +86,12 @@ def test_language_models_have_folders_of_their_own_too(
         monkeypatch.setattr(glue, "build_jobs", lambda *_: [])
         settings = [f"output={tmp_path / 'run'}", "data=none", "device=cpu", "--model", "none"]
         ended = ending(glue.main, [str(ROOT / "mlm/configs/glue.yaml"), *settings])
-    other.kill()
     assert ended.code == 2 and "run is in use by another run (process " in ended.err, ended.err
 
 
-def test_a_run_that_is_ending_is_waited_for(run, data_path, tmp_path, monkeypatch):
+def test_a_run_that_is_ending_is_waited_for(run, other, data_path, tmp_path, monkeypatch):
     monkeypatch.setattr(locking, "PATIENCE", 30)
-    other = Ranks(tmp_path, tmp_path / "run", size=1, function=holding)
-    wait_for((other.folder / "held").exists)
-    lock, process = locking.fcntl.lockf, other.processes[0]
+    lock, process = locking.fcntl.lockf, other(holding, tmp_path / "run").processes[0]
 
     def tried(*args):
         try:
@@ -133,15 +144,17 @@ rank.wait()
 """
 RANK = """
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from processes import StopSignal, init_distributed
 
 init_distributed("cpu")
 stop = StopSignal()
 Path(%r).touch()
-while not stop:
+end = time.monotonic() + 60
+while not stop and time.monotonic() < end:
     time.sleep(0.01)
-Path(%r).write_text(stop.received.name)
+Path(%r).write_text(str(stop.received))
 """
 
 
@@ -152,7 +165,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
     with subprocess.Popen([sys.executable, "-c", started, rank], cwd=ROOT) as launcher:
         wait_for(ready.exists)
         launcher.send_signal(signal.SIGKILL)
-    wait_for(lambda: ended.exists() and ended.read_text() == "SIGTERM", seconds=10)
+    wait_for(lambda: ended.exists() and ended.read_text() == str(signal.SIGTERM), seconds=30)
 
 
 def test_folders_that_were_made_for_it_are_removed(tmp_path):
