@@ -13,6 +13,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ParseKwargs
 from torch import nn
 
+import checkpoint
 import device_augment
 import models_timm
 from augment import SMALL_IMAGE
@@ -200,15 +201,23 @@ def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_no_other_run(args: argparse.Namespace) -> None:
-    """Raises ValueError if a new run would mix with the one in --output_dir."""
-    if args.eval or args.resume or args.overwrite:
-        return
+    """Raises ValueError if training would mix with another run in --output_dir."""
     found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
-    if found:
+    if found and not (args.eval or args.overwrite or goes_on(args)):
         raise ValueError(
             f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
             "--resume auto, replace it by --overwrite, or choose another --output_dir."
         )
+
+
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether --resume names the run in --output_dir, not another."""
+    if args.resume == "auto":
+        return True
+    own = [Path(args.output_dir, name) for name in RUN_FILES]
+    return Path(args.resume).is_file() and any(
+        path.exists() and path.samefile(args.resume) for path in own
+    )
 
 
 def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
@@ -315,11 +324,8 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
 
     Raises ValueError that names the one which cannot be built or cannot make a step.
     """
-    probe = nn.Linear(2, 2, device=device)
-    probe(torch.ones(1, 2, device=device)).sum().backward()
     try:
-        options = {**optimizer_kwargs(args), "layer_decay": None}  # that is the model's
-        optimizer = create_optimizer_v2(probe, **options)
+        optimizer = optimizer_of_probe(args, device)
         optimizer.step()
     except Exception as error:  # each optimiser has its own ways to fail
         raise ValueError(
@@ -337,6 +343,35 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
             f"--sched {args.sched} cannot run with these arguments ({one_line(error)}): "
             "choose another, such as cosine."
         ) from error
+
+
+def check_same_optimizer(
+    args: argparse.Namespace, before: dict[str, Any], device: torch.device, source: str
+) -> None:
+    """Raises ValueError if the optimiser cannot go on from its state under other arguments.
+
+    `before` are those of the checkpoint read from `source`. Tried on a small model: each optimiser
+    keeps what its arguments ask for, and weight decay decides how the weights are grouped.
+    """
+    try:
+        earlier = optimizer_of_probe(argparse.Namespace(**{**vars(args), **before}), device)
+        earlier.step()
+        optimizer = optimizer_of_probe(args, device)
+        checkpoint.load_optimizer(optimizer, earlier.state_dict())
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"--opt {args.opt} cannot go on from {source} with these arguments "
+            f"({one_line(error)}): give --momentum, --opt-betas and --weight-decay of its run."
+        ) from error
+
+
+def optimizer_of_probe(args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
+    """Of a small model, whose gradients are there."""
+    probe = nn.Linear(2, 2, device=device)
+    probe(torch.ones(1, 2, device=device)).sum().backward()
+    options = {**optimizer_kwargs(args), "layer_decay": None}  # that is the model's
+    return create_optimizer_v2(probe, **options)
 
 
 def one_line(error: Exception) -> str:

@@ -154,6 +154,18 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     model.load_state_dict(state)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load the state of an optimiser into another, whose own hyperparameters stay.
+
+    Raises:
+        ValueError, KeyError: it is the state of another kind of optimiser.
+    """
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
+
+
 def adapt_weights(
     model: nn.Module, state: dict, source: str | Path, *, keep_head: bool = True
 ) -> list[str]:

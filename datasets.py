@@ -26,6 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from files import inside
 from images import load_image
+from processes import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -479,13 +480,13 @@ def _random_states_restored() -> Iterator[None]:
 
 
 def ignore_signals(worker_id: int) -> None:
-    """`worker_init_fn` of a loader: its workers outlive SIGTERM and SIGINT.
+    """`worker_init_fn` of a loader: its workers outlive the signals that stop a run.
 
     Launchers and terminals signal all processes at once, but the training process still needs
     its workers to finish the step and save. They end with their loader or their process.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

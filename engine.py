@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -71,7 +71,8 @@ class Run:
     def restore(self, saved: dict[str, Any], source: str) -> None:
         """Goes on where `saved` was written; a file with weights alone restores these.
 
-        Raises ValueError if it is of another model or optimiser.
+        The schedule stays as it is: timm's are functions of the position. Raises ValueError if
+        `saved` is of another model or optimiser.
         """
         checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
         if self.ema:
@@ -81,14 +82,12 @@ class Run:
             logger.info("%s holds weights alone: training starts at its beginning.", source)
             return
         try:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
                 "and the arguments of its run, or start from its weights with --finetune."
             ) from error
-        if self.scheduler and saved.get("lr_scheduler"):
-            self.scheduler.load_state_dict(saved["lr_scheduler"])
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))
@@ -233,10 +232,33 @@ def train_one_epoch(
         progress.update(step, **shown)
         position.step += 1
     images_per_second = progress.close()
+    if position.step == steps > progress.start and world.size > 1:
+        distribute_bn(model, world.size)  # each process has averages of its own batches
     position.meters = world.gather({name: meter.state() for name, meter in meters.items()})
     if stopping:
         raise Interrupted
     return {name: meter.over(world) for name, meter in meters.items()}, images_per_second
+
+
+def train_and_save(
+    one_epoch: Callable[[], tuple[dict[str, float], float]],
+    position: Position,
+    save: Callable[[], None],
+    at_end: bool = True,
+) -> tuple[dict[str, float], float]:
+    """`one_epoch()`, saved when it is interrupted, and `at_end` so that an evaluation may fail.
+
+    An epoch that had ended before is not saved again.
+    """
+    begun = position.step
+    try:
+        result = one_epoch()
+    except Interrupted:
+        save()
+        raise
+    if at_end and position.step > begun:
+        save()
+    return result
 
 
 @torch.inference_mode()

@@ -171,10 +171,18 @@ class Journal:
         log = self.folder / "log.txt"
         if not log.exists():
             return
-        lines = log.read_text().splitlines(keepends=True)
+        text = log.read_text(encoding="utf-8", errors="backslashreplace")
+        lines = text.splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         with replacing(log) as file:
-            file.writelines(ln for ln in whole if json.loads(ln)[self.clock] < epoch)
+            file.writelines(line for line in whole if self._epoch_of(line) < epoch)
+
+    def _epoch_of(self, line: str) -> float:
+        """Before all epochs for what is no record: notes and blank lines of the user's stay."""
+        try:
+            return float(json.loads(line)[self.clock])
+        except (ValueError, TypeError, KeyError):
+            return -math.inf
 
 
 def require_writable(folder: Path, world: World, argument: str = "--output_dir") -> None:

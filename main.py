@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +30,7 @@ import models_masked_softmax  # noqa: F401
 import models_timm
 import models_vim  # noqa: F401
 import preprocessing
+import resuming
 from arguments import (
     LION_ARGUMENTS,
     PREPROCESSING_ARGUMENTS,
@@ -36,7 +38,9 @@ from arguments import (
     check_args,
     check_no_other_run,
     check_optimizer,
+    check_same_optimizer,
     get_args_parser,
+    goes_on,
     plus_name,
     shared_arguments,
 )
@@ -44,19 +48,26 @@ from augment import build_batch_transform, build_eval_transform, build_train_tra
 from cached_images import CachedLoader
 from datasets import DeviceLoader, SeededDataset, Split, build_dataset, ignore_signals, normalized
 from device_augment import build_device_transform
-from engine import Position, Run, autocast, evaluate, require_same, train_one_epoch
+from engine import (
+    Position,
+    Run,
+    autocast,
+    evaluate,
+    require_same,
+    train_and_save,
+    train_one_epoch,
+)
 from journal import Journal, provenance, require_writable, write_scores
+from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
 from parameter_groups import set_apart
 from preprocessing import Preprocessing
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
+from resuming import Found, Rule
 from samplers import EpochSampler, ShardSampler
 from utils import make_deterministic, peak_memory, run_command, seed_everything
 
 logger = logging.getLogger(__name__)
-
-
-Found = tuple[dict[str, Any], str]  # a checkpoint and where it was read
 
 
 def choose_preprocessing(
@@ -87,7 +98,7 @@ def build_model(
 ) -> nn.Module:
     name = args.model
     if args.distillation_type != "none" and "distilled" not in name:
-        name = name.replace("_patch16", "_distilled_patch16")
+        name = models_timm.built_name(name, args.distillation_type)
         if not timm.is_model(name) or name == args.model:
             raise ValueError(
                 f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
@@ -263,37 +274,22 @@ def loader_options(args: argparse.Namespace, world: World, images: Preprocessing
     }
 
 
-def read_checkpoint(args: argparse.Namespace) -> Found | None:
-    """What --resume names, checked to be of the same kind of model; None if there is nothing."""
-    if args.resume == "auto":
-        found = checkpoint.latest(args.output_dir)
-        if found is None:
-            return None
-        saved, source = found[0], str(found[1])
-    else:
-        saved, source = checkpoint.load(args.resume), args.resume
-    # The weights' names and shapes tell most differences; not this one.
-    differing = checkpoint.difference(saved.get("args") or {}, vars(args), ("cls_tok",))
-    if differing and args.model.startswith("lion_"):
-        raise ValueError(f"{source} is of another model: {'; '.join(differing)}.")
-    return saved, source
-
-
-def check_same_steps(
-    args: argparse.Namespace, world: World, saved: dict[str, Any], source: str
-) -> None:
-    """Raises ValueError if a checkpoint from mid-epoch counts other steps than this run."""
-    if not saved.get("step"):
-        return
-    names = ("batch_size", "grad_accum_steps", "repeated_aug", "seed")
-    differing = checkpoint.difference(saved["args"], vars(args), names)
-    if len(saved["meters"]) != world.size:
-        differing.append(f"processes: checkpoint {len(saved['meters'])}, now {world.size}")
-    if differing:
-        raise ValueError(
-            f"{source} was saved in the middle of an epoch, which has to end as it began "
-            f"({'; '.join(differing)})."
-        )
+def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> None:
+    """Restores a run; raises ValueError if it cannot go on with these arguments."""
+    saved, source = found
+    before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args), **run.facts}))
+    if "optimizer" in saved and "epoch" in saved:
+        kept = [Rule.OPTIMIZER, *([Rule.BETWEEN_EPOCHS] if saved.get("step") else [])]
+        resuming.check_settings(before, now, resuming.RULES, source, *kept)
+        check_same_optimizer(args, before, world.device, source)
+        if saved["epoch"] + 1 > args.epochs:
+            raise ValueError(
+                f"{source} has {saved['epoch'] + 1} epochs behind it: raise --epochs {args.epochs}."
+            )
+    run.restore(saved, source)
+    # Weights of another name or shape are told better by load_weights.
+    resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
+    resuming.tell_changes(before, now, resuming.RULES, source)
 
 
 def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
@@ -338,7 +334,7 @@ def build_run(
             return
         if args.sched_on_updates:
             scheduler.step_update(epoch * steps + step)
-        elif step == 0:
+        else:
             scheduler.step(epoch)
 
     position = Position(args.start_epoch)
@@ -351,7 +347,9 @@ def amp_dtype(args: argparse.Namespace, world: World) -> torch.dtype | None:
 
 def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that --eval needs; the returned function does the work."""
-    found = read_checkpoint(args) if args.resume else None
+    found = resuming.read(args.resume, args.output_dir)
+    if args.resume and not found:
+        raise ValueError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
     images = choose_preprocessing(args, found, keep_size=True)
     loader = build_eval_loader(args, world, images)
     classes = loader.dataset.classes
@@ -362,6 +360,8 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
         saved, source = found
         state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
         checkpoint.load_weights(model, state, source)
+        before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
+        resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     require_same(world, {"test": loader.dataset}, model)
     model.to(world.device)
     with autocast(world.device, amp_dtype(args, world)):
@@ -397,7 +397,7 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
 def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that training needs; the returned function does the work."""
     check_optimizer(args, world.device)
-    found = read_checkpoint(args) if args.resume else None
+    found = resuming.read(args.resume, args.output_dir)
     basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
     images = choose_preprocessing(args, found or basis, keep_size=bool(found))
     train_loader, classes = build_train_loader(args, world, images)
@@ -414,11 +414,13 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
-    facts = {"data_config": images.state(), "classes": classes}
+    facts = {"data_config": images.state(), "classes": classes,
+             "images": len(train_loader.dataset), "processes": world.size}  # fmt: skip
     run, set_lr = build_run(args, world, model, steps, facts)
     if found:
-        check_same_steps(args, world, *found)
-        run.restore(*found)
+        go_on(args, world, run, found)
+        # The rates of the step before: an evaluation that is left saves the same as it would have.
+        set_lr(run.position.epoch, max(run.position.step - 1, 0))
     data = {"training": train_loader.dataset.dataset, "test": eval_loader.dataset}
     require_same(world, data, run.model, run.position)
     batch_transform = build_batch_transform(
@@ -461,10 +463,10 @@ def fit(
     sampler: EpochSampler,
     eval_loader: DataLoader,
 ) -> None:
-    """The epochs that are left: train, evaluate, log, save. Saves before leaving on a signal."""
+    """The epochs that are left: train, save, evaluate, log, save. A signal saves, too."""
     stop, position = StopSignal(), run.position
     folder = Path(args.output_dir) if args.output_dir and world.is_main else None
-    if folder and args.overwrite and not args.resume:
+    if folder and args.overwrite and not goes_on(args):
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
     facts = {"args": vars(args), "data_config": run.facts["data_config"],
@@ -476,19 +478,25 @@ def fit(
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     logger.info("number of params: %d", n_parameters)
     logger.info("Start training for %d epochs", args.epochs - position.epoch)
+
+    def save(**options: bool) -> None:
+        if folder:
+            checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth", **options)
+
     began = time.perf_counter()
     while position.epoch < args.epochs:
         sampler.set_epoch(position.epoch, position.step * args.batch_size * args.grad_accum_steps)
+        left_of_epoch = partial(one_epoch, model, position=position, stop=stop)
         try:
-            train_stats, images_per_second = one_epoch(model, position=position, stop=stop)
             finished = position.epoch + 1
             due = finished % args.eval_interval == 0 or finished == args.epochs
+            train_stats, images_per_second = train_and_save(left_of_epoch, position, save, due)
             test_stats = evaluate_weights(args, world, run, eval_loader, stop) if due else {}
         except Interrupted:
-            if folder:
-                checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth")
-            logger.info("Stopped at epoch %d, step %d: go on by --resume auto", position.epoch,
-                        position.step)  # fmt: skip
+            left = (
+                "go on by --resume auto" if args.output_dir else "not saved, without --output_dir"
+            )
+            logger.info("Stopped at epoch %d, step %d: %s", position.epoch, position.step, left)
             sys.exit(stop.exit_code)
         is_best = due and test_stats["acc1"] >= run.max_accuracy
         if due:
@@ -501,13 +509,12 @@ def fit(
             "n_parameters": n_parameters,
         }
         run.position = position = Position(position.epoch + 1)
-        if folder:  # the checkpoint last: a run killed in between repeats the epoch
-            state = run.state(vars(args))
-            if is_best:
-                checkpoint.save(state, folder / "best_checkpoint.pth", keep_previous=False)
-            journal.write(stats, train_images_per_second=images_per_second)
-            if due:
-                checkpoint.save(state, folder / "checkpoint.pth")
+        if folder and is_best:
+            best = folder / "best_checkpoint.pth"
+            checkpoint.save(run.state(vars(args)), best, keep_previous=False)
+        journal.write(stats, train_images_per_second=images_per_second)
+        if due:
+            save(keep_previous=False)  # last: a run killed in between evaluates again
     logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
 
 
@@ -515,8 +522,6 @@ def evaluate_weights(
     args: argparse.Namespace, world: World, run: Run, loader: DataLoader, stop: StopSignal
 ) -> dict[str, float]:
     """Test statistics of the weights, and as `ema_*` of their moving average."""
-    if world.size > 1:  # running averages of batch normalisation differ between processes
-        distribute_bn(run.model, world.size)
     images = len(loader.dataset)
     score = partial(evaluate, loader=loader, world=world, images=images,
                     amp_dtype=amp_dtype(args, world), stop=stop)  # fmt: skip
@@ -533,6 +538,8 @@ def evaluate_weights(
 
 
 def main(args: argparse.Namespace) -> None:
+    held = ExitStack()
+
     def build(peers: Peers) -> Callable[[], None]:
         peers.agree(shared_arguments(args), "give them the same arguments")
         check_args(args)
@@ -541,10 +548,13 @@ def main(args: argparse.Namespace) -> None:
         world = init_distributed(args.device, peers)
         if args.output_dir:
             require_writable(Path(args.output_dir), world)
+            if not args.eval:
+                held.enter_context(only_run_in(Path(args.output_dir), world))
             check_no_other_run(args)
         return (evaluate_only if args.eval else train)(args, world)
 
-    run_command("main.py", build, args.dist_url)
+    with held:
+        run_command("main.py", build, args.dist_url)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ def similar(name: str) -> list[str]:
     return difflib.get_close_matches(name, family or known, cutoff=0.0 if family else 0.6)
 
 
+def built_name(name: str, distillation_type: str) -> str:
+    """The architecture that training builds for a --model, which for distillation has a token."""
+    name = name.partition(".")[0]  # weights of timm's come after the point
+    if distillation_type == "none" or "distilled" in name:
+        return name
+    return name.replace("_patch16", "_distilled_patch16")
+
+
 def create(
     name: str,
     *,

@@ -334,8 +334,14 @@ def init_distributed(device: str = "auto", peers: Peers | None = None) -> World:
     return world
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a run can save before it leaves.
+    """Remembers the first of `STOP_SIGNALS`, so that a run can save before it leaves.
+
+    Slurm sends SIGUSR1 or SIGUSR2, as it is told, before a time limit. SIGHUP comes when a terminal
+    closes; under nohup it is ignored, and stays so.
 
     Asked, it also listens anew, for Triton's compiler puts LLVM's handlers in the place of others:
     these step aside at a first signal, but a second one meanwhile, as launchers send it, would end
@@ -344,6 +350,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self.numbers = [n for n in STOP_SIGNALS if not (nohup and n is signal.SIGHUP)]
         self._listen()
 
     def __bool__(self) -> bool:
@@ -357,11 +365,11 @@ class StopSignal:
         return 128 + (self.received or signal.SIGTERM)
 
     def _listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.numbers:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.utils import logging
 import mlm.modeling  # noqa: F401  (registers the models)
 from engine import autocast
 from journal import require_writable, to_json
+from locking import only_run_in
 from mlm.settings import check_ranges, override, read_yaml, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
@@ -295,6 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", metavar="TASK,TASK", help="only these")
     args = parser.parse_intermixed_args(arguments)
 
+    held = ExitStack()
+
     def build(_: Peers) -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
         known = values.get("tasks", {})
@@ -309,6 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
         devices = devices_for(settings.device)
         this_process = World(rank=0, size=1, device=torch.device(devices[0]))
         require_writable(Path(settings.output), this_process, "output")
+        held.enter_context(only_run_in(Path(settings.output), this_process, "output"))
 
         def work() -> None:
             text, means = table(jobs, run_jobs(jobs, devices))
@@ -319,7 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         return work
 
-    run_command("mlm.glue", build)
+    with held:
+        run_command("mlm.glue", build)
 
 
 if __name__ == "__main__":

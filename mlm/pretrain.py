@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,33 @@ import checkpoint
 from datasets import ignore_signals
 from engine import LOG_INTERVAL, StepCheck, autocast, require_finite, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
+from locking import only_run_in
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
+from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
 from utils import digest, make_deterministic, run_command, seed_everything
 
-# What a resumed run must share with the run that it goes on with.
-FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
-         "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed")  # fmt: skip
 NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these
+# Of every setting, when a run goes on.
+RULES = {
+    **dict.fromkeys(
+        ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
+         "min_lr_share", "warmup_share", "weight_decay", "betas", "eps", "seed"),
+        Rule.RUN,
+    ),
+    **dict.fromkeys(
+        ("data", "eval_mask_share", "eval_every", "micro_batch", "precision"), Rule.TAKEN_UP
+    ),
+    **dict.fromkeys(
+        ("output", "save_every", "compile", "workers", "device", "resume", "overwrite",
+         "deterministic"),
+        Rule.FREE,
+    ),
+}  # fmt: skip
 RANGES = {
     **dict.fromkeys(("length", "global_batch", "micro_batch", "steps"), "[1, inf)"),
     **dict.fromkeys(("eval_every", "save_every"), "[1, inf)"),
@@ -71,7 +86,7 @@ class Settings:
     workers: int = 2
     seed: int = 17
     eval_every: int = 2000  # steps, with a line in log.txt
-    save_every: int = 1000
+    save_every: int = 1000  # and before every evaluation
     device: str = "auto"
     resume: str = ""  # auto: go on with the run in `output`
     overwrite: bool = False
@@ -213,9 +228,9 @@ class Pretraining:
         if found is None:
             return
         saved, source = found
-        differing = checkpoint.difference(saved.get("args", {}), asdict(self.settings), FIXED)
-        if differing:
-            raise ValueError(f"{source} is of another run: {'; '.join(differing)}.")
+        before, now = saved.get("args", {}), asdict(self.settings)
+        check_settings(before, now, RULES, source, Rule.RUN)
+        tell_changes(before, now, RULES, source)
         checkpoint.load_weights(self.model, saved["model"], source)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
@@ -246,20 +261,20 @@ class Pretraining:
         settings, world, stop = self.settings, self.world, StopSignal()
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
         folder = settings.output if world.is_main else None
-        journal = Journal(folder, facts, self.step + 1, clock="step")
         if settings.compile:
             self.model.lion.compile()
         model, check = world.distributed(self.model), StepCheck(world, stop, "Try a lower lr.")
-        first = self.saved_meters[world.rank] if len(self.saved_meters) == world.size else ()
-        meter = Mean(world.device, *first)
+        meter = self._restored_meter()
+        # An evaluation that is to be made up.
+        outstanding = bool(meter.count) and self._line_due(self.step)
+        journal = Journal(folder, facts, self.step + (not outstanding), clock="step")
         tokens = settings.global_batch * settings.length
         progress = Progress("Step:", settings.steps, tokens, start=self.step, unit="tok",
                             interval=LOG_INTERVAL, show=world.is_main)  # fmt: skip
         batches = iter(self.loader)
         try:
             while self.step < settings.steps or meter.count:
-                stopped_in_evaluation = meter.count and self._line_due(self.step)
-                if not stopped_in_evaluation:
+                if not outstanding:
                     due = progress.due(self.step)
                     written = self._line_due(self.step + 1) or self._save_due(self.step + 1)
                     loss, stopping = self._train_step(model, batches, check, due or written)
@@ -268,18 +283,30 @@ class Pretraining:
                     self.step += 1
                     if stopping:
                         raise Interrupted
-                if self._line_due(self.step):
+                    outstanding = self._line_due(self.step)
+                    if outstanding or self._save_due(self.step):
+                        with progress.paused():
+                            self.save(meter)
+                if outstanding:
                     journal.write(self._record(meter, progress, stop))
-                    meter = Mean(world.device)
-                if self._save_due(self.step):
-                    with progress.paused():
+                    meter, outstanding = Mean(world.device), False
+                    if self.step == settings.steps:
                         self.save(meter)
         except Interrupted:
             progress.close()
             self.save(meter)
-            print(f"Stopped at step {self.step}: go on by resume=auto", flush=True)
+            left = "go on by resume=auto" if settings.output else "not saved, without output"
+            print(f"Stopped at step {self.step}: {left}", flush=True)
             sys.exit(stop.exit_code)
         progress.close()
+
+    def _restored_meter(self) -> Mean:
+        """This process's share of the losses since the last evaluation."""
+        saved, world = self.saved_meters, self.world
+        if len(saved) in (0, world.size):
+            return Mean(world.device, *(saved[world.rank] if saved else ()))
+        totals, counts = zip(*saved, strict=True)  # of another number of processes
+        return Mean(world.device, sum(totals) / len(totals), counts[0])
 
     def _line_due(self, step: int) -> bool:
         return step % self.settings.eval_every == 0 or step == self.settings.steps
@@ -380,6 +407,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     logging.disable_progress_bar()
 
+    held = ExitStack()
+
     def build(peers: Peers) -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
         settings = typed(Settings, values, args.config)
@@ -390,9 +419,11 @@ def main(arguments: list[str] | None = None) -> None:
         world = init_distributed(settings.device, peers)
         if settings.output:
             require_writable(Path(settings.output), world, "output")
+            held.enter_context(only_run_in(Path(settings.output), world, "output"))
         return Pretraining(settings, world).fit
 
-    run_command("mlm.pretrain", build, args.dist_url)
+    with held:
+        run_command("mlm.pretrain", build, args.dist_url)
 
 
 if __name__ == "__main__":

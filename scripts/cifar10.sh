@@ -5,8 +5,8 @@
 set -euo pipefail
 data=$1 output=$2
 shift 2
-cd "$(dirname "$0")/.."
-exec python3 main.py --data-path "$data" --output_dir "$output" \
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+exec python3 "$repository/main.py" --data-path "$data" --output_dir "$output" \
     --model lion_tiny_patch16_224 --input-size 32 --model-kwargs patch_size=4 \
     --epochs 24 --batch-size 256 --lr 1.5e-3 --warmup-epochs 2 --sched-on-updates --drop-path 0.05 \
     --aa none --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug \

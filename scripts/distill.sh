@@ -6,6 +6,6 @@
 set -euo pipefail
 data=$1 output=$2 teacher=$3
 shift 3
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec bash scripts/imagenet.sh "$data" "$output" --model lion_small_distilled_patch16_224 \
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+exec bash "$repository/scripts/imagenet.sh" "$data" "$output" --model lion_small_distilled_patch16_224 \
     --distillation-type hard --teacher-model regnety_160 --teacher-path "$teacher" "$@"

@@ -6,9 +6,9 @@
 # each on one of them, for EPOCHS; SEEDS="1 2 3"; CORES=$(nproc) load the images. TEACHER=FILE is a
 # checkpoint to use instead of training one. Run it again to go on after an interruption.
 set -euo pipefail
-data=$(realpath "$1") output=$(realpath -m "$2")
+data=$1 output=$2
 shift 2
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # DeiT's crops; its mixup and cutmix (the defaults) for the students alone.
 options=(--data-path "$data" --input-size 64 --sched-on-updates --drop-path 0 --no-model-ema
@@ -18,9 +18,10 @@ gpus=${GPUS:-1} jobs=${JOBS:-9} cores=${CORES:-$(nproc)}
 IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 teacher=${TEACHER:-$output/teacher/checkpoint.pth}
 if [ -z "${TEACHER:-}" ]; then
-    torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$gpus" main.py "${options[@]}" \
-        --output_dir "$output/teacher" --num_workers $((cores / gpus)) \
-        --model regnety_002 --batch-size $((512 / gpus)) --epochs "${TEACHER_EPOCHS:-36}" \
+    torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$gpus" \
+        "$repository/main.py" "${options[@]}" --output_dir "$output/teacher" \
+        --num_workers $((cores / gpus)) --model regnety_002 \
+        --batch-size $((512 / gpus)) --epochs "${TEACHER_EPOCHS:-36}" \
         --lr 4e-3 --warmup-epochs 2 --smoothing 0 --mixup 0 --cutmix 0 "$@"
 fi
 
@@ -29,7 +30,7 @@ declare -A alpha=([none]=0.5 [hard]=0.5 [soft]=0.9)
 for seed in ${SEEDS:-1 2 3}; do
     for kind in none hard soft; do
         [ "$(jobs -pr | wc -l)" -lt "$jobs" ] || wait -n || failed=1
-        CUDA_VISIBLE_DEVICES=${devices[run++ % gpus]} python3 main.py "${options[@]}" \
+        CUDA_VISIBLE_DEVICES=${devices[run++ % gpus]} python3 "$repository/main.py" "${options[@]}" \
             --output_dir "$output/$kind-$seed" --seed "$seed" --num_workers $((cores / jobs)) \
             --batch-size 256 --epochs "${EPOCHS:-18}" --lr 2e-3 --warmup-epochs 1 \
             --model lion_tiny_patch16_224 --model-kwargs patch_size=8 depth=6 \

@@ -5,8 +5,8 @@
 set -euo pipefail
 data=$1 output=$2 weights=$3
 shift 3
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export BATCH="${BATCH:-64}"
-exec bash scripts/imagenet.sh "$data" "$output" --finetune "$weights" \
+exec bash "$repository/scripts/imagenet.sh" "$data" "$output" --finetune "$weights" \
     --input-size 384 --epochs 30 --lr 5e-6 --unscale-lr --min-lr 5e-6 --weight-decay 1e-8 \
     --warmup-epochs 0 --format Chunk --chunk_size 64 "$@"

@@ -6,7 +6,10 @@
 set -euo pipefail
 data=$1 output=$2
 shift 2
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec torchrun --nproc_per_node="${GPUS:-4}" main.py --data-path "$data" --output_dir "$output" \
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Slurm sends SIGUSR1 or SIGUSR2 before a time limit, if it is told to.
+exec torchrun --nproc_per_node="${GPUS:-4}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+    "$repository/main.py" --data-path "$data" --output_dir "$output" \
     --model lion_base_patch16_224 --mask_type Selective --order S --batch-size "${BATCH:-256}" \
     --torchcompile --resume auto "$@"

@@ -6,6 +6,8 @@ A job that is preempted or reaches its time limit is queued again and goes on wh
 """
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,8 +42,20 @@ class Job:
         submitit.helpers.TorchDistributedEnvironment().export()
         job = submitit.JobEnvironment().job_id
         self.args.output_dir = self.args.output_dir or self.args.job_dir.replace("%j", job)
-        self.args.resume = self.args.resume or "auto"
-        training.main(self.args)
+        saved = Path(self.args.output_dir, "checkpoint.pth").exists()
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        if saved and requeued:  # whatever it was to begin with
+            self.args.resume, self.args.overwrite = "auto", False
+        elif not self.args.overwrite:
+            self.args.resume = self.args.resume or "auto"
+        # Of submitit's handlers, that of the signal before a time limit or preemption requeues.
+        handlers = {128 + n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2)}
+        try:
+            training.main(self.args)
+        except SystemExit as ended:
+            if not callable(requeue := handlers.get(ended.code)):
+                raise
+            requeue(ended.code - 128, None)  # training has saved
 
     def checkpoint(self):
         """Called before preemption: the job queued again has the same number and folder."""

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 from helpers import call_main, make_image_folder
 
 from mlm import prepare
+from processes import STOP_SIGNALS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,7 +44,7 @@ def run(ending) -> Callable[..., SimpleNamespace]:
 @pytest.fixture
 def ending(capsys) -> Iterator[Callable[..., SimpleNamespace]]:
     """`ending(command, *arguments)` calls a command: its exit code and what it printed."""
-    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -133,6 +134,19 @@ def _rank(rank: int, size: int, folder: Path, function: Callable, arguments: Seq
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
     function(rank, folder, *arguments)
+
+
+def signal_in_step(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """This process receives a signal in the given optimiser step of main.py, counted from 1."""
+    update, calls = main.ModelEmaV3.update, []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return update(*args, **kwargs)
+
+    patch.setattr(main.ModelEmaV3, "update", counted)
 
 
 def torchrun(module: str, *arguments: Any) -> list[str]:

@@ -90,6 +90,29 @@ def test_output_folder_of_another_run(run, data_path, tmp_path):
     refused(run(*arguments, "--output_dir", tmp_path / "file"), "file is a file: choose a folder")
 
 
+def test_a_checkpoint_of_another_run_leaves_the_one_in_the_folder(run, data_path, tmp_path):
+    shared = (*TINY, "--data-path", data_path)
+    for name, seed in (("run", "0"), ("other", "1")):
+        assert run(*shared, "--seed", seed, "--output_dir", tmp_path / name).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    arguments = (*shared, "--output_dir", tmp_path / "run", "--epochs", "2", "--resume")
+    other = tmp_path / "other" / "checkpoint.pth"
+    refused(run(*arguments, other), "run holds another run .* choose another --output_dir")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert run(*arguments, tmp_path / "run" / "best_checkpoint.pth").code == 0, "its own"
+    assert (tmp_path / "run" / "log.txt").read_text().count("\n") == 2
+    assert run(*arguments, other, "--overwrite", "--epochs", "3").code == 0
+    assert (tmp_path / "run" / "log.txt").read_text().count("\n") == 2, (
+        "epochs 1 and 2 of the other"
+    )
+
+
+def test_an_evaluation_needs_the_checkpoint_that_it_is_to_score(run, data_path, tmp_path):
+    ended = run(*TINY, "--data-path", data_path, "--eval", "--resume", "auto",
+                "--output_dir", tmp_path)  # fmt: skip
+    refused(ended, "holds no checkpoint to evaluate: give --resume PATH")
+
+
 def test_checkpoint_of_another_model(run, data_path, tmp_path):
     shared = (*TINY, "--data-path", data_path)
     assert run(*shared, "--output_dir", tmp_path).code == 0

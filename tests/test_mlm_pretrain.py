@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,58 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_it(
     ended = ending(short, corpus, tmp_path, resume="auto")
     assert ended.code == 0, ended.err
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_an_evaluation_that_fails_costs_no_step(call, whole, corpus, ending, tmp_path, monkeypatch):
+    evaluate, calls = pretrain.Pretraining.evaluate, []
+
+    def failing(*args):
+        calls.append(None)
+        if len(calls) == call:
+            raise OSError("a shard cannot be read")
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="a shard cannot be read"):
+        patch.setattr(pretrain.Pretraining, "evaluate", failing)
+        short(corpus, tmp_path, save_every=100)
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["step"] == 4 * call
+    assert ending(short, corpus, tmp_path, resume="auto").code == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_kill_after_an_evaluation_logs_it_once(whole, corpus, ending, tmp_path, monkeypatch):
+    step = pretrain.Pretraining._train_step
+
+    def dying(self, *args):
+        if self.step == 8:
+            raise OSError("the power fails")
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the power fails"):
+        patch.setattr(pretrain.Pretraining, "_train_step", dying)
+        short(corpus, tmp_path)
+    assert [record["step"] for record in records(tmp_path)] == [4, 8]
+    # As two processes would have saved it.
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")
+    checkpoint.save({**saved, "meters": saved["meters"] * 2}, tmp_path / "checkpoint.pth")
+    assert ending(short, corpus, tmp_path, resume="auto").code == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_every_setting_has_a_rule(whole, corpus, ending, tmp_path):
+    assert set(pretrain.RULES) == {field.name for field in fields(pretrain.Settings)}
+    folder = shutil.copytree(whole, tmp_path / "run")
+    ended = ending(short, corpus, folder, resume="auto", micro_batch=2, eval_every=3, workers=1)
+    assert ended.code == 0, ended.err
+    said = re.findall(r"Going on from .* with another setting: (.*)", ended.out)
+    assert said == ["eval_every: checkpoint 4, now 3", "micro_batch: checkpoint 4, now 2"]
+
+
+def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeypatch):
+    interrupted(monkeypatch, 2)
+    ended = ending(pretraining, corpus, **SHORT)
+    assert ended.code == 143 and "Stopped at step 2: not saved, without output\n" in ended.out
 
 
 @pytest.mark.parametrize("at", [(7,), slow((2, "evaluate"))], ids=str)

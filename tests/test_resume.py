@@ -6,11 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, Ranks, assert_same_run, torchrun, wait_for
+from helpers import (
+    ROOT,
+    TINY,
+    Ranks,
+    assert_same_run,
+    call_main,
+    rendezvous,
+    torchrun,
+    wait_for,
+)
 
 import checkpoint
 import main
@@ -93,18 +103,112 @@ def test_kill_after_an_epoch(size, request, data_path, tmp_path):
     assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=size), whole)
 
 
+def call_in_evaluation(patch: pytest.MonkeyPatch, call: int, action: Callable[[], None]) -> None:
+    """`action` comes in the given evaluation, counted from 1; each epoch has one of the average."""
+    evaluate, calls = main.evaluate, []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            action()
+        return evaluate(*args, **kwargs)
+
+    patch.setattr(main, "evaluate", counted)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise OSError("an image cannot be read")
+
+
+def killed_rank(rank: int, folder: Path, call: int, *arguments: object) -> None:
+    call_in_evaluation(pytest.MonkeyPatch(), call, die)
+    call_main(*arguments)
+
+
+@pytest.mark.parametrize("call", [3, 6])
+def test_an_evaluation_that_fails_costs_no_epoch(
+    call, run, whole, data_path, tmp_path, monkeypatch
+):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="an image cannot be read"):
+        call_in_evaluation(patch, call, fail)
+        run(*arguments)
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert (saved["epoch"] + 1, saved["step"]) == ((call - 1) // 2, STEPS)
+    assert run(*arguments, "--resume", "auto").code == 0
+    assert_same_run(tmp_path, whole)
+    before = checkpoint.load(tmp_path / "checkpoint.previous.pth")
+    assert (before["epoch"], before["step"]) == (1, 0), "that of the epoch before"
+
+
+def test_kill_in_an_evaluation(whole, data_path, tmp_path):
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run")
+    ranks = Ranks(tmp_path, 4, *arguments, size=1, function=killed_rank)
+    assert ranks.wait() == [-signal.SIGKILL], ranks.errors()
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
+    assert (saved["epoch"] + 1, saved["step"]) == (1, STEPS)
+    assert_same_run(finish(tmp_path, data_path, "--resume", "auto"), whole)
+
+
 @pytest.mark.slow
-def test_torchrun_is_told_to_end(whole_on_two_ranks, data_path, tmp_path):
+def test_statistics_of_a_batch_norm_are_shared_before_an_evaluation_is_left(data_path, tmp_path):
+    """Two processes, of which each has averages of its own batches."""
+    arguments = (*TINY, "--model", "test_resnet", "--model-kwargs", "--input-size", "32",
+                 "--data-path", data_path, "--no-model-ema", "--output_dir")  # fmt: skip
+    for folder, call in (("whole", 9), ("run", 1)):
+        ranks = Ranks(tmp_path, call, *arguments, tmp_path / folder, function=stopped_rank)
+        assert ranks.wait() == [0 if call == 9 else 143] * 2, ranks.errors()
+    ranks = Ranks(tmp_path, *arguments, tmp_path / "run", "--resume", "auto")
+    assert ranks.wait() == [0, 0], ranks.errors()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def stopped_rank(rank: int, folder: Path, call: int, *arguments: object) -> None:
+    call_in_evaluation(pytest.MonkeyPatch(), call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    call_main(*arguments, "--dist_url", rendezvous(folder))
+
+
+def test_a_stopped_run_without_a_folder_promises_nothing(run, data_path, monkeypatch):
+    signal_at(monkeypatch, main.ModelEmaV3, "update", 4, signal.SIGTERM)
+    ended = run(*RECIPE, "--data-path", data_path)
+    assert ended.code == 143
+    assert "Stopped at epoch 0, step 5: not saved, without --output_dir\n" in ended.out
+
+
+def test_notes_in_a_log_stay(whole, run, data_path, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    log = folder / "log.txt"
+    notes = b'\nfrom here on node 7\n[1]\n{"epoch": "?"}\ncaf\xe9\n'
+    log.write_bytes(log.read_bytes() + notes + b'{"epoch": 9}\n{"epoch": 1, "tra')
+    ended = run(*RECIPE, "--data-path", data_path, "--output_dir", folder, "--resume", "auto")
+    assert ended.code == 0, ended.err
+    kept = notes.replace(b"\xe9", rb"\xe9").decode()
+    assert log.read_text() == (whole / "log.txt").read_text() + kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "reached"),
+    [(signal.SIGTERM, "Epoch: [0]"), (signal.SIGTERM, "Test:"), (signal.SIGKILL, "Epoch: [0]")],
+    ids=["training", "evaluation", "launcher killed"],
+)
+def test_torchrun_is_told_to_end(number, reached, whole_on_two_ranks, data_path, tmp_path):
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run",
                  "--num_workers", "1")  # fmt: skip
     command = torchrun("torch.distributed.run", ROOT / "main.py", *arguments)
     output = tmp_path / "output"
     with output.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
-        wait_for(lambda: "Epoch: [0]" in output.read_text())
-        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: reached in output.read_text())
+        process.send_signal(number)
         assert process.wait(60) != 0
-    printed = output.read_text()
-    assert re.search(r"^Stopped at epoch \d, step \d+: go on by --resume auto$", printed, re.M)
+    stopped = r"^Stopped at epoch \d, step \d+: go on by --resume auto$"
+    wait_for(
+        lambda: re.search(stopped, output.read_text(), re.M)
+    )  # ranks end after a dead launcher
     assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=2), whole_on_two_ranks)
 
 

@@ -1,0 +1,130 @@
+"""Going on with a run: what it may change of its settings, and what it must share with before."""
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import models_timm
+import preprocessing
+
+logger = logging.getLogger(__name__)
+
+Found = tuple[dict[str, Any], str]  # a checkpoint and where it was read
+
+
+class Rule(Enum):
+    """What a setting may do when a run goes on."""
+
+    FREE = "may change"
+    TAKEN_UP = "may change, which is said and counts from the next step on"
+    BETWEEN_EPOCHS = "may change after a whole epoch, which is said, but not within one"
+    OPTIMIZER = "is what the optimiser's state belongs to, and may not change"
+    MODEL = "is what the weights belong to, and may not change"
+    RUN = "is what the run is, and may not change"
+
+
+REFUSALS = {
+    Rule.MODEL: "{source} is of another model: {differences}.",
+    Rule.RUN: "{source} is of another run: {differences}.",
+    Rule.OPTIMIZER: "The optimiser state of {source} does not fit ({differences}): resume with the "
+    "--opt and the arguments of its run, or start from its weights with --finetune.",
+    Rule.BETWEEN_EPOCHS: "{source} was saved in the middle of an epoch, which has to end as it "
+    "began ({differences}).",
+}
+# Of every argument of main.py, and of what a checkpoint holds beside them.
+RULES = {
+    **dict.fromkeys(
+        ("model", "mask_type", "order", "pos_emb", "cls_tok", "model_kwargs", "distillation_type"),
+        Rule.MODEL,
+    ),
+    **dict.fromkeys(("opt", "layer_decay", "attn_only"), Rule.OPTIMIZER),
+    **dict.fromkeys(
+        ("batch_size", "grad_accum_steps", "repeated_aug", "seed", "data_set", "inat_category",
+         "images", "processes"),
+        Rule.BETWEEN_EPOCHS,
+    ),
+    **dict.fromkeys(
+        ("epochs", "lr", "unscale_lr", "sched", "sched_on_updates", "lr_noise", "lr_noise_pct",
+         "lr_noise_std", "warmup_lr", "min_lr", "decay_epochs", "warmup_epochs", "cooldown_epochs",
+         "patience_epochs", "decay_rate"),
+        Rule.TAKEN_UP,
+    ),
+    **dict.fromkeys(
+        ("opt_eps", "opt_betas", "clip_grad", "momentum", "weight_decay", "bce_loss", "smoothing",
+         "cosub", "drop", "drop_path", "train_mode", "model_ema", "model_ema_decay", "format",
+         "chunk_size", "amp", "amp_dtype", "distillation_alpha", "distillation_tau",
+         "teacher_model", "teacher_path"),
+        Rule.TAKEN_UP,
+    ),
+    **dict.fromkeys(
+        ("data_path", "input_size", "eval_crop_ratio", "crop_mode", "interpolation", "mean", "std",
+         "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob",
+         "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
+         "mixup_switch_prob", "mixup_mode"),
+        Rule.TAKEN_UP,
+    ),
+    **dict.fromkeys(
+        ("model_ema_force_cpu", "resplit", "finetune", "num_workers", "pin_mem", "output_dir",
+         "overwrite", "resume", "start_epoch", "eval", "use_ema", "dist_eval", "device",
+         "torchcompile", "channels_last", "distributed", "world_size", "dist_url"),
+        Rule.FREE,
+    ),
+}  # fmt: skip
+
+
+def read(source: str, folder: str | Path) -> Found | None:
+    """The checkpoint at a path or URL, or with `auto` the newest of `folder`; None without one."""
+    if not source:
+        return None
+    if source != "auto":
+        return checkpoint.load(source), source
+    found = checkpoint.latest(folder)
+    return found and (found[0], str(found[1]))
+
+
+def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint of main.py, DeiT or timm: those that count.
+
+    These are its arguments, with what was derived from them in their place: the model that is built
+    and what its images become. Empty for weights alone.
+    """
+    args = saved.get("args") or {}
+    if "model" not in args:
+        return {}
+    images = preprocessing.of_checkpoint(saved, args["model"], "the checkpoint")
+    derived = images.state() if images else {}
+    if images:
+        derived["eval_crop_ratio"] = derived.pop("crop_pct")
+    built = models_timm.built_name(args["model"], args.get("distillation_type", "none"))
+    facts = {name: saved[name] for name in ("images", "processes") if name in saved}
+    return {**args, **derived, **facts, "model": built}
+
+
+def check_settings(
+    saved: dict[str, Any], now: dict[str, Any], rules: dict[str, Rule], source: str, *kept: Rule
+) -> None:
+    """Raises ValueError where a setting whose rule is among `kept` differs from a checkpoint's.
+
+    Settings that only one of them has are not compared.
+    """
+    for rule in kept:
+        if differing := differences(saved, now, rules, rule):
+            reasons = "; ".join(differing)
+            raise ValueError(REFUSALS[rule].format(source=source, differences=reasons))
+
+
+def tell_changes(
+    saved: dict[str, Any], now: dict[str, Any], rules: dict[str, Rule], source: str
+) -> None:
+    """Says which settings from now on differ from a checkpoint's."""
+    for rule in (Rule.TAKEN_UP, Rule.BETWEEN_EPOCHS):
+        for line in differences(saved, now, rules, rule):
+            logger.info("Going on from %s with another setting: %s", source, line)
+
+
+def differences(
+    saved: dict[str, Any], now: dict[str, Any], rules: dict[str, Rule], rule: Rule
+) -> list[str]:
+    return checkpoint.difference(saved, now, [name for name in rules if rules[name] is rule])
