@@ -22,6 +22,7 @@ from datasets import ignore_signals
 from engine import LOG_INTERVAL, agreed, autocast, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
+from mlm.export import export
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
 from mlm.shards import Corpus, load_tokenizer
@@ -86,7 +87,8 @@ class Settings:
             raise ValueError(f"resume must be auto or nothing, not {self.resume!r}.")
         if self.resume and not self.output:
             raise ValueError("resume=auto needs the output of the run.")
-        taken = self.output and Path(self.output, "checkpoint.pth").exists()
+        parts = ("checkpoint.pth", "checkpoint.previous.pth", "model")
+        taken = self.output and any(Path(self.output, part).exists() for part in parts)
         if taken and not (self.resume or self.overwrite):
             raise ValueError(
                 f"{self.output} holds another run: go on with it by resume=auto, replace it by "
@@ -190,7 +192,7 @@ class Pretraining:
         seed_everything(settings.seed)
         self.model = build_model(settings, self.tokenizer).to(world.device)
         self.optimizer = build_optimizer(settings, self.model, world.device)
-        self.step = 0
+        self.step, self.restored = 0, False
         self.saved_meters: list[tuple[float, int]] = []
         if settings.resume:
             self._restore()
@@ -208,6 +210,7 @@ class Pretraining:
         checkpoint.load_weights(self.model, saved["model"], source)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
+        self.restored = True
 
     def save(self, meter: Mean) -> None:
         """The checkpoint, and the model and its tokeniser as Hugging Face has them."""
@@ -223,17 +226,27 @@ class Pretraining:
             "args": asdict(self.settings),
         }
         checkpoint.save(state, folder / "checkpoint.pth")
-        temporary, final = folder / ".model.saving", folder / "model"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        export(self.model, self.tokenizer, folder / "model")
+
+    def _open_output(self) -> None:
+        """Removes the run that is to be overwritten; renews what a kill left behind a checkpoint.
+
+        A model folder that is a save older than the checkpoint, or absent, is written again.
+        """
+        if not (self.settings.output and self.world.is_main):
+            return
+        folder = Path(self.settings.output)
+        if self.restored:
+            export(self.model, self.tokenizer, folder / "model")
+        elif self.settings.overwrite:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            checkpoint.discard(folder)
 
     def fit(self) -> None:
         """The steps that are left. Saves before leaving on a signal."""
         settings, world, stop = self.settings, self.world, StopSignal()
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
+        self._open_output()
         folder = settings.output if world.is_main else None
         journal = Journal(folder, facts, self.step + 1, clock="step")
         model = self._wrapped()
