@@ -147,7 +147,7 @@ class Journal:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(self.folder / "args.yaml") as file:
+        with replacing(self.folder / "args.yaml") as file:
             yaml.safe_dump(facts, file, sort_keys=False)
         self._drop_from(first_epoch)
         self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
@@ -213,9 +213,9 @@ def write_scores(
     Bytes of class names that are no UTF-8 are written as \\udcXX.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / "eval.json") as file:
+    with replacing(folder / "eval.json") as file:
         file.write(json.dumps(facts, indent=2) + "\n")
-    with _replacing(folder / "per_class.csv") as file:
+    with replacing(folder / "per_class.csv") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "images", "correct", "acc1"])
         for name, (images, correct) in zip(classes, per_class, strict=True):
@@ -225,12 +225,14 @@ def write_scores(
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A file that takes the place of `path` when it is whole."""
     temporary = path.with_name(f".{path.name}.saving")
     try:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.export import export
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, typed
-from mlm.shards import Corpus, load_tokenizer
+from mlm.shards import Corpus, data_digest, load_tokenizer
 from processes import Interrupted, StopSignal, World, init_distributed
 from samplers import EpochSampler
 from utils import run_command, seed_everything
@@ -189,6 +189,7 @@ class Pretraining:
             )
         self.accumulate = settings.global_batch // per_pass
         self.tokenizer = load_tokenizer(Path(settings.data, "tokenizer"))
+        self.data = data_digest(Path(settings.data))
         seed_everything(settings.seed)
         self.model = build_model(settings, self.tokenizer).to(world.device)
         self.optimizer = build_optimizer(settings, self.model, world.device)
@@ -207,6 +208,11 @@ class Pretraining:
         differing = checkpoint.difference(saved.get("args", {}), asdict(self.settings), FIXED)
         if differing:
             raise ValueError(f"{source} is of another run: {'; '.join(differing)}.")
+        if saved.get("data", self.data) != self.data:
+            raise ValueError(
+                f"{source} is of other text or another tokeniser than those in "
+                f"{self.settings.data}: give the data of its training, or another output."
+            )
         checkpoint.load_weights(self.model, saved["model"], source)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
@@ -223,6 +229,7 @@ class Pretraining:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "meters": meters,
+            "data": self.data,
             "args": asdict(self.settings),
         }
         checkpoint.save(state, folder / "checkpoint.pth")
