@@ -102,7 +102,7 @@ def _training(case: Case, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         with autocast(device, dtype):
-            loss = model(ids, labels=labels).loss
+            loss = model(ids, labels=labels, targets_only=True).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

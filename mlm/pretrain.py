@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import checkpoint
-from datasets import ignore_signals
 from engine import LOG_INTERVAL, agreed, autocast, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
@@ -29,6 +28,7 @@ from mlm.shards import Corpus, data_digest, load_tokenizer
 from processes import Interrupted, StopSignal, World, init_distributed
 from samplers import EpochSampler
 from utils import run_command, seed_everything
+from workers import ignore_signals
 
 # What a resumed run must share with the run that it goes on with.
 FIXED = ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
@@ -192,6 +192,8 @@ class Pretraining:
         self.data = data_digest(Path(settings.data))
         seed_everything(settings.seed)
         self.model = build_model(settings, self.tokenizer).to(world.device)
+        most = self.model.config.max_position_embeddings  # what the tokeniser cuts at if asked
+        self.tokenizer.model_max_length = max(settings.length, most)
         self.optimizer = build_optimizer(settings, self.model, world.device)
         self.step, self.restored = 0, False
         self.saved_meters: list[tuple[float, int]] = []
@@ -319,7 +321,7 @@ class Pretraining:
         for number, part in enumerate(parts, start=1):
             with without_sync(model) if number < len(parts) else nullcontext():
                 with autocast(world.device, self.dtype):
-                    loss = model(**part, num_items_in_batch=asked).loss
+                    loss = model(**part, num_items_in_batch=asked, targets_only=True).loss
                 loss.backward()
             total += loss.detach()
         stopping, told = False, bool(stop)  # in every step, for then it listens anew
@@ -375,7 +377,7 @@ class Pretraining:
                 break
             batch = self._moved(batch)
             with autocast(self.world.device, self.dtype):
-                result = self.model(**batch, num_items_in_batch=1)
+                result = self.model(**batch, num_items_in_batch=1, targets_only=True)
             labels = batch["labels"][batch["labels"] >= 0]
             hits = (result.logits.argmax(1) == labels).sum()
             sums[:3] += torch.stack([result.loss, hits, labels.new_tensor(len(labels))]).double()
