@@ -1,8 +1,11 @@
-"""What the workers of data loaders need, beside the data."""
+"""Signals and ends of processes that work for another one: of data loaders, or of jobs."""
 
 import atexit
 import multiprocessing
+import os
 import signal
+import threading
+from multiprocessing.connection import wait
 
 
 def ignore_signals(worker_id: int) -> None:
@@ -22,3 +25,17 @@ def _kill_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def end_with_parent() -> None:
+    """Initializer of a pool: its processes end when the one that made it does, even by a kill.
+
+    They leave Ctrl-C, which a terminal sends to all, to that one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -28,6 +28,7 @@ from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
 from processes import init_distributed
 from utils import peak_memory, run_command
+from workers import end_with_parent
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # of softmax on GPUs
 
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             print("|--:|--:|---|--:|--:|--:|", flush=True)
             first = []
             for case in cases:
-                with ProcessPoolExecutor(1, mp_context=processes) as fresh:
+                with ProcessPoolExecutor(1, processes, end_with_parent) as fresh:
                     case = fresh.submit(measure, case, args.seconds, args.threads).result()
                 if case.name == cases[0].name:
                     first.append(case)
