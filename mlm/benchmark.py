@@ -134,7 +134,12 @@ def row(case: Case, first: list[Case]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("mlm.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("configs", nargs="+", metavar="CONFIG", help="of mlm.pretrain; with key=value for all")
+    add(
+        "configs",
+        nargs="+",
+        metavar="CONFIG",
+        help="of mlm.pretrain, with key=value for all: python -m mlm.pretrain --help",
+    )
     add("--lengths", nargs="+", type=int, default=[128, 4096, 16384], help="tokens of a window")
     add("--tokens", type=int, default=2**16, help="of a step; a window is the least")
     add("--seconds", type=float, default=5, help="for each case")

@@ -1,7 +1,7 @@
 """The encoder: BERT's configuration, embeddings and post-norm blocks around a mixer."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
 from mlm.card import LOADER, write_card
+from mlm.fields import setting
 from mlm.mixers import MIXERS, ORDER_BLIND, positions
 from models_hydra import HydraMixer
 from models_lion import FORMATS, LionAttention
@@ -27,26 +28,26 @@ class LionBertConfig(PreTrainedConfig):
     """
 
     model_type = "lion"
-    saved_classes: ClassVar[dict[str, str]] = {"AutoConfig": "LionBertConfig"}  # by Auto class
+    saved_classes = {"AutoConfig": "LionBertConfig"}  # by the Auto class that loads them
 
-    mixer: str = "lion-s"
-    format: str = "Attention"
-    chunk_size: int = 64
-    feature_map: bool = True
-    normalize: bool = True
-    position_embeddings: bool | None = None
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_dropout_prob: float | int = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
-    tie_word_embeddings: bool = True
+    mixer: str = setting(", ".join(MIXERS), "lion-s")
+    format: str = setting("of LION: " + ", ".join(FORMATS), "Attention")
+    chunk_size: int = setting("tokens of a chunk, in the format Chunk", 64)
+    feature_map: bool = setting("of queries and keys; false in the published models", True)
+    normalize: bool = setting("by the row sums; false in the published models", True)
+    position_embeddings: bool | None = setting("null: where the mixer needs them", None)
+    vocab_size: int = setting("words; in mlm.pretrain those of the data", 30522)
+    hidden_size: int = setting("width", 768)
+    num_hidden_layers: int = setting("blocks", 12)
+    num_attention_heads: int = setting("heads of the mixer", 12)
+    intermediate_size: int = setting("width inside of an MLP", 3072)
+    hidden_dropout_prob: float | int = setting("dropout of embeddings, mixers and MLPs", 0.1)
+    max_position_embeddings: int = setting("tokens of a sequence, with position embeddings", 512)
+    type_vocab_size: int = setting("segments that token_type_ids tell apart", 2)
+    initializer_range: float = setting("standard deviation of new weights", 0.02)
+    layer_norm_eps: float = setting("of every LayerNorm", 1e-12)
+    pad_token_id: int | None = setting("in mlm.pretrain that of the data", 0)
+    tie_word_embeddings: bool = setting("the decoder's weight is that of the words", True)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mixer not in MIXERS:

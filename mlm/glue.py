@@ -1,6 +1,5 @@
 """Fine-tunes on GLUE or other TSV files: python -m mlm.glue mlm/configs/glue.yaml --model PATH"""
 
-import argparse
 import hashlib
 import json
 import math
@@ -30,7 +29,8 @@ import mlm.modeling  # noqa: F401  (registers the models)
 from engine import LOG_INTERVAL, autocast
 from journal import replacing, require_writable
 from mlm.export import export
-from mlm.settings import check_ranges, override, read_yaml, typed
+from mlm.fields import setting
+from mlm.settings import check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
 from processes import World, init_distributed
@@ -44,12 +44,12 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Settings:
-    data: str
-    tasks: dict
-    output: str = "outputs/glue"
-    length: int = 128
-    lr: float = 1e-5
-    device: str = "auto"  # cuda spreads the jobs over all GPUs
+    data: str = setting("folder of the TSV files")
+    tasks: dict = setting("a section for each task, below")
+    output: str = setting("folder of the models and tables", "outputs/glue")
+    length: int = setting("tokens of an example, at most", 128)
+    lr: float = setting("peak learning rate", 1e-5)
+    device: str = setting("auto and cuda spread the jobs over all GPUs", "auto")
 
 
 @dataclass(frozen=True)
@@ -359,9 +359,8 @@ def devices_for(device: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("mlm.glue", description=__doc__)
-    parser.add_argument("config", help="YAML file, such as mlm/configs/glue.yaml")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
+    sections = {"": Settings, "tasks.TASK.": Task}
+    parser = settings_parser("mlm.glue", __doc__, "mlm/configs/glue.yaml", sections)
     parser.add_argument("--model", required=True, help="folder of a pre-trained model")
     parser.add_argument("--tasks", metavar="TASK,TASK", help="only these")
     args = parser.parse_intermixed_args(arguments)
@@ -378,6 +377,8 @@ def main(arguments: list[str] | None = None) -> None:
         values["tasks"] = {name: known[name] for name in chosen}
         settings = typed(Settings, values, args.config)
         check_ranges(settings, {"length": "[1, inf)", "lr": "(0, inf)"})
+        if not settings.output:
+            raise ValueError("output must name a folder: the models are saved there.")
         jobs = build_jobs(settings, args.config, args.model)
         devices = devices_for(settings.device)
         this_process = World(rank=0, size=1, device=torch.device(devices[0]))

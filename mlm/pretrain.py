@@ -1,12 +1,11 @@
 """Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
 
-import argparse
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from engine import LOG_INTERVAL, agreed, autocast, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
 from mlm.export import export
+from mlm.fields import setting
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
-from mlm.settings import check, check_ranges, override, read_yaml, typed
+from mlm.settings import check, check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import Corpus, data_digest, load_tokenizer
 from processes import Interrupted, StopSignal, World, init_distributed
 from samplers import EpochSampler
@@ -49,32 +49,32 @@ RANGES = {
 class Settings:
     """The recipe; M2-BERT's by default."""
 
-    data: str  # folder of mlm.prepare
-    lr: float
-    model: dict[str, Any]  # of LionBertConfig; vocab_size is the data's
-    output: str = ""
-    length: int = 128
-    mask_share: float = 0.3
-    eval_mask_share: float = 0.15
-    separate_documents: bool = True  # tokens of different documents do not meet
-    global_batch: int = 4096
-    micro_batch: int = 128
-    steps: int = 70_000
-    warmup_share: float = 0.06
-    min_lr_share: float = 0.02
-    weight_decay: float = 1e-5  # at the peak learning rate, whatever that is
-    betas: list = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
-    precision: str = "bf16"  # on a GPU; fp32
-    compile: bool = False
-    workers: int = 2
-    seed: int = 17
-    eval_every: int = 2000  # steps, with a line in log.txt
-    save_every: int = 1000
-    device: str = "auto"
-    resume: str = ""  # auto: go on with the run in `output`
-    overwrite: bool = False
-    init_method: str = "env://"
+    data: str = setting("folder of mlm.prepare")
+    lr: float = setting("peak learning rate")
+    model: dict[str, Any] = setting("section of the model, below")
+    output: str = setting("folder of the run; without one nothing is kept", "")
+    length: int = setting("tokens of a window", 128)
+    mask_share: float = setting("of the tokens, asked for in training", 0.3)
+    eval_mask_share: float = setting("in evaluation", 0.15)
+    separate_documents: bool = setting("tokens of different documents do not meet", True)
+    global_batch: int = setting("windows of a step, over all processes", 4096)
+    micro_batch: int = setting("windows of a process and pass", 128)
+    steps: int = setting("of the optimiser", 70_000)
+    warmup_share: float = setting("of the steps, in which the learning rate rises", 0.06)
+    min_lr_share: float = setting("of the peak learning rate, at the end", 0.02)
+    weight_decay: float = setting("of a step at the peak learning rate, whatever that is", 1e-5)
+    betas: list = setting("of AdamW", factory=lambda: [0.9, 0.98])
+    eps: float = setting("of AdamW", 1e-6)
+    precision: str = setting("bf16 or fp32, on a GPU", "bf16")
+    compile: bool = setting("torch.compile of the encoder", False)
+    workers: int = setting("processes that load data, for each process", 2)
+    seed: int = setting("of weights, order, masks and dropout", 17)
+    eval_every: int = setting("steps between evaluations, with a line in log.txt", 2000)
+    save_every: int = setting("steps between checkpoints", 1000)
+    device: str = setting("auto, cpu, cuda or cuda:N", "auto")
+    resume: str = setting("auto: go on with the run in output", "")
+    overwrite: bool = setting("take the place of the run in output", False)
+    init_method: str = setting("where processes meet, as torch.distributed has it", "env://")
 
     def check(self) -> None:
         """Raises ValueError for values that make no sense."""
@@ -107,13 +107,18 @@ class Settings:
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionBertForMaskedLM:
     """Raises ValueError for an unknown key, a value of another type or another vocabulary."""
     options = check(LionBertConfig.__annotations__, settings.model, "the section model")
+    if options.setdefault("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise ValueError(
+            f"The model pads with {options['pad_token_id']} and the data's tokeniser with "
+            f"{tokenizer.pad_token_id}: leave out pad_token_id."
+        )
     words = options.setdefault("vocab_size", len(tokenizer))
     if words != len(tokenizer):
         raise ValueError(
             f"The model has a vocabulary of {words} words and the data one of {len(tokenizer)}: "
             "leave out vocab_size, or prepare the data with the model's tokeniser."
         )
-    config = LionBertConfig(**options, pad_token_id=tokenizer.pad_token_id)
+    config = LionBertConfig(**options)
     if config.position_embeddings and settings.length > config.max_position_embeddings:
         raise ValueError(
             f"length {settings.length} is more than the {config.max_position_embeddings} positions "
@@ -389,9 +394,9 @@ class Pretraining:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("mlm.pretrain", description=__doc__)
-    parser.add_argument("config", help="YAML file, such as mlm/configs/lion-s-base.yaml")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
+    sections = {"": Settings, "model.": LionBertConfig}
+    example = "mlm/configs/lion-s-base.yaml"
+    parser = settings_parser("mlm.pretrain", __doc__, example, sections)
     args = parser.parse_args(arguments)
     logging.disable_progress_bar()
 

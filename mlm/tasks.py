@@ -3,12 +3,13 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from mlm.fields import setting
 from mlm.settings import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -27,20 +28,20 @@ REGRESSION = ("spearman",)  # metrics of tasks whose labels are numbers
 
 @dataclass(frozen=True)
 class Task:
-    """One sentence task; `start` names the task whose model it starts from."""
+    """One sentence task."""
 
-    train: str
-    eval: list
-    text: list  # columns, one or two
-    label: str  # column
-    metrics: list
-    batch: int
-    epochs: int
-    weight_decay: float
-    seeds: list
-    header: list = field(default_factory=list)  # names of the columns, where the files have none
-    start: str | None = None
-    precision: str = "bf16"
+    train: str = setting("TSV file in the folder data")
+    eval: list = setting("TSV files in the folder data")
+    text: list = setting("columns of text, one or two")
+    label: str = setting("column of the labels")
+    metrics: list = setting(", ".join(METRICS))
+    batch: int = setting("examples of a step")
+    epochs: int = setting("times over the training file")
+    weight_decay: float = setting("of a step at the peak learning rate")
+    seeds: list = setting("one job each")
+    header: list = setting("names of the columns, where the files have none", factory=list)
+    start: str | None = setting("task whose model it starts from", None)
+    precision: str = setting("bf16 or fp32, on a GPU", "bf16")
 
     def check(self, name: str) -> None:
         """Raises ValueError for values that make no sense."""

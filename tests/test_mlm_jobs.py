@@ -98,6 +98,7 @@ def test_models_that_cannot_be_used(model, ending, tmp_path):
         ending(call, tmp_path, model, "length=65"), "length 65 is more than the 64 positions of"
     )
     refused(ending(call, tmp_path, model, "tasks=[]"), "has no section tasks with a task")
+    refused(ending(call, tmp_path, model, "output="), "output must name a folder")
     copies = {name: (model / name).read_bytes() for name in os.listdir(model)}
     for name, content in (("model.safetensors", copies["model.safetensors"][:100]),
                           ("config.json", b"[]"), ("config.json", b"")):  # fmt: skip

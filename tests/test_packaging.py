@@ -89,7 +89,7 @@ def test_the_models_alone_are_installed(site):
     assert names - {"__pycache__"} == {"curves", "lion_kernels", "mlm", "models_hydra",
                                        "models_lion", "models_vim", "state_space"}  # fmt: skip
     parts = {path.stem for path in (site / "mlm").glob("*.py")}
-    assert parts == {"__init__", "card", "encoder", "mixers", "modeling"}
+    assert parts == {"__init__", "card", "encoder", "fields", "mixers", "modeling"}
 
 
 def test_a_saved_model_is_loaded_with_the_package_alone(site, saved, tmp_path):
