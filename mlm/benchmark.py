@@ -59,7 +59,7 @@ def make_cases(paths: list[str], values: list[str], lengths: list[int], tokens: 
     """Raises ValueError for bad settings."""
     cases = []
     for length, path in product(lengths, paths):
-        given = {"data": "", **override(read_yaml(path), values), "length": length}
+        given = {"data": "unused", **override(read_yaml(path), values), "length": length}
         settings = typed(Settings, given, path)
         settings.check()
         options = check(LionBertConfig.__annotations__, settings.model, "the section model")

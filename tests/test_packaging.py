@@ -32,7 +32,7 @@ torch.save(model(torch.arange(20)[None]).logits, again + "/logits.pth")
 """
 TRAIN = """
 import os, sys, torch
-from torch.utils.data import TensorDataset
+from accelerate.data_loader import prepare_data_loader
 from transformers import Trainer, TrainingArguments
 import mlm.benchmark, mlm.glue, mlm.prepare, mlm.pretrain
 from mlm.modeling import LionBertConfig, LionBertForSequenceClassification
@@ -50,6 +50,9 @@ arguments = TrainingArguments(output_dir=sys.argv[2], max_steps=1, report_to=[],
 for rows in (Rows(), Stream()):
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     assert trainer.train().global_step == 1 and trainer.evaluate()["eval_loss"] > 0
+for rows in (Rows(), Stream()):  # as one of two processes has them
+    loader = torch.utils.data.DataLoader(rows, batch_size=1)
+    assert len(list(prepare_data_loader(loader, num_processes=2, process_index=0))) == 2
 print("datasets", sys.modules["datasets"].__file__)
 """
 
