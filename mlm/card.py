@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LOADER = "modeling_lion"
+CARD = "README.md"
 
 _MODULE = '''"""The classes of this model, for `from_pretrained(..., trust_remote_code=True)`."""
 
@@ -17,7 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 '''
 
-_CARD = """---
+_CARD_TEXT = """---
 library_name: transformers
 tags:
 - lion
@@ -54,6 +55,6 @@ def write_card(folder: Path, classes: Iterable[str], *, mixer: str, auto: str) -
     """
     names = "\n".join(f"        {name}," for name in sorted(classes))
     (folder / f"{LOADER}.py").write_text(_MODULE.format(names=names))
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.exists():
-        card.write_text(_CARD.format(mixer=mixer, auto=auto, loader=LOADER))
+        card.write_text(_CARD_TEXT.format(mixer=mixer, auto=auto, loader=LOADER))

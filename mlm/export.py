@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mlm.card import CARD
+
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes the model and its tokeniser to `folder`.
@@ -21,6 +23,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
             temporary.rename(folder)
             return
         for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
+            if path.name != CARD or not (folder / CARD).exists():  # it may be edited by hand
+                os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

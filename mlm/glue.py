@@ -264,7 +264,7 @@ def _run(job: Job) -> dict[str, float]:
 
 def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
     """The scores of all jobs, spread over devices; those with a `start` come after the others."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once: what is done is kept
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once: what is done is kept
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for device in devices:
@@ -274,6 +274,7 @@ def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
         for second in (False, True):
             turn = [job for job in jobs if bool(job.task.start) is second]
             results |= zip(((j.name, j.seed) for j in turn), pool.map(_run, turn), strict=True)
+    signal.signal(signal.SIGINT, before)
     return [results[job.name, job.seed] for job in jobs]
 
 

@@ -82,6 +82,7 @@ def test_a_model_folder_is_whole_at_every_kill(corpus, tmp_path):
     old, new = LionBertForMaskedLM(config), LionBertForMaskedLM(config)
     folder, kills = tmp_path / "model", 0
     export(old, tokenizer, folder)
+    (folder / "README.md").write_text("by hand")
     expected = {path.name: path.stat().st_size for path in folder.iterdir()}
     while killed_at_change(kills, export, new, tokenizer, folder):
         kills += 1
@@ -91,6 +92,7 @@ def test_a_model_folder_is_whole_at_every_kill(corpus, tmp_path):
     assert kills > 5
     assert same(AutoModelForMaskedLM.from_pretrained(folder).state_dict(), new.state_dict())
     assert os.listdir(tmp_path) == ["model"]
+    assert (folder / "README.md").read_text() == "by hand"
 
 
 @pytest.mark.parametrize("number", [1, 2])
