@@ -105,6 +105,13 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
     raise ValueError("\n".join([f"no checkpoint in {folder} is readable:", *problems]))
 
 
+def discard(folder: str | Path) -> None:
+    """Remove the checkpoints of a run that another one takes the place of."""
+    current = Path(folder) / "checkpoint.pth"
+    for path in (_previous(current), current):
+        path.unlink(missing_ok=True)
+
+
 def weights_of(checkpoint: dict, *, ema: bool = False, source: str | Path) -> dict:
     """The state dict in a checkpoint of this repository, DeiT or timm; a bare one is returned.
 

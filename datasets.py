@@ -1,14 +1,11 @@
-"""Labelled images by data set name, seeded augmentation, and what loader workers need."""
+"""Labelled images by data set name, and seeded augmentation."""
 
-import atexit
 import gzip
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import random
-import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
+from torch.utils import data
+from torch.utils.data import ConcatDataset, DataLoader, Subset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from files import inside
 from images import load_image
-from processes import STOP_SIGNALS
+from workers import ignore_signals  # noqa: F401  (for the loaders of these data sets)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +46,16 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 Transform = Callable[[Image.Image], Any]
 
 
+# Hugging Face's libraries find this module in the place of their package `datasets`, and ask
+# whether a data set is an instance of these: none is, so they take it as PyTorch's.
+class Dataset:
+    """A table of the package `datasets`: there are none here."""
+
+
+class IterableDataset:
+    """A stream of the package `datasets`: there are none here."""
+
+
 def build_dataset(
     name: str,
     data_path: str | os.PathLike,
@@ -55,7 +63,7 @@ def build_dataset(
     train: bool,
     transform: Transform | None = None,
     inat_category: str = "name",
-) -> tuple[Dataset, int]:
+) -> tuple[data.Dataset, int]:
     """The training or evaluation images of a data set, and its number of classes.
 
     Samples are `(image, label)`: an RGB PIL image, or what `transform` makes of it, and an int.
@@ -106,7 +114,7 @@ class Split(Subset):
     Raises ValueError if as many or more are held out than there are.
     """
 
-    def __init__(self, dataset: Dataset, count: int, *, held_out: bool) -> None:
+    def __init__(self, dataset: data.Dataset, count: int, *, held_out: bool) -> None:
         if count >= len(dataset):
             raise ValueError(
                 f"--holdout {count} leaves none of the {len(dataset)} training images: hold out "
@@ -117,7 +125,7 @@ class Split(Subset):
         self.classes = dataset.classes
 
 
-def fingerprint(dataset: Dataset) -> str:
+def fingerprint(dataset: data.Dataset) -> str:
     """Tells apart data sets with other files, below wherever they are, labels or classes.
 
     Those that are downloaded are known by their classes and length: their files are verified.
@@ -131,7 +139,7 @@ def fingerprint(dataset: Dataset) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-class ImageList(Dataset):
+class ImageList(data.Dataset):
     """Images from a list of (path, label)."""
 
     def __init__(
@@ -153,7 +161,7 @@ class ImageList(Dataset):
         return len(self.samples)
 
 
-class IdxImages(Dataset):
+class IdxImages(data.Dataset):
     """Fashion-MNIST as RGB images, from a folder with its IDX files, packed (.gz) or not.
 
     Raises:
@@ -210,7 +218,7 @@ def _fashion_mnist_folder(root: Path) -> Path:
     return downloaded
 
 
-def _downloaded(dataset_class: type, root: Path, **kwargs) -> Dataset:
+def _downloaded(dataset_class: type, root: Path, **kwargs) -> data.Dataset:
     try:
         return dataset_class(root, download=True, **kwargs)
     except ModuleNotFoundError as error:
@@ -356,7 +364,7 @@ def _require_folder(root: Path) -> None:
         raise ValueError(f"The data folder {root} does not exist: check --data-path.")
 
 
-class SeededDataset(Dataset):
+class SeededDataset(data.Dataset):
     """Training samples whose augmentation depends on (seed, draw) alone.
 
     Indexed by `(index, draw)` as `EpochSampler` yields them, so the stream of samples is the same
@@ -374,7 +382,7 @@ class SeededDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Transform, *, seed: int, max_corrupt: int = 100
+        self, dataset: data.Dataset, transform: Transform, *, seed: int, max_corrupt: int = 100
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -477,22 +485,3 @@ def _random_states_restored() -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.default_generator.set_state(torch_state)
-
-
-def ignore_signals(worker_id: int) -> None:
-    """`worker_init_fn` of a loader: its workers outlive the signals that stop a run.
-
-    Launchers and terminals signal all processes at once, but the training process still needs
-    its workers to finish the step and save. They end with their loader or their process.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _kill_workers() -> None:
-    """End workers that an exception kept alive: Python would send them SIGTERM, and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

@@ -28,6 +28,7 @@ from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
 from processes import Peers, init_distributed
 from utils import peak_memory, run_command
+from workers import end_with_parent
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # of softmax on GPUs
 
@@ -58,7 +59,7 @@ def make_cases(paths: list[str], values: list[str], lengths: list[int], tokens: 
     """Raises ValueError for bad settings."""
     cases = []
     for length, path in product(lengths, paths):
-        given = {"data": "", **override(read_yaml(path), values), "length": length}
+        given = {"data": "unused", **override(read_yaml(path), values), "length": length}
         settings = typed(Settings, given, path)
         settings.check()
         options = check(LionBertConfig.__annotations__, settings.model, "the section model")
@@ -102,7 +103,7 @@ def _training(case: Case, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         with autocast(device, dtype):
-            loss = model(ids, labels=labels).loss
+            loss = model(ids, labels=labels, targets_only=True).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -133,7 +134,12 @@ def row(case: Case, first: list[Case]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("mlm.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("configs", nargs="+", metavar="CONFIG", help="of mlm.pretrain; with key=value for all")
+    add(
+        "configs",
+        nargs="+",
+        metavar="CONFIG",
+        help="of mlm.pretrain, with key=value for all: python -m mlm.pretrain --help",
+    )
     add("--lengths", nargs="+", type=int, default=[128, 4096, 16384], help="tokens of a window")
     add("--tokens", type=int, default=2**16, help="of a step; a window is the least")
     add("--seconds", type=float, default=5, help="for each case")
@@ -154,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
             print("|--:|--:|---|--:|--:|--:|", flush=True)
             first = []
             for case in cases:
-                with ProcessPoolExecutor(1, mp_context=processes) as fresh:
+                with ProcessPoolExecutor(1, processes, end_with_parent) as fresh:
                     case = fresh.submit(measure, case, args.seconds, args.threads).result()
                 if case.name == cases[0].name:
                     first.append(case)

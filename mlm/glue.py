@@ -1,11 +1,11 @@
 """Fine-tunes on GLUE or other TSV files: python -m mlm.glue mlm/configs/glue.yaml --model PATH"""
 
-import argparse
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -26,14 +27,18 @@ from transformers import (
 from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
-from engine import autocast
+from engine import LOG_INTERVAL, autocast
+from files import replacing
 from journal import require_writable, to_json
 from locking import only_run_in
-from mlm.settings import check_ranges, override, read_yaml, typed
+from mlm.export import export
+from mlm.fields import setting
+from mlm.settings import check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
 from processes import Peers, World, init_distributed
 from utils import run_command, seed_everything, setup_logging
+from workers import end_with_parent
 
 WARMUP_SHARE = 0.06
 BETAS, EPS = (0.9, 0.98), 1e-6
@@ -42,12 +47,12 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Settings:
-    data: str
-    tasks: dict
-    output: str = "outputs/glue"
-    length: int = 128
-    lr: float = 1e-5
-    device: str = "auto"  # cuda spreads the jobs over all GPUs
+    data: str = setting("folder of the TSV files")
+    tasks: dict = setting("a section for each task, below")
+    output: str = setting("folder of the models and tables", "outputs/glue")
+    length: int = setting("tokens of an example, at most", 128)
+    lr: float = setting("peak learning rate", 1e-5)
+    device: str = setting("auto and cuda spread the jobs over all GPUs", "auto")
 
 
 @dataclass(frozen=True)
@@ -95,37 +100,81 @@ def batches(
 
 
 def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
-    """Trains, scores each evaluation file, and leaves the model and `result.json` in its folder.
+    """Trains, leaves the model in its folder, scores each evaluation file, and `result.json`.
 
-    Returns the metrics by file and name; those of a finished job of the same settings are read.
+    Returns the metrics by file and name. What an earlier call has done of the same job, of the same
+    data and weights, is not done again. Raises FloatingPointError for a loss that is not finite.
     """
-    done = job.folder / "result.json"
-    weights = hashlib.sha256(Path(job.model, "model.safetensors").read_bytes()).hexdigest()
-    facts = {**asdict(job), "weights": weights}
-    del facts["task"]["seeds"]  # others may have been added
-    if done.exists():
-        before = json.loads(done.read_text())
-        if before["job"] == facts:
-            return {k: math.nan if v is None else v for k, v in before["scores"].items()}
-    folder, task = Path(job.data), job.task
-    train = read_examples(folder, task.train, task, None)
-    tokenizer = load_tokenizer(Path(job.model))
-    seed_everything(job.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        job.model, num_labels=max(len(train.classes), 1), ignore_mismatched_sizes=True
-    ).to(device)
+    facts, result = _facts(job), job.folder / "result.json"
+    before = _read_result(result)
+    if before.get("job") != facts:
+        before = {}
+    if "scores" in before:
+        return {k: math.nan if v is None else v for k, v in before["scores"].items()}
+    task, folder = job.task, Path(job.data)
     dtype = torch.bfloat16 if task.precision == "bf16" and device.type == "cuda" else None
-    _train(model, job, train, tokenizer, device, dtype)
+    train = read_examples(folder, task.train, task, None)
+    seed_everything(job.seed)
+    if before:
+        model = AutoModelForSequenceClassification.from_pretrained(job.folder).to(device)
+        tokenizer = load_tokenizer(job.folder)
+    else:
+        model, tokenizer = _load(job, train.classes)
+        _train(model.to(device), job, train, tokenizer, device, dtype)
+        result.unlink(missing_ok=True)
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        export(model, tokenizer, job.folder)
+        _write_json({"job": facts}, result)
     scores = {}
     for name in task.eval:
         examples = read_examples(folder, name, task, train.classes)
         outputs = predict(model, examples, tokenizer, job.length, device, dtype)
         for metric, value in score(task, examples.labels, outputs).items():
             scores[f"{Path(name).stem} {metric}"] = value
-    model.save_pretrained(job.folder)
-    tokenizer.save_pretrained(job.folder)
-    done.write_text(to_json({"scores": scores, "job": facts}, indent=2) + "\n")
+    _write_json({"scores": scores, "job": facts}, result)
     return scores
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What tells a job from others: its settings, and digests of what it reads."""
+    paths = {name: Path(job.data, name) for name in (job.task.train, *job.task.eval)}
+    paths["weights"] = Path(job.model, "model.safetensors")
+    digests = {}
+    for name, path in paths.items():
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {**asdict(job), "digests": digests}
+    del facts["task"]["seeds"]  # others may have been added
+    return facts
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """{} where there is none, or one that is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    with replacing(path) as file:
+        file.write(to_json(content, indent=2) + "\n")
+
+
+def _load(job: Job, classes: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model that a job starts from, with a new head if it has another one."""
+    names = {"num_labels": 1, "problem_type": "regression"}
+    if classes:
+        names = {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+            "problem_type": "single_label_classification",
+        }
+    model = AutoModelForSequenceClassification.from_pretrained(
+        job.model, ignore_mismatched_sizes=True, **names
+    )
+    return model, load_tokenizer(Path(job.model))
 
 
 def _train(
@@ -147,18 +196,34 @@ def _train(
         lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1)),
     )
     model.train()
+    step, finite = 0, torch.ones((), dtype=torch.bool, device=device)
     bar = tqdm(desc=f"{job.name} seed {job.seed}", total=steps, unit="step", mininterval=5)
     for epoch in range(task.epochs):
         order = np.random.default_rng((job.seed, epoch)).permutation(count)
         for batch in batches(train, order, task.batch, tokenizer, job.length, device):
             with autocast(device, dtype):
                 loss = model(**batch).loss
+            finite &= loss.isfinite()
+            if device.type == "cpu" or step % LOG_INTERVAL == 0:
+                _require_finite(finite, job, step)
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             bar.update()
+            step += 1
     bar.close()
+    for parameter in model.parameters():
+        finite &= parameter.isfinite().all()
+    _require_finite(finite, job, step)
+
+
+def _require_finite(finite: Tensor, job: Job, step: int) -> None:
+    if not finite:
+        raise FloatingPointError(
+            f"The loss of {job.name}, seed {job.seed}, is not finite (step {step}); nothing of it "
+            "is saved. Try a lower lr."
+        )
 
 
 @torch.inference_mode()
@@ -193,6 +258,7 @@ _device: torch.device | None = None  # of this process of the pool
 
 def _take_device(free: Any) -> None:
     global _device
+    end_with_parent()
     _device = free.get()
     setup_logging(is_main=False)
     logging.disable_progress_bar()
@@ -209,6 +275,7 @@ def _run(job: Job) -> dict[str, float]:
 
 def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
     """The scores of all jobs, spread over devices; those with a `start` come after the others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once: what is done is kept
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for device in devices:
@@ -218,6 +285,7 @@ def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
         for second in (False, True):
             turn = [job for job in jobs if bool(job.task.start) is second]
             results |= zip(((j.name, j.seed) for j in turn), pool.map(_run, turn), strict=True)
+    signal.signal(signal.SIGINT, before)
     return [results[job.name, job.seed] for job in jobs]
 
 
@@ -239,7 +307,7 @@ def table(jobs: list[Job], scores: list[dict[str, float]]) -> tuple[str, dict[st
 
 def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
     """Raises ValueError for what can be told to be wrong before any training."""
-    check_model(model)
+    check_model(model, settings.length)
     tasks = {
         name: typed(Task, values, f"the task {name} of {source}")
         for name, values in settings.tasks.items()
@@ -248,9 +316,11 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
     for name, task in tasks.items():
         task.check(name)
         folder = Path(settings.data)
-        classes = read_examples(folder, task.train, task, None).classes
+        examples = {task.train: read_examples(folder, task.train, task, None)}
         for file in task.eval:
-            read_examples(folder, file, task, classes)
+            examples[file] = read_examples(folder, file, task, examples[task.train].classes)
+        for file in examples:
+            task.check_labels(examples[file], folder / file)
         start = model
         if task.start:
             if task.start not in tasks or tasks[task.start].start:
@@ -268,16 +338,27 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
     return jobs
 
 
-def check_model(model: str) -> None:
-    """Raises ValueError if there is no encoder at a path, or its vocabulary is another's."""
-    if not Path(model, "model.safetensors").exists():
+def check_model(model: str, length: int) -> None:
+    """Raises ValueError if there is no encoder for `length` tokens, or of another vocabulary."""
+    weights = Path(model, "model.safetensors")
+    if not weights.exists():
         raise ValueError(f"There is no model in {model}: give the folder model of a pre-training.")
     words = len(load_tokenizer(Path(model)))
-    config = AutoConfig.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with safe_open(weights, "pt") as file:
+            file.keys()
+    except Exception as error:  # of any kind: the files may hold anything
+        raise ValueError(f"cannot load the model in {model}: {error}") from error
     if config.vocab_size != words:
         raise ValueError(
             f"The model in {model} has a vocabulary of {config.vocab_size} words and its tokeniser "
             f"one of {words}: they do not belong together."
+        )
+    if getattr(config, "position_embeddings", True) and length > config.max_position_embeddings:
+        raise ValueError(
+            f"length {length} is more than the {config.max_position_embeddings} positions of the "
+            f"model in {model}: give a lower length."
         )
 
 
@@ -290,9 +371,8 @@ def devices_for(device: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("mlm.glue", description=__doc__)
-    parser.add_argument("config", help="YAML file, such as mlm/configs/glue.yaml")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
+    sections = {"": Settings, "tasks.TASK.": Task}
+    parser = settings_parser("mlm.glue", __doc__, "mlm/configs/glue.yaml", sections)
     parser.add_argument("--model", required=True, help="folder of a pre-trained model")
     parser.add_argument("--tasks", metavar="TASK,TASK", help="only these")
     args = parser.parse_intermixed_args(arguments)
@@ -301,7 +381,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     def build(_: Peers) -> Callable[[], None]:
         values = override(read_yaml(args.config), args.settings)
-        known = values.get("tasks", {})
+        known = values.get("tasks")
+        if not (known and isinstance(known, dict)):
+            raise ValueError(f"{args.config} has no section tasks with a task.")
         chosen = args.tasks.split(",") if args.tasks else known
         unknown = [name for name in chosen if name not in known]
         if unknown:
@@ -309,6 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
         values["tasks"] = {name: known[name] for name in chosen}
         settings = typed(Settings, values, args.config)
         check_ranges(settings, {"length": "[1, inf)", "lr": "(0, inf)"})
+        if not settings.output:
+            raise ValueError("output must name a folder: the models are saved there.")
         jobs = build_jobs(settings, args.config, args.model)
         devices = devices_for(settings.device)
         this_process = World(rank=0, size=1, device=torch.device(devices[0]))
@@ -319,8 +403,9 @@ def main(arguments: list[str] | None = None) -> None:
             text, means = table(jobs, run_jobs(jobs, devices))
             print(text)
             folder = Path(settings.output)
-            (folder / "results.md").write_text(text + "\n")
-            (folder / "results.json").write_text(to_json(means, indent=2) + "\n")
+            with replacing(folder / "results.md") as file:
+                file.write(text + "\n")
+            _write_json(means, folder / "results.json")
 
         return work
 

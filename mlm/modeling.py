@@ -5,274 +5,75 @@ width. Every model takes padding (`attention_mask`, on either side) and packed d
 (`document_ids`): a sequence padded, packed with others or alone gives the same result.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    initialization,
+    AutoModelForTokenClassification,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
-    BaseModelOutput,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils import can_return_tuple
 
-from models_hydra import HydraMixer
-from models_lion import FORMATS, LionAttention
-from state_space import draw_step_bias
+from mlm.encoder import LionBertConfig, LionBertModel, LionBertPreTrainedModel
+from mlm.mixers import MIXERS, HydraAttention, SoftmaxAttention  # noqa: F401
 
 
-class SoftmaxAttention(nn.Module):
-    """BERT's mixer, through PyTorch's fused attention; same interface as `LionAttention`."""
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str | None = "single_label_classification",
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean loss of logits `[..., K]`, in float32, as the kind of problem has it.
 
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(
-        self, x: Tensor, *, valid: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        mask = self._mask(valid, documents)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(rearrange(y, "b h n d -> b n (h d)"))
-
-    @staticmethod
-    def _mask(valid: Tensor | None, documents: Tensor | None) -> Tensor | None:
-        """Which keys `[B, 1, N or 1, N]` each query sees; None is all."""
-        mask = None if valid is None else valid[:, None, None]
-        if documents is None:
-            return mask
-        together = (documents[:, :, None] == documents[:, None])[:, None]
-        if mask is None:
-            return together
-        itself = torch.eye(documents.shape[1], dtype=torch.bool, device=documents.device)
-        return together & mask | itself  # no softmax over nothing, even at padding
-
-
-class HydraAttention(HydraMixer):
-    """Hydra's mixer, to which every document is handed alone, in a row of its own."""
-
-    def forward(
-        self, x: Tensor, *, valid: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        if valid is None and documents is None:
-            return super().forward(x)
-        if valid is None:
-            valid = torch.ones_like(documents, dtype=torch.bool)
-        column = positions(valid, documents)[valid]
-        row = (column == 0).cumsum(0) - 1
-        filled = valid.new_zeros(int((column == 0).sum()), x.shape[1])
-        filled[row, column] = True
-        rows = x.new_zeros(*filled.shape, x.shape[2])
-        rows[row, column] = x[valid]
-        mixed = super().forward(rows, valid=filled)
-        y = mixed.new_zeros(x.shape)
-        y[valid] = mixed[row, column]
-        return y
-
-
-def _lion(mask_type: str, config: "LionBertConfig") -> LionAttention:
-    return LionAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        mask_type=mask_type,
-        format=config.format,
-        chunk_size=config.chunk_size,
-        num_prefix_tokens=0,
-        normalise=config.normalize,
-        feature_map=config.feature_map,
-    )
-
-
-# A mixer takes `(x, valid=, documents=)`, `[B, N, C]` with bool and integer `[B, N]`, or None.
-MIXERS: dict[str, Callable[["LionBertConfig"], nn.Module]] = {
-    "softmax": lambda config: SoftmaxAttention(config.hidden_size, config.num_attention_heads),
-    "lion-lit": partial(_lion, "Lit"),
-    "lion-d": partial(_lion, "Decay"),
-    "lion-s": partial(_lion, "Selective"),
-    "hydra": lambda config: HydraAttention(config.hidden_size, config.num_attention_heads),
-}
-ORDER_BLIND = ("softmax", "lion-lit")  # mixers that tell no position from another by themselves
-
-
-@strict
-class LionBertConfig(PreTrainedConfig):
-    """Sizes as in BERT, and the mixer.
-
-    `position_embeddings` None is a learned one for the mixers that need it. `feature_map=False`
-    and `normalize=False` is the form of the published models, True the paper's.
+    Cross-entropy of classes `[...]`, -100 for none; binary cross-entropy of K labels, or squared
+    error of K values, `[..., K]`. Type None is told by the labels: one logit is a regression,
+    integers are classes. The sum over labels is divided by their number, or by
+    `num_items_in_batch`. Raises ValueError for labels of another shape.
     """
-
-    model_type = "lion"
-
-    mixer: str = "lion-s"
-    format: str = "Attention"
-    chunk_size: int = 64
-    feature_map: bool = True
-    normalize: bool = True
-    position_embeddings: bool | None = None
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_dropout_prob: float | int = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.mixer not in MIXERS:
-            raise ValueError(f"Unknown mixer {self.mixer!r}: choose one of {', '.join(MIXERS)}.")
-        if self.format not in FORMATS:
-            raise ValueError(f"Unknown format {self.format!r}: choose one of {', '.join(FORMATS)}.")
-        if self.position_embeddings is None:
-            self.position_embeddings = self.mixer in ORDER_BLIND
-        super().__post_init__(**kwargs)
-
-
-class LionBertEmbeddings(nn.Module):
-    """Words, token types and, where the model has them, positions: `[B, N]` -> `[B, N, C]`."""
-
-    def __init__(self, config: LionBertConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.words = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.types = nn.Embedding(config.type_vocab_size, width)
-        self.positions = None
-        if config.position_embeddings:
-            self.positions = nn.Embedding(config.max_position_embeddings, width)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor):
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = self.words(input_ids) + self.types(token_type_ids)
-        if self.positions is not None:
-            if input_ids.shape[1] > self.positions.num_embeddings:
-                raise ValueError(
-                    f"{input_ids.shape[1]} tokens are more than the {self.positions.num_embeddings}"
-                    " positions of the model: raise max_position_embeddings."
-                )
-            x = x + self.positions(positions)
-        return self.dropout(self.norm(x))
-
-
-class LionBertLayer(GradientCheckpointingLayer):
-    """Post-norm block: mixer and MLP, each with dropout, residual and LayerNorm."""
-
-    def __init__(self, config: LionBertConfig):
-        super().__init__()
-        self.attn = MIXERS[config.mixer](config)
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
-            nn.Linear(config.intermediate_size, config.hidden_size),
+    logits, size = logits.float(), logits.shape[-1]
+    if problem_type is None:
+        several = "multi_label" if labels.is_floating_point() else "single_label"
+        problem_type = "regression" if size == 1 else f"{several}_classification"
+    single = problem_type == "single_label_classification"
+    wanted = logits.shape[:-1] if single else logits.shape
+    other = (*wanted, 1) if single else logits.shape[:-1] if size == 1 else wanted
+    if labels.shape not in (wanted, other):
+        raise ValueError(
+            f"{problem_type} of {size} labels needs labels of shape {list(wanted)}, not "
+            f"{list(labels.shape)}: check them, num_labels and problem_type."
         )
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, valid: Tensor | None, documents: Tensor | None) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attn(x, valid=valid, documents=documents)))
-        return self.norm2(x + self.dropout(self.mlp(x)))
-
-
-class LionBertPreTrainedModel(PreTrainedModel):
-    config_class = LionBertConfig
-    base_model_prefix = "lion"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["LionBertLayer"]
-
-    def set_format(self, format: str, chunk_size: int | None = None) -> None:
-        """Computes LION's function as `Attention`, `RNN` or `Chunk`; the others have one format."""
-        for module in self.modules():
-            if isinstance(module, LionAttention):
-                module.set_format(format, chunk_size)
-        self.config.format = format
-        self.config.chunk_size = chunk_size or self.config.chunk_size
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            initialization.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                initialization.zeros_(module.bias)
-            if getattr(module, "padding_idx", None) is not None:
-                initialization.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, nn.LayerNorm):
-            initialization.ones_(module.weight)
-            initialization.zeros_(module.bias)
-        elif isinstance(module, LionAttention) and module.mask_type == "Decay":
-            initialization.normal_(module.a_i)
-        elif isinstance(module, HydraMixer):
-            initialization.copy_(module.dt_bias, draw_step_bias(module.heads))
-            initialization.zeros_(module.A_log)
-            initialization.ones_(module.D)
+    labels = labels.reshape(wanted)
+    if single:
+        total = F.cross_entropy(logits.reshape(-1, size), labels.reshape(-1), reduction="sum")
+        count = (labels != -100).sum().clamp(min=1)
+    else:
+        regression = problem_type == "regression"
+        loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
+        total, count = loss(logits, labels.float(), reduction="sum"), labels.numel()
+    return total / (count if num_items_in_batch is None else num_items_in_batch)
 
 
-class LionBertModel(LionBertPreTrainedModel):
-    """The encoder."""
+class LionBertHead(LionBertPreTrainedModel):
+    """An encoder with a head; a loss is the mean over labels, or over `num_items_in_batch`."""
+
+    accepts_loss_kwargs = True  # tells the Trainer to hand over num_items_in_batch
 
     def __init__(self, config: LionBertConfig):
         super().__init__(config)
-        self.embeddings = LionBertEmbeddings(config)
-        self.layers = nn.ModuleList(LionBertLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.words
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.words = value
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **_: Any,
-    ) -> BaseModelOutput:
-        """`[B, N]` -> `last_hidden_state` `[B, N, C]`.
-
-        `attention_mask` is 0 at padding; `document_ids` are integers, equal within a document.
-        Positions count the tokens of a document, from 0, unless `position_ids` are given.
-        """
-        valid = None if attention_mask is None else attention_mask.bool()
-        if position_ids is None:
-            counted = torch.ones_like(input_ids) if valid is None else valid
-            position_ids = positions(counted, document_ids)
-        x = self.embeddings(input_ids, token_type_ids, position_ids)
-        for layer in self.layers:
-            x = layer(x, valid, document_ids)
-        return BaseModelOutput(last_hidden_state=x)
+        self.lion = LionBertModel(config)
 
 
 class LionBertMLMHead(nn.Module):
@@ -288,12 +89,11 @@ class LionBertMLMHead(nn.Module):
         return self.decoder(self.norm(F.gelu(self.dense(x))))
 
 
-class LionBertForMaskedLM(LionBertPreTrainedModel):
+class LionBertForMaskedLM(LionBertHead):
     _tied_weights_keys = {"head.decoder.weight": "lion.embeddings.words.weight"}
 
     def __init__(self, config: LionBertConfig):
         super().__init__(config)
-        self.lion = LionBertModel(config)
         self.head = LionBertMLMHead(config)
         self.post_init()
 
@@ -306,39 +106,122 @@ class LionBertForMaskedLM(LionBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        targets_only: bool = False,  # no "label" in the name, by which the Trainer finds labels
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> MaskedLMOutput:
-        """Logits `[B, N, V]`; with `labels`, a loss and logits `[M, V]` of the M labelled tokens.
+        """Logits `[B, N, V]`, and with `labels` `[B, N]`, -100 for none, the loss of the others.
 
-        `labels` `[B, N]` are -100 where nothing is to be predicted. The loss is the mean over the
-        M tokens, or their sum divided by `num_items_in_batch`.
+        `targets_only` computes the logits `[M, V]` of the M labelled tokens alone.
         """
-        x = self.lion(
-            input_ids, attention_mask, token_type_ids, document_ids, position_ids
-        ).last_hidden_state
-        if labels is None:
-            return MaskedLMOutput(logits=self.head(x))
-        asked = labels != -100
-        logits = self.head(x[asked])
-        loss = F.cross_entropy(logits.float(), labels[asked], reduction="sum")
-        count = len(logits) if num_items_in_batch is None else num_items_in_batch
-        return MaskedLMOutput(loss=loss / count, logits=logits)
+        encoded = self.lion(
+            input_ids, attention_mask, token_type_ids, document_ids, position_ids, inputs_embeds,
+            output_hidden_states, output_attentions, return_dict=True,
+        )  # fmt: skip
+        x = encoded.last_hidden_state
+        if targets_only and labels is None:
+            raise ValueError("targets_only needs labels.")
+        if targets_only:
+            x, labels = x[labels != -100], labels[labels != -100]
+        logits, loss = self.head(x), None
+        if labels is not None:
+            loss = classification_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
 
-class LionBertForSequenceClassification(LionBertPreTrainedModel):
-    """Reads the first token; one label is a regression."""
+class LionBertForSequenceClassification(LionBertHead):
+    """Reads the first token of a sequence."""
+
+    def __init__(self, config: LionBertConfig, num_logits: int | None = None):
+        super().__init__(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, num_logits or config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """Logits `[B, K]` of sequences `[B, N]`; `labels` as the problem_type has them."""
+        encoded = self.lion(
+            input_ids, attention_mask, token_type_ids, document_ids, position_ids, inputs_embeds,
+            output_hidden_states, output_attentions, return_dict=True,
+        )  # fmt: skip
+        logits, loss = self._logits(encoded.last_hidden_state, attention_mask), None
+        if labels is not None:
+            kind = self.config.problem_type
+            loss = classification_loss(logits, labels, kind, num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states
+        )
+
+    def _logits(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Of the first token that is no padding."""
+        if attention_mask is None:
+            x = x[:, 0]
+        else:
+            x = x[torch.arange(len(x), device=x.device), attention_mask.int().argmax(1)]
+        return self.classifier(self.dropout(torch.tanh(self.pooler(x))))
+
+
+class LionBertForMultipleChoice(LionBertForSequenceClassification):
+    """Gives each choice, a sequence of its own, one logit."""
 
     def __init__(self, config: LionBertConfig):
+        super().__init__(config, num_logits=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> MultipleChoiceModelOutput:
+        """Logits `[B, K]` of the K choices `[B, K, N]`; `labels` `[B]` number the right ones."""
+        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        flat = [
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, token_type_ids, document_ids, position_ids,
+                           inputs_embeds)
+        ]  # fmt: skip
+        encoded = self.lion(*flat, output_hidden_states, output_attentions, return_dict=True)
+        logits, loss = self._logits(encoded.last_hidden_state, flat[1]).view(-1, choices), None
+        if labels is not None:
+            loss = classification_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states
+        )
+
+
+class LionBertForTokenClassification(LionBertHead):
+    def __init__(self, config: LionBertConfig):
         super().__init__(config)
-        self.lion = LionBertModel(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -346,37 +229,83 @@ class LionBertForSequenceClassification(LionBertPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **_: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits `[B, K]` of sequences `[B, N]`; with `labels` `[B]`, the mean loss too."""
-        x = self.lion(input_ids, attention_mask, token_type_ids).last_hidden_state
-        if attention_mask is None:
-            x = x[:, 0]
-        else:
-            x = x[torch.arange(len(x), device=x.device), attention_mask.int().argmax(1)]
-        logits = self.classifier(self.dropout(torch.tanh(self.pooler(x))))
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> TokenClassifierOutput:
+        """Logits `[B, N, K]`; `labels` `[B, N]` are -100 for none."""
+        encoded = self.lion(
+            input_ids, attention_mask, token_type_ids, document_ids, position_ids, inputs_embeds,
+            output_hidden_states, output_attentions, return_dict=True,
+        )  # fmt: skip
+        logits, loss = self.classifier(self.dropout(encoded.last_hidden_state)), None
+        if labels is not None:
+            loss = classification_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+
+
+class LionBertForQuestionAnswering(LionBertHead):
+    """Finds the first and the last token of an answer."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LionBertConfig):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits `[B, N]` of both ends; with both positions `[B]`, the mean of their losses.
+
+        Positions outside of the tokens are those of answers that were cut off: they do not count.
+        """
+        encoded = self.lion(
+            input_ids, attention_mask, token_type_ids, document_ids, position_ids, inputs_embeds,
+            output_hidden_states, output_attentions, return_dict=True,
+        )  # fmt: skip
+        start, end = self.qa_outputs(encoded.last_hidden_state).unbind(-1)
         loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = F.mse_loss(logits.float().squeeze(1), labels.float())
-        elif labels is not None:
-            loss = F.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        if start_positions is not None and end_positions is not None:
+            count, losses = start.shape[1], []
+            for logits, place in ((start, start_positions), (end, end_positions)):
+                place = torch.where((place >= 0) & (place < count), place, -100)
+                losses.append(classification_loss(logits, place))
+            loss = sum(losses) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start, end_logits=end, hidden_states=encoded.hidden_states
+        )
 
 
-def positions(valid: Tensor, documents: Tensor | None) -> Tensor:
-    """Number of each token `[B, N]` in its document, padding not counted."""
-    count = valid.cumsum(1) - valid.long()  # tokens before
-    if documents is None:
-        return count
-    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return count - (count * starts).cummax(1).values
+AUTO_CLASSES = {
+    AutoModel: LionBertModel,
+    AutoModelForMaskedLM: LionBertForMaskedLM,
+    AutoModelForSequenceClassification: LionBertForSequenceClassification,
+    AutoModelForTokenClassification: LionBertForTokenClassification,
+    AutoModelForQuestionAnswering: LionBertForQuestionAnswering,
+    AutoModelForMultipleChoice: LionBertForMultipleChoice,
+}
 
-
-AutoConfig.register("lion", LionBertConfig)
-AutoModel.register(LionBertConfig, LionBertModel)
-AutoModelForMaskedLM.register(LionBertConfig, LionBertForMaskedLM)
-AutoModelForSequenceClassification.register(LionBertConfig, LionBertForSequenceClassification)
+AutoConfig.register(LionBertConfig.model_type, LionBertConfig)
+for auto_class, model_class in AUTO_CLASSES.items():
+    auto_class.register(LionBertConfig, model_class)
+    LionBertConfig.saved_classes[auto_class.__name__] = model_class.__name__

@@ -6,31 +6,36 @@ whose shards are not there. Files of C4 are on the disk one at a time.
 """
 
 import argparse
-import gzip
 import hashlib
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import WordPieceTrainer
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from files import replacing
-from mlm.shards import SPECIAL_TOKENS, fingerprint_of, load_tokenizer, read_header, shard_writer
-from utils import run_command
+from journal import require_writable
+from mlm.documents import KINDS, Documents, Source, c4_sources, kind_of, local_source
+from mlm.shards import digest_of, fingerprint_of, load_tokenizer, read_header, shard_writer
+from mlm.vocabulary import (
+    WORDS,
+    document_encoder,
+    origin_of,
+    read_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+from processes import World
+from utils import outside, run_command
 
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # as SPECIAL_TOKENS
 SPLITS = ("train", "eval")
 BATCH = 256  # documents that are tokenised side by side
-C4_FILES = 1024
+RECIPE = 2  # another number where the same text gives other shards than before
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -43,150 +48,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="vocab.txt of a BERT, or a folder with tokenizer.json")  # fmt: skip
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="WORDS",
         help="make a WordPiece vocabulary of this size from the text")  # fmt: skip
+    parser.add_argument("--cased", action="store_true",
+        help="keep capitals, with vocab.txt or a new vocabulary")  # fmt: skip
     parser.add_argument("--text-field", default="text", help="of JSON objects and parquet rows")
     parser.add_argument("--eval-share", type=float, default=0.01, help="of the documents, held out")
+    parser.add_argument("--max-skipped", type=float, default=0.1,
+        help="share of a file's documents that may be no text (default: %(default)s)")  # fmt: skip
     return parser
-
-
-# ------------------------------------------------------------------------------------- documents
-
-
-def read_documents(path: Path, field: str) -> Iterator[str]:
-    """The documents of a file; ValueError naming the place where it cannot be read."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        yield from _rows(path, field)
-        return
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        try:
-            yield from _paragraphs(file) if kind == "txt" else _objects(file, path, field)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise ValueError(f"cannot read the text {path}: {error}") from error
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    paragraph = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "".join(paragraph)
-
-
-def _objects(lines: Iterable[str], path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"Line {number} of {path} is no JSON object with the field {field!r}."
-            ) from error
-        yield str(text)
-
-
-def _rows(path: Path, field: str) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow: pip install pyarrow.") from error
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(columns=[field]):
-            yield from (str(value) for value in batch.column(field).to_pylist())
-    except (ArrowInvalid, KeyError, OSError) as error:
-        raise ValueError(f"cannot read {field!r} of {path}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file of documents: what tells it from others, and the file itself while it is read."""
-
-    facts: tuple
-    file: Callable[[], AbstractContextManager[Path]]
-
-
-def local_source(path: Path) -> Source:
-    return Source((path.name, path.stat().st_size), lambda: nullcontext(path))
-
-
-def c4_sources(span: str, output: Path) -> list[Source]:
-    """The files FIRST-LAST of English C4."""
-    first, _, last = span.partition("-")
-    try:
-        numbers = range(int(first), int(last or first) + 1)
-    except ValueError:
-        numbers = range(0)
-    if not numbers or numbers[-1] >= C4_FILES:
-        raise ValueError(f"--c4 takes FIRST-LAST of 0 to {C4_FILES - 1}, not {span!r}.")
-    names = [f"en/c4-train.{number:05d}-of-{C4_FILES:05d}.json.gz" for number in numbers]
-    return [Source((name,), partial(_c4_file, name, output / ".download")) for name in names]
-
-
-@contextmanager
-def _c4_file(name: str, folder: Path) -> Iterator[Path]:
-    """Downloads a file, or the rest of it, and removes it after the block."""
-    import huggingface_hub
-
-    try:
-        path = huggingface_hub.hf_hub_download(
-            "allenai/c4", name, repo_type="dataset", local_dir=folder
-        )
-    except Exception as error:  # of HTTP, of the hub, of the disk
-        raise ValueError(f"cannot download {name} of allenai/c4: {error}") from error
-    yield Path(path)
-    shutil.rmtree(folder)
-
-
-def read_sources(sources: Iterable[Source], field: str) -> Iterator[str]:
-    for source in sources:
-        with source.file() as path:
-            yield from read_documents(path, field)
-
-
-# ------------------------------------------------------------------------------------- tokenisers
-
-
-def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
-    """BERT's uncased tokeniser with this vocabulary; an empty one can be trained."""
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
-
-
-def train_tokenizer(documents: Iterable[str], size: int) -> Tokenizer:
-    tokenizer = wordpiece({})
-    trainer = WordPieceTrainer(vocab_size=size, special_tokens=list(WORDS), show_progress=False)
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def read_vocabulary(path: Path) -> Tokenizer:
-    words = path.read_text().splitlines()
-    missing = [word for word in WORDS if word not in words]
-    if missing:
-        raise ValueError(f"The vocabulary {path} lacks {', '.join(missing)}.")
-    return wordpiece({word: number for number, word in enumerate(words)})
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    cls, sep = (tokenizer.token_to_id(word) for word in ("[CLS]", "[SEP]"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
-    )
-    named = dict(zip(SPECIAL_TOKENS, WORDS, strict=True))
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=inputs, **named
-    ).save_pretrained(folder)
-
-
-# ----------------------------------------------------------------------------------------- shards
 
 
 def held_out(document: str, share: float) -> bool:
@@ -195,11 +63,17 @@ def held_out(document: str, share: float) -> bool:
 
 
 def write_shards(
-    path: Path, stem: str, output: Path, tokenizer: Tokenizer, args: argparse.Namespace
-) -> None:
-    """Both splits of one input file."""
-    facts = (fingerprint_of(output / "tokenizer"), tokenizer.get_vocab_size())
-    texts = filter(str.strip, read_documents(path, args.text_field))
+    path: Path,
+    stem: str,
+    output: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+) -> int:
+    """Both splits of one input file; returns how many documents were no text."""
+    facts = (fingerprint_of(output / "tokenizer"), len(tokenizer))
+    encode = document_encoder(tokenizer)
+    documents = Documents(path, args.text_field, args.max_skipped)
+    texts = filter(str.strip, documents)
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc=path.name, unit="doc", unit_scale=True))
         add_train, add_eval = (
@@ -207,16 +81,21 @@ def write_shards(
             for split in SPLITS
         )
         while batch := list(islice(texts, BATCH)):
-            for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch), strict=True):
+            for text, ids in zip(batch, encode(batch), strict=True):
                 add = add_eval if held_out(text, args.eval_share) else add_train
-                add(encoding.ids)
+                add(ids)
             bar.update(len(batch))
+    return documents.skipped
+
+
+def sha256_of(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def stem_of(number: int, source: Source, args: argparse.Namespace) -> str:
     """Name of a file's shards, another one for other text or settings."""
-    facts = (*source.facts, args.text_field, args.eval_share)
-    return f"{number:05d}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
+    digest = sha256_of(RECIPE, source.name, source.digest, args.text_field, args.eval_share)
+    return f"{number:05d}-{digest[:8]}"
 
 
 def is_done(stem: str, output: Path) -> bool:
@@ -229,7 +108,9 @@ def is_done(stem: str, output: Path) -> bool:
     return True
 
 
-def write_manifest(output: Path, stems: list[str], words: int) -> dict[str, dict]:
+def write_manifest(
+    output: Path, stems: list[str], sources: list[Source], words: int
+) -> dict[str, dict]:
     fingerprint = fingerprint_of(output / "tokenizer")
     splits = {}
     for split in SPLITS:
@@ -240,7 +121,13 @@ def write_manifest(output: Path, stems: list[str], words: int) -> dict[str, dict
             "tokens": sum(tokens for _, tokens, _ in counts),
             "shards": names,
         }
-    manifest = {"tokenizer": fingerprint, "vocab_size": words, "splits": splits}
+    manifest = {
+        "tokenizer": fingerprint,
+        "vocab_size": words,
+        "digest": digest_of(fingerprint, {split: splits[split]["shards"] for split in SPLITS}),
+        "sources": [{"name": source.name, "sha256": source.digest} for source in sources],
+        "splits": splits,
+    }
     with replacing(output / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
     return splits
@@ -250,11 +137,11 @@ def build(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments; the returned function does the work."""
     if bool(args.files) == bool(args.c4):
         raise ValueError("Give files of text, or --c4 FIRST-LAST: one of the two.")
-    if not 0 <= args.eval_share < 1:
-        raise ValueError(f"--eval-share must be in [0, 1), not {args.eval_share}.")
+    for name, interval in (("eval_share", "[0, 1)"), ("max_skipped", "[0, 1]")):
+        if wrong := outside(getattr(args, name), interval):
+            raise ValueError(f"--{name.replace('_', '-')} {wrong}.")
     for path in args.files:
-        kind = path.name.removesuffix(".gz").rpartition(".")[2]
-        if kind not in ("txt", "json", "jsonl", "parquet"):
+        if kind_of(path) not in KINDS:
             raise ValueError(f"{path} is no .txt, .json, .jsonl (or these with .gz) or .parquet.")
         if not path.is_file():
             raise ValueError(f"The text {path} does not exist.")
@@ -262,36 +149,59 @@ def build(args: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(f"--train-tokenizer must be above {len(WORDS)}.")
     if args.tokenizer and not args.tokenizer.exists():
         raise ValueError(f"The tokeniser {args.tokenizer} does not exist.")
-    files = map(local_source, args.files)
-    return prepare(args, c4_sources(args.c4, args.output) if args.c4 else list(files))
+    if args.cased and args.tokenizer and args.tokenizer.suffix != ".txt":
+        raise ValueError(f"--cased is for vocab.txt: {args.tokenizer} itself says what it keeps.")
+    require_writable(args.output, World(0, 1, torch.device("cpu")), "--output")
+    if args.c4:
+        return prepare(args, c4_sources(args.c4, args.output))
+    return prepare(args, [local_source(path) for path in args.files])
 
 
 def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], None]:
     """Makes the shards. Text that cannot be read is the user's error, as bad arguments are."""
-    folder = args.output / "tokenizer"
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.train_tokenizer is None:
-        if args.tokenizer.is_dir():
-            load_tokenizer(args.tokenizer).save_pretrained(folder)
-        else:
-            save_tokenizer(read_vocabulary(args.tokenizer), folder)
-    elif not (folder / "tokenizer.json").exists():
-        texts = read_sources(sources, args.text_field)
-        save_tokenizer(train_tokenizer(texts, args.train_tokenizer), folder)
-    tokenizer = load_tokenizer(folder).backend_tokenizer
-    stems = []
+    tokenizer = make_tokenizer(args, sources)
+    for leftover in args.output.glob(".*.bin.saving"):  # of a call that was killed
+        leftover.unlink()
+    stems, skipped = [], 0
     for number, source in enumerate(sources):
         stems.append(stem_of(number, source, args))
         if not is_done(stems[-1], args.output):
             with source.file() as path:
-                write_shards(path, stems[-1], args.output, tokenizer, args)
-    splits = write_manifest(args.output, stems, tokenizer.get_vocab_size())
+                skipped += write_shards(path, stems[-1], args.output, tokenizer, args)
+    splits = write_manifest(args.output, stems, sources, len(tokenizer))
 
     def report() -> None:
         for split, facts in splits.items():
             print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+        if skipped:
+            print(f"skipped: {skipped:,} documents that are no text")
 
     return report
+
+
+def make_tokenizer(args: argparse.Namespace, sources: list[Source]) -> PreTrainedTokenizerFast:
+    """The tokeniser in the output folder: the one given, or one made of this very text.
+
+    One that was made of the same text in an earlier call is kept: a new one would differ.
+    """
+    folder = args.output / "tokenizer"
+    if args.tokenizer:
+        tokenizer = read_tokenizer(args.tokenizer, lowercase=not args.cased)
+        save_tokenizer(tokenizer, folder, origin="")
+    else:
+        text = [(source.name, source.digest) for source in sources]
+        origin = sha256_of(RECIPE, args.train_tokenizer, args.cased, args.text_field, text)
+        if origin_of(folder) != origin:
+            texts = _read_all(sources, args)
+            tokenizer = train_tokenizer(texts, args.train_tokenizer, lowercase=not args.cased)
+            save_tokenizer(tokenizer, folder, origin)
+    return load_tokenizer(folder)
+
+
+def _read_all(sources: Iterable[Source], args: argparse.Namespace) -> Iterator[str]:
+    for source in sources:
+        with source.file() as path:
+            yield from Documents(path, args.text_field, args.max_skipped, tell=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

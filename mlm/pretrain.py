@@ -1,13 +1,12 @@
 """Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
 
-import argparse
 import math
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,20 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import checkpoint
-from datasets import ignore_signals
 from engine import LOG_INTERVAL, StepCheck, autocast, require_finite, without_sync
 from journal import Journal, Mean, Progress, provenance, require_writable
 from locking import only_run_in
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
+from mlm.export import export
+from mlm.fields import setting
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
-from mlm.settings import check, check_ranges, override, read_yaml, typed
-from mlm.shards import Corpus, load_tokenizer
+from mlm.settings import check, check_ranges, override, read_yaml, settings_parser, typed
+from mlm.shards import Corpus, data_digest, load_tokenizer
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
 from utils import digest, make_deterministic, run_command, seed_everything
+from workers import ignore_signals
 
 NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these
 # Of every setting, when a run goes on.
@@ -64,32 +65,34 @@ RANGES = {
 class Settings:
     """The recipe; M2-BERT's by default."""
 
-    data: str  # folder of mlm.prepare
-    lr: float
-    model: dict[str, Any]  # of LionBertConfig; vocab_size is the data's
-    output: str = ""
-    length: int = 128
-    mask_share: float = 0.3
-    eval_mask_share: float = 0.15
-    separate_documents: bool = True  # tokens of different documents do not meet
-    global_batch: int = 4096
-    micro_batch: int = 128
-    steps: int = 70_000
-    warmup_share: float = 0.06
-    min_lr_share: float = 0.02
-    weight_decay: float = 1e-5  # at the peak learning rate, whatever that is
-    betas: list = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
-    precision: str = "bf16"  # on a GPU; fp32
-    deterministic: bool = False  # equal runs on GPUs end with equal weights bit for bit; slower
-    compile: bool = False
-    workers: int = 2
-    seed: int = 17
-    eval_every: int = 2000  # steps, with a line in log.txt
-    save_every: int = 1000  # and before every evaluation
-    device: str = "auto"
-    resume: str = ""  # auto: go on with the run in `output`
-    overwrite: bool = False
+    data: str = setting("folder of mlm.prepare")
+    lr: float = setting("peak learning rate")
+    model: dict[str, Any] = setting("section of the model, below")
+    output: str = setting("folder of the run; without one nothing is kept", "")
+    length: int = setting("tokens of a window", 128)
+    mask_share: float = setting("of the tokens, asked for in training", 0.3)
+    eval_mask_share: float = setting("in evaluation", 0.15)
+    separate_documents: bool = setting("tokens of different documents do not meet", True)
+    global_batch: int = setting("windows of a step, over all processes", 4096)
+    micro_batch: int = setting("windows of a process and pass", 128)
+    steps: int = setting("of the optimiser", 70_000)
+    warmup_share: float = setting("of the steps, in which the learning rate rises", 0.06)
+    min_lr_share: float = setting("of the peak learning rate, at the end", 0.02)
+    weight_decay: float = setting("of a step at the peak learning rate, whatever that is", 1e-5)
+    betas: list = setting("of AdamW", factory=lambda: [0.9, 0.98])
+    eps: float = setting("of AdamW", 1e-6)
+    precision: str = setting("bf16 or fp32, on a GPU", "bf16")
+    deterministic: bool = setting(
+        "equal runs on GPUs end with equal weights bit for bit; slower", False
+    )
+    compile: bool = setting("torch.compile of the encoder", False)
+    workers: int = setting("processes that load data, for each process", 2)
+    seed: int = setting("of weights, order, masks and dropout", 17)
+    eval_every: int = setting("steps between evaluations, with a line in log.txt", 2000)
+    save_every: int = setting("steps between checkpoints, beside those before evaluations", 1000)
+    device: str = setting("auto, cpu, cuda or cuda:N", "auto")
+    resume: str = setting("auto: go on with the run in output", "")
+    overwrite: bool = setting("take the place of the run in output", False)
 
     def check(self) -> None:
         """Raises ValueError for values that make no sense."""
@@ -102,7 +105,8 @@ class Settings:
             raise ValueError(f"resume must be auto or nothing, not {self.resume!r}.")
         if self.resume and not self.output:
             raise ValueError("resume=auto needs the output of the run.")
-        taken = self.output and Path(self.output, "checkpoint.pth").exists()
+        parts = ("checkpoint.pth", "checkpoint.previous.pth", "model")
+        taken = self.output and any(Path(self.output, part).exists() for part in parts)
         if taken and not (self.resume or self.overwrite):
             raise ValueError(
                 f"{self.output} holds another run: go on with it by resume=auto, replace it by "
@@ -121,13 +125,18 @@ class Settings:
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionBertForMaskedLM:
     """Raises ValueError for an unknown key, a value of another type or another vocabulary."""
     options = check(LionBertConfig.__annotations__, settings.model, "the section model")
+    if options.setdefault("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
+        raise ValueError(
+            f"The model pads with {options['pad_token_id']} and the data's tokeniser with "
+            f"{tokenizer.pad_token_id}: leave out pad_token_id."
+        )
     words = options.setdefault("vocab_size", len(tokenizer))
     if words != len(tokenizer):
         raise ValueError(
             f"The model has a vocabulary of {words} words and the data one of {len(tokenizer)}: "
             "leave out vocab_size, or prepare the data with the model's tokeniser."
         )
-    config = LionBertConfig(**options, pad_token_id=tokenizer.pad_token_id)
+    config = LionBertConfig(**options)
     if config.position_embeddings and settings.length > config.max_position_embeddings:
         raise ValueError(
             f"length {settings.length} is more than the {config.max_position_embeddings} positions "
@@ -203,10 +212,13 @@ class Pretraining:
             )
         self.accumulate = settings.global_batch // per_pass
         self.tokenizer = load_tokenizer(Path(settings.data, "tokenizer"))
+        self.data = data_digest(Path(settings.data))
         seed_everything(settings.seed)
         self.model = build_model(settings, self.tokenizer).to(world.device)
+        most = self.model.config.max_position_embeddings  # what the tokeniser cuts at if asked
+        self.tokenizer.model_max_length = max(settings.length, most)
         self.optimizer = build_optimizer(settings, self.model, world.device)
-        self.step = 0
+        self.step, self.restored = 0, False
         self.saved_meters: list[tuple[float, int]] = []
         if settings.resume:
             self._restore()
@@ -231,9 +243,15 @@ class Pretraining:
         before, now = saved.get("args", {}), asdict(self.settings)
         check_settings(before, now, RULES, source, Rule.RUN)
         tell_changes(before, now, RULES, source)
+        if saved.get("data", self.data) != self.data:
+            raise ValueError(
+                f"{source} is of other text or another tokeniser than those in "
+                f"{self.settings.data}: give the data of its training, or another output."
+            )
         checkpoint.load_weights(self.model, saved["model"], source)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
+        self.restored = True
 
     def save(self, meter: Mean) -> None:
         """The checkpoint, and the model and its tokeniser as Hugging Face has them."""
@@ -246,20 +264,31 @@ class Pretraining:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "meters": meters,
+            "data": self.data,
             "args": asdict(self.settings),
         }
         checkpoint.save(state, folder / "checkpoint.pth")
-        temporary, final = folder / ".model.saving", folder / "model"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        export(self.model, self.tokenizer, folder / "model")
+
+    def _open_output(self) -> None:
+        """Removes the run that is to be overwritten; renews what a kill left behind a checkpoint.
+
+        A model folder that is a save older than the checkpoint, or absent, is written again.
+        """
+        if not (self.settings.output and self.world.is_main):
+            return
+        folder = Path(self.settings.output)
+        if self.restored:
+            export(self.model, self.tokenizer, folder / "model")
+        elif self.settings.overwrite:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            checkpoint.discard(folder)
 
     def fit(self) -> None:
         """The steps that are left. Saves before leaving on a signal."""
         settings, world, stop = self.settings, self.world, StopSignal()
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
+        self._open_output()
         folder = settings.output if world.is_main else None
         if settings.compile:
             self.model.lion.compile()
@@ -336,7 +365,7 @@ class Pretraining:
         for number, part in enumerate(parts, start=1):
             with without_sync(model) if number < len(parts) else nullcontext():
                 with autocast(world.device, self.dtype):
-                    loss = model(**part, num_items_in_batch=asked).loss
+                    loss = model(**part, num_items_in_batch=asked, targets_only=True).loss
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
@@ -387,7 +416,7 @@ class Pretraining:
                 break
             batch = self._moved(batch)
             with autocast(self.world.device, self.dtype):
-                result = self.model(**batch, num_items_in_batch=1)
+                result = self.model(**batch, num_items_in_batch=1, targets_only=True)
             labels = batch["labels"][batch["labels"] >= 0]
             hits = (result.logits.argmax(1) == labels).sum()
             sums[:3] += torch.stack([result.loss, hits, labels.new_tensor(len(labels))]).double()
@@ -400,9 +429,9 @@ class Pretraining:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("mlm.pretrain", description=__doc__)
-    parser.add_argument("config", help="YAML file, such as mlm/configs/lion-s-base.yaml")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over those of the file")
+    sections = {"": Settings, "model.": LionBertConfig}
+    example = "mlm/configs/lion-s-base.yaml"
+    parser = settings_parser("mlm.pretrain", __doc__, example, sections)
     parser.add_argument("--dist_url", default="env://", help="how processes find each other")
     args = parser.parse_intermixed_args(arguments)
     logging.disable_progress_bar()

@@ -1,5 +1,6 @@
 """Settings of a command: a YAML file, and `key=value` arguments over it."""
 
+import argparse
 import dataclasses
 import difflib
 import types
@@ -43,6 +44,48 @@ def override(settings: dict[str, Any], arguments: Sequence[str]) -> dict[str, An
     return settings
 
 
+def settings_parser(
+    name: str, description: str, example: str, sections: dict[str, type]
+) -> argparse.ArgumentParser:
+    """Takes a YAML file and `key=value` arguments; `--help` lists the keys of the sections.
+
+    A section is a dataclass of `setting` fields, under the prefix that its keys have.
+    """
+    lines = [line for prefix, kind in sections.items() for line in _described(kind, prefix)]
+    parser = argparse.ArgumentParser(
+        name,
+        description=description,
+        epilog="\n".join(["settings, with their defaults:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help=f"YAML file, such as {example}")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="over those of the file; listed below"
+    )
+    return parser
+
+
+def _described(kind: type, prefix: str) -> list[str]:
+    """A line for each field that says what it means."""
+    lines = []
+    for field in dataclasses.fields(kind):
+        if meaning := field.metadata.get("help"):
+            shown = f"{prefix}{field.name}={_shown_default(field)}"
+            lines.append(f"  {shown:34} {meaning}")
+    return lines
+
+
+def _shown_default(field: dataclasses.Field) -> str:
+    """As a `key=value` argument gives it; VALUE where one must be given."""
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is dataclasses.MISSING:
+        return "VALUE"
+    text = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n...\n").strip()
+    return text if default != "" else ""
+
+
 def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
     """The dataclass `kind` from `values`: known keys and values of their types only."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -51,7 +94,7 @@ def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
     missing = [
         name
         for name, field in fields.items()
-        if (field.default, field.default_factory) == required and name not in checked
+        if (field.default, field.default_factory) == required and checked.get(name, "") == ""
     ]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}: give {missing[0]}=VALUE.")
@@ -97,5 +140,7 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         return value
     elif value is None and type(None) in kinds:
         return None
+    elif value is None and str in kinds:  # as in output=
+        return ""
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
     raise ValueError(f"{key} in {source} must be {names}, not {value!r}.")

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +21,8 @@ from files import inside, replacing
 HEADER = struct.Struct("<8s32sQQB7x")  # magic, SHA-256 of the tokeniser, documents, tokens, bytes
 MAGIC = b"LIONMLM1"
 SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_USUAL_NAMES = (("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+                ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))  # fmt: skip
 
 
 @contextmanager
@@ -86,10 +89,41 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ValueError(f"cannot load the tokeniser in {folder}: {error}") from error
+    _look_up_special_tokens(tokenizer)
     missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, f"{name}_id") is None]
     if missing:
-        raise ValueError(f"The tokeniser in {folder} has no {', '.join(missing)}.")
+        raise ValueError(
+            f"The tokeniser in {folder} has no {', '.join(missing)}: name them in "
+            "tokenizer_config.json."
+        )
+    _require_ids(tokenizer.get_vocab(), folder)
     return tokenizer
+
+
+def _look_up_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Names the special tokens that a bare tokenizer.json has, as BERT or RoBERTa call them."""
+    words = tokenizer.get_vocab()
+    for name, *candidates in zip(SPECIAL_TOKENS, *_USUAL_NAMES, strict=True):
+        known = [word for word in candidates if word in words]
+        if getattr(tokenizer, name) is None and known:
+            setattr(tokenizer, name, known[0])
+
+
+def _require_ids(words: dict[str, int], folder: Path) -> None:
+    """Raises ValueError if words do not have the numbers from 0 on, one each."""
+    named = {}
+    for word, number in words.items():
+        if number >= len(words):
+            raise ValueError(
+                f"The tokeniser in {folder} gives {word!r} the id {number}, beyond its vocabulary "
+                f"of {len(words)} words: number these from 0 to {len(words) - 1}."
+            )
+        if number in named:
+            raise ValueError(
+                f"The tokeniser in {folder} gives the id {number} to two words, {named[number]!r} "
+                f"and {word!r}: number them apart."
+            )
+        named[number] = word
 
 
 class Corpus:
@@ -100,11 +134,11 @@ class Corpus:
 
     def __init__(self, folder: str | Path, split: str, length: int) -> None:
         self.folder, self.length = Path(folder), length
-        names = shard_names(self.folder, split)
+        manifest = read_manifest(self.folder)
         self.fingerprint = fingerprint_of(self.folder / "tokenizer")
         self.shards = []
-        for name in names:
-            path = Path(inside(self.folder, name, self.folder / "manifest.json"))
+        for name in manifest["splits"][split]["shards"]:
+            path = self.folder / name
             _, tokens, width = read_header(path, self.fingerprint)
             if tokens >= length:
                 self.shards.append(
@@ -133,15 +167,32 @@ class Corpus:
         return self.shards[shard][start : start + self.length].astype(np.int64)
 
 
-def shard_names(folder: Path, split: str) -> list[str]:
-    """What the manifest of a prepared folder lists; ValueError if it cannot be read."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError if the folder was not prepared to the end, or names files outside of it."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return [str(name) for name in manifest["splits"][split]["shards"]]
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-    except (KeyError, TypeError) as error:
-        reason = f"it names no shards of {split} ({type(error).__name__}: {error})"
-    raise ValueError(
-        f"cannot read {folder}/manifest.json: {reason}; make the folder with python -m mlm.prepare."
-    )
+        names = [str(name) for split in manifest["splits"].values() for name in split["shards"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
+        raise ValueError(
+            f"cannot read {folder}/manifest.json: {reason}; make the folder with "
+            "python -m mlm.prepare."
+        ) from error
+    for name in names:
+        inside(folder, name, folder / "manifest.json")
+    return manifest
+
+
+def digest_of(tokenizer: str, shards: dict[str, list[str]]) -> str:
+    """Tells prepared text from other text: of the tokeniser's SHA-256 and the shards' names.
+
+    A shard's name holds a digest of its text.
+    """
+    return hashlib.sha256(json.dumps([tokenizer, shards], sort_keys=True).encode()).hexdigest()
+
+
+def data_digest(folder: Path) -> str:
+    """`digest_of` the folder's text; its manifest need not hold it."""
+    manifest = read_manifest(folder)
+    shards = {name: split["shards"] for name, split in manifest["splits"].items()}
+    return digest_of(fingerprint_of(folder / "tokenizer"), shards)

@@ -1,13 +1,15 @@
 """Sentence tasks: their settings, their TSV files and their metrics."""
 
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from mlm.fields import setting
 from mlm.settings import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -26,20 +28,20 @@ REGRESSION = ("spearman",)  # metrics of tasks whose labels are numbers
 
 @dataclass(frozen=True)
 class Task:
-    """One sentence task; `start` names the task whose model it starts from."""
+    """One sentence task."""
 
-    train: str
-    eval: list
-    text: list  # columns, one or two
-    label: str  # column
-    metrics: list
-    batch: int
-    epochs: int
-    weight_decay: float
-    seeds: list
-    header: list = field(default_factory=list)  # names of the columns, where the files have none
-    start: str | None = None
-    precision: str = "bf16"
+    train: str = setting("TSV file in the folder data")
+    eval: list = setting("TSV files in the folder data")
+    text: list = setting("columns of text, one or two")
+    label: str = setting("column of the labels")
+    metrics: list = setting(", ".join(METRICS))
+    batch: int = setting("examples of a step")
+    epochs: int = setting("times over the training file")
+    weight_decay: float = setting("of a step at the peak learning rate")
+    seeds: list = setting("one job each")
+    header: list = setting("names of the columns, where the files have none", factory=list)
+    start: str | None = setting("task whose model it starts from", None)
+    precision: str = setting("bf16 or fp32, on a GPU", "bf16")
 
     def check(self, name: str) -> None:
         """Raises ValueError for values that make no sense."""
@@ -48,13 +50,34 @@ class Task:
             raise ValueError(
                 f"Unknown metrics {unknown} of {name}: choose from {', '.join(METRICS)}."
             )
+        if self.regression and set(self.metrics) - set(REGRESSION):
+            raise ValueError(
+                f"metrics of {name} mix those of values and those of classes: give one kind."
+            )
         if len(self.text) not in (1, 2):
             raise ValueError(f"{name} must have one or two text columns, not {len(self.text)}.")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision of {name} must be bf16 or fp32, not {self.precision!r}.")
         if min(len(self.eval), len(self.seeds)) < 1:
             raise ValueError(f"eval and seeds of {name} must not be empty.")
+        for what, values in (("seeds", self.seeds), ("eval", [Path(f).stem for f in self.eval])):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} of {name} must differ in their names, not {values}.")
         check_ranges(self, RANGES, f" of {name}")
+
+    def check_labels(self, examples: "Examples", path: Path) -> None:
+        """Raises ValueError for labels of a file that the metrics, or training, make nothing of."""
+        if self.regression:
+            if len(set(examples.labels)) < 2:
+                raise ValueError(f"{path} has no two different labels, without which there is no "
+                                 "correlation.")  # fmt: skip
+        elif len(examples.classes) < 2:
+            raise ValueError(f"{path} has examples of one class alone, {examples.classes[0]!r}.")
+        elif "f1" in self.metrics and len(examples.classes) > 2:
+            raise ValueError(
+                f"f1 is a metric of two classes, and {path} has {len(examples.classes)} "
+                f"({', '.join(examples.classes[:5])}): choose accuracy or matthews."
+            )
 
     @property
     def regression(self) -> bool:
@@ -119,11 +142,15 @@ def _read_rows(path: Path, header: list[str]) -> tuple[list[str], list[list[str]
 
 def _number(label: str, path: Path) -> float:
     try:
-        return float(label)
-    except ValueError as error:
-        raise ValueError(f"{path} has the label {label!r}, which is no number.") from error
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{path} has the label {label!r}, which is no finite number.")
+    return number
 
 
 def score(task: Task, labels: list[float], outputs: list[float]) -> dict[str, float]:
-    """The task's metrics in %: of numbers of classes, or values."""
-    return {metric: 100 * float(METRICS[metric](labels, outputs)) for metric in task.metrics}
+    """The task's metrics in %: of numbers of classes, or values. Equal outputs correlate by 0."""
+    scores = {metric: 100 * float(METRICS[metric](labels, outputs)) for metric in task.metrics}
+    return {metric: value if math.isfinite(value) else 0.0 for metric, value in scores.items()}

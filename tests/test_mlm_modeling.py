@@ -11,13 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from mlm.modeling import (
-    MIXERS,
-    HydraAttention,
-    LionBertConfig,
-    LionBertForMaskedLM,
-    SoftmaxAttention,
-)
+from mlm.mixers import MIXERS, HydraAttention, SoftmaxAttention
+from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from models_lion import FEATURE_MAPS, LionAttention
 
 RUNS = [("Attention", 1), ("RNN", 1), ("Chunk", 1), ("Chunk", 5), ("Chunk", 64)]
@@ -198,13 +193,14 @@ def test_loss_is_that_of_the_labelled_tokens_alone():
     ids = torch.arange(24).view(2, 12)
     labels = torch.full_like(ids, -100)
     labels[0, 3], labels[1, 0], labels[1, 11] = 7, 8, 9
-    result = model(ids, labels=labels)
+    result = model(ids, labels=labels, targets_only=True)
     logits = model(ids).logits[labels != -100]
     assert result.logits.shape == (3, 50) and torch.allclose(result.logits, logits, atol=1e-5)
     losses = -logits.log_softmax(1)[torch.arange(3), torch.tensor([7, 8, 9])]
     assert result.loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
-    summed = model(ids, labels=labels, num_items_in_batch=12).loss
-    assert summed.item() == pytest.approx(losses.sum().item() / 12, rel=1e-5)
+    for only in (False, True):
+        summed = model(ids, labels=labels, num_items_in_batch=12, targets_only=only).loss
+        assert summed.item() == pytest.approx(losses.sum().item() / 12, rel=1e-5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -1,0 +1,43 @@
+"""Signals and ends of processes that work for another one: of data loaders, or of jobs."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import wait
+
+from processes import STOP_SIGNALS
+
+
+def ignore_signals(worker_id: int) -> None:
+    """`worker_init_fn` of a loader: its workers outlive the signals that stop a run.
+
+    Launchers and terminals signal all processes at once, but the training process still needs
+    its workers to finish the step and save. They end with their loader or their process.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """End workers that an exception kept alive: Python would send them SIGTERM, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def end_with_parent() -> None:
+    """Initializer of a pool: its processes end when the one that made it does, even by a kill.
+
+    They leave Ctrl-C, which a terminal sends to all, to that one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
