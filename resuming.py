@@ -36,7 +36,7 @@ REFUSALS = {
 # Of every argument of main.py, and of what a checkpoint holds beside them.
 RULES = {
     **dict.fromkeys(
-        ("model", "mask_type", "order", "pos_emb", "cls_tok", "model_kwargs", "distillation_type"),
+        ("model", "mask_type", "order", "pos_emb", "cls_tok", "model_kwargs"),
         Rule.MODEL,
     ),
     **dict.fromkeys(("opt", "layer_decay", "attn_only"), Rule.OPTIMIZER),
@@ -54,8 +54,8 @@ RULES = {
     **dict.fromkeys(
         ("opt_eps", "opt_betas", "clip_grad", "momentum", "weight_decay", "bce_loss", "smoothing",
          "cosub", "drop", "drop_path", "train_mode", "model_ema", "model_ema_decay", "format",
-         "chunk_size", "amp", "amp_dtype", "distillation_alpha", "distillation_tau",
-         "teacher_model", "teacher_path"),
+         "chunk_size", "amp", "amp_dtype", "distillation_type", "distillation_alpha",
+         "distillation_tau", "teacher_model", "teacher_path"),
         Rule.TAKEN_UP,
     ),
     **dict.fromkeys(

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import ROOT, TINY, call_main, refused, signal_in_step, weights
 
@@ -42,7 +43,7 @@ OTHERS = {
     "mixup_mode": "elem",
     "model_ema_force_cpu": "", "resplit": "", "finetune": "{run}/checkpoint.pth",
     "num_workers": "1", "pin_mem": None, "output_dir": "{copy}/new --resume {run}/checkpoint.pth",
-    "overwrite": "", "resume": "{run}/checkpoint.pth", "start_epoch": "0", "dist_eval": "",
+    "overwrite": "", "resume": "{own}/checkpoint.pth", "start_epoch": "0", "dist_eval": "",
     "device": "auto", "torchcompile": "eager", "channels_last": "", "distributed": "",
     "world_size": "2", "dist_url": "env://?",
 }  # fmt: skip
@@ -60,6 +61,8 @@ def places(data_path, tmp_path_factory) -> dict[str, Path]:
         signal_in_step(patch, 2)
         call_main(*shared, "--output_dir", root / "stopped")
     shutil.copytree(data_path, root / "copy")
+    teacher = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.save({"model": teacher}, root / "teacher.pth")
     return {"run": root / "run", "stopped": root / "stopped", "copy": root / "copy"}
 
 
@@ -67,7 +70,10 @@ def option(name: str, places: dict[str, Path]) -> list[str]:
     value = OTHERS[name]
     if value is None:
         return [f"--no-{name.replace('_', '-')}"]
-    return [f"--{name}", *value.format(teacher=places["run"] / "none.pth", **places).split()]
+    return [
+        f"--{name}",
+        *value.format(teacher=places["run"].parent / "teacher.pth", **places).split(),
+    ]
 
 
 @pytest.fixture
@@ -91,12 +97,29 @@ def test_every_argument_has_a_rule_and_a_test():
 SAID = r"Going on from .*checkpoint\.pth with another setting: (\w+): checkpoint .*, now .*"
 
 
-@pytest.mark.parametrize("name", [n for n, r in RULES.items() if r in (Rule.FREE, Rule.TAKEN_UP)
-                                  and n not in EVALUATION])  # fmt: skip
-def test_settings_that_may_change(name, places, resumed):
-    ended = resumed("run", *option(name, places))
+MAY_CHANGE = {name for name, rule in RULES.items() if rule in (Rule.FREE, Rule.TAKEN_UP)}
+WITH_TOKEN = {"distillation_type"}  # in a test of its own: the model needs a distillation token
+
+
+@pytest.mark.parametrize("name", sorted(MAY_CHANGE - EVALUATION - WITH_TOKEN))
+def test_settings_that_may_change(name, places, resumed, tmp_path):
+    ended = resumed("run", *option(name, {**places, "own": tmp_path / "run"}))
     assert ended.code == 0, ended.err
     assert re.findall(SAID, ended.out) == ([name] if RULES[name] is Rule.TAKEN_UP else [])
+
+
+def test_a_teacher_may_come_later_to_a_model_with_its_token(places, run, data_path, tmp_path):
+    shared = (*LIT, "--data-path", data_path, "--output_dir", tmp_path)
+    token = ("--model", "lion_tiny_distilled_patch16_224")
+    assert run(*shared, *token).code == 0
+    teacher = option("distillation_type", places)
+    ended = run(*shared, *token, *teacher, "--resume", "auto", "--epochs", "2")
+    assert ended.code == 0 and "distillation_type: checkpoint none, now hard" in ended.out
+    ended = run(*shared, *token, "--eval", "--resume", tmp_path / "checkpoint.pth")
+    assert ended.code == 0, ended.err
+    without = (*LIT, "--data-path", data_path, "--output_dir", places["run"], *teacher)
+    ended = run(*without, "--resume", "auto")
+    assert ended.code == 2 and "is of another model: " in ended.err
 
 
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if r is Rule.OPTIMIZER])
@@ -106,16 +129,12 @@ def test_settings_that_the_optimiser_depends_on(name, places, resumed):
 
 
 # Of these weights differ in name or shape, which are listed then.
-TOLD_BY_WEIGHTS = {"model", "distillation_type", "pos_emb", "mask_type"}
+TOLD_BY_WEIGHTS = {"model", "pos_emb", "mask_type"}
 
 
 @pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if r is Rule.MODEL])
 def test_settings_that_the_weights_depend_on(name, evaluation, places, resumed):
-    if evaluation and name == "distillation_type":
-        return  # nothing is distilled
-    if name == "distillation_type":
-        torch.save(dict(model={}), places["run"] / "none.pth")
     ended = resumed("run", *option(name, places), *evaluation)
     assert ended.code == 2 and "is of another model: " in ended.err
     if name not in TOLD_BY_WEIGHTS:

@@ -15,6 +15,8 @@ from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step
 
 import checkpoint
 import main
+from datasets import ignore_signals
+from processes import STOP_SIGNALS
 
 SHORT = (*TINY, "--batch-size", "24", "--epochs", "2", "--model-ema-decay", "0.9")
 STEPS = 5
@@ -47,6 +49,12 @@ def test_a_run_saves_and_its_workers_survive(number, whole, run, data_path, tmp_
     assert "Stopped at epoch 0, step 2: go on by --resume auto\n" in ended.out
     assert run(*arguments, "--resume", "auto").code == 0
     assert_same_run(tmp_path, whole)
+
+
+def test_workers_ignore_what_stops_a_run(ending):  # which restores the handlers
+    ignore_signals(0)
+    assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOP_SIGNALS)
+    assert set(STOP_SIGNALS) >= {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 
 def test_nohup_is_respected():
