@@ -141,6 +141,28 @@ def test_a_reader_finds_a_whole_checkpoint_at_every_moment(path):
     assert previous.read_bytes() == before[path]
 
 
+def test_a_save_is_on_the_disk_before_it_is_renamed(path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        calls.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        calls.append(("replace", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    checkpoint.save(state(0), path)
+    assert calls == [
+        ("fsync", ".checkpoint.pth.saving"),
+        ("replace", "checkpoint.pth"),
+        ("fsync", "run"),
+    ]
+
+
 def assert_save_fails(new: dict, path, message: str) -> None:
     old = path.read_bytes()
     with pytest.raises(RuntimeError, match=f"(?s){re.escape(str(path))}.*{message}"):
