@@ -301,6 +301,6 @@ def test_teacher_weights_are_verified_by_the_hash_in_their_name(tmp_path, monkey
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/t-00000000.pth"
-        with pytest.raises(ValueError, match="cannot download the checkpoint"):
+        with pytest.raises(ValueError, match=f"cannot download {url}: its hash is"):
             checkpoint.load(url)
         server.shutdown()
