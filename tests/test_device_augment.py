@@ -152,3 +152,25 @@ def test_results_depend_on_the_seed_alone():
         results.append(transform(images))
     assert results[0].equal(results[1]) and not results[0].equal(results[2])
     assert results[0].isfinite().all()
+
+
+def test_every_layer_of_the_policy_is_applied(monkeypatch):
+    def draw(policy: RandAugment, count: int, device: torch.device) -> list:
+        names, levels = ("TranslateX", "Invert"), (4 / (0.45 * 16), 1.0)
+        return [
+            (
+                torch.full((count,), OPERATIONS.index(name)),
+                torch.full((count,), level),
+                torch.ones(count),
+            )
+            for name, level in zip(names, levels, strict=True)
+        ]
+
+    monkeypatch.setattr(RandAugment, "draw", draw)
+    images = torch.stack([picture(16, seed) for seed in range(8)])
+    results = []
+    for policy in ("none", "rand-inc1"):
+        torch.manual_seed(0)
+        results.append(build_device_transform(**STANDARD, aa=policy)(images))
+    plain, augmented = results
+    assert (augmented[..., :-4] - (255 - plain[..., 4:])).abs().max() < 1

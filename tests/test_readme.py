@@ -90,6 +90,9 @@ def test_command(line, places, tmp_path):
         words += [*TIMED, "--sizes", "32"]
     elif "distill_cifar10" in line:  # its arguments are for two kinds of model
         words += SMALL[len(MODEL) :]
+    elif "compare.py" in line:
+        words += ["--models", "lion-s-curves", "--seeds", "0"]
+        words += ["--", *SMALL, "--torchcompile", "eager"]
     elif "plot_log" not in line:
         words += SMALL
     if words[0] == "bash" and "distill_cifar10" not in line:  # compiled for speed on GPUs
@@ -107,6 +110,8 @@ def test_command(line, places, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     if "--output_dir" in line:
         assert weights(tmp_path / "run")
+    if "compare.py" in line:
+        assert "1 of 1 runs are finished" in done.stdout
     if "distill_cifar10" in line:
         scores = dict(row.split(":") for row in done.stdout.splitlines()[-4:])
         assert list(scores) == ["teacher", "none", "hard", "soft"]
