@@ -324,18 +324,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--minutes", default=float("inf"), type=float, help="then runs save and leave")
     add("--keep-checkpoints", action="store_true", help="of finished runs, too")
     add("--report", action="store_true", help="train nothing, write the table and the plot")
-    add("more", nargs="*", metavar="-- ARGUMENTS", help="of main.py, for all runs")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
-    args = parser.parse_args(arguments)
+    # argparse itself loses what follows -- behind an option.
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    args, more = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     try:
         if args.concurrent < 1 or not args.minutes > 0:
             raise ValueError("--concurrent must be at least 1, and --minutes above 0.")
         runs = read_recipe(args.recipe, args.output, models=args.models, seeds=args.seeds,
-                           more=args.more, vary=args.vary)  # fmt: skip
+                           more=more, vary=args.vary)  # fmt: skip
         if args.report:
             report(runs, args.output)
             return

@@ -129,6 +129,14 @@ def test_report_of_the_last_epoch(tmp_path, capsys):
     assert (tmp_path / "comparison.png").exists()
 
 
+def test_arguments_for_all_runs_follow_two_dashes(tmp_path, ending):
+    command = [str(recipe(tmp_path)), "--output", str(tmp_path / "out"), "--models", "d"]
+    ended = ending(compare.main, [*command, "--", "--lr", "-1"])
+    assert ended.code == 2 and "--lr must not be negative" in ended.err
+    ended = ending(compare.main, [*command, "--lr", "-1"])
+    assert ended.code == 2 and "unrecognized arguments: --lr" in ended.err
+
+
 def test_report_without_a_finished_run(tmp_path, ending):
     ended = ending(compare.main, [str(recipe(tmp_path)), "--output", str(tmp_path), "--report"])
     assert ended.code == 2 and "holds no finished run of this recipe yet" in ended.err

@@ -14,6 +14,7 @@ TIMM = {"Translate": "{}Rel"} | dict.fromkeys(
     ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"), "{}Increasing"
 )
 MOVING = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+TABLES = ("Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd")  # whole numbers throughout
 GREY = torch.full((3, 1, 1), 128.0)
 STANDARD = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # keeps the pixels
 
@@ -52,8 +53,8 @@ def test_operations_are_those_of_timm(name, level, sign):
         error = (result - by_timm(original, name, level, sign)).abs()
         if name in MOVING:  # Pillow blends pixels at the border of a moved image otherwise
             assert (error[:, 2:-2, 2:-2] > 2).float().mean() < 0.1
-        else:
-            assert error.max() <= 2
+        else:  # Pillow's blends drop what lies behind the decimal point
+            assert error.max() <= (0 if name in TABLES else 1)
 
 
 def test_each_image_has_its_own_operation():
