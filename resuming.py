@@ -36,13 +36,15 @@ REFUSALS = {
 # Of every argument of main.py, and of what a checkpoint holds beside them.
 RULES = {
     **dict.fromkeys(
-        ("model", "mask_type", "order", "pos_emb", "cls_tok", "model_kwargs"),
+        ("model", "mask_type", "order", "pos_emb", "cls_tok", "plus", "model_kwargs"),
         Rule.MODEL,
     ),
-    **dict.fromkeys(("opt", "layer_decay", "attn_only"), Rule.OPTIMIZER),
+    **dict.fromkeys(
+        ("opt", "layer_decay", "attn_only", "gate_lr_scale", "gate_weight_decay"), Rule.OPTIMIZER
+    ),
     **dict.fromkeys(
         ("batch_size", "grad_accum_steps", "repeated_aug", "seed", "data_set", "inat_category",
-         "images", "processes"),
+         "holdout", "images", "processes"),
         Rule.BETWEEN_EPOCHS,
     ),
     **dict.fromkeys(
@@ -59,14 +61,14 @@ RULES = {
         Rule.TAKEN_UP,
     ),
     **dict.fromkeys(
-        ("data_path", "input_size", "eval_crop_ratio", "crop_mode", "interpolation", "mean", "std",
-         "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob",
+        ("data_path", "cache", "input_size", "eval_crop_ratio", "crop_mode", "interpolation", "mean",
+         "std", "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob",
          "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
          "mixup_switch_prob", "mixup_mode"),
         Rule.TAKEN_UP,
     ),
     **dict.fromkeys(
-        ("model_ema_force_cpu", "resplit", "finetune", "num_workers", "pin_mem", "output_dir",
+        ("decay_init", "deterministic", "eval_interval", "model_ema_force_cpu", "resplit", "finetune", "num_workers", "pin_mem", "output_dir",
          "overwrite", "resume", "start_epoch", "eval", "use_ema", "dist_eval", "device",
          "torchcompile", "channels_last", "distributed", "world_size", "dist_url"),
         Rule.FREE,

@@ -19,10 +19,10 @@ FACTS = {"images", "processes"}  # what is compared beside the arguments
 # Of every argument: what a resumed run is given instead of what the run was given.
 OTHERS = {
     "model": "lion_tiny_distilled_patch16_224", "mask_type": "Decay", "order": "S",
-    "pos_emb": "True", "cls_tok": "True",
+    "pos_emb": "True", "cls_tok": "True", "plus": "gate", "decay_init": "multiscale",
     "model_kwargs": "patch_size=4 embed_dim=16 depth=2 num_heads=4",
     "distillation_type": "hard --teacher-path {teacher} --teacher-model test_resnet",
-    "opt": "lamb", "layer_decay": "0.5", "attn_only": "",
+    "opt": "lamb", "layer_decay": "0.5", "attn_only": "", "gate_lr_scale": "2", "gate_weight_decay": "0.1", "holdout": "4",
     "batch_size": "4", "grad_accum_steps": "2", "repeated_aug": None, "seed": "1",
     "data_set": "CIFAR10", "inat_category": "genus",
     "epochs": "3", "lr": "1e-2", "unscale_lr": "", "sched": "step", "sched_on_updates": "",
@@ -35,7 +35,7 @@ OTHERS = {
     "format": "RNN", "chunk_size": "8", "amp": None, "amp_dtype": "float16",
     "distillation_alpha": "0.1", "distillation_tau": "2", "teacher_model": "resnet18",
     "teacher_path": "x.pth",
-    "data_path": "{copy}", "input_size": "20", "eval_crop_ratio": "1", "crop_mode": "squash",
+    "data_path": "{copy}", "cache": "", "deterministic": "", "eval_interval": "2", "input_size": "20", "eval_crop_ratio": "1", "crop_mode": "squash",
     "interpolation": "nearest", "mean": "0 0 0", "std": "1 1 1", "no_aug": "",
     "color_jitter": "0.1", "aa": "none", "train_interpolation": "bilinear", "ThreeAugment": "",
     "src": "", "reprob": "0", "remode": "const", "recount": "2", "mixup": "0", "cutmix": "0",
@@ -47,6 +47,8 @@ OTHERS = {
     "device": "auto", "torchcompile": "eager", "channels_last": "", "distributed": "",
     "world_size": "2", "dist_url": "env://?",
 }  # fmt: skip
+GATED = ("--mask_type", "Selective")
+OF_GATES = {"gate_lr_scale", "gate_weight_decay"}
 EVALUATION = {"eval", "use_ema"}
 ELSEWHERE = {"data_set", "inat_category"}  # the other data have other classes, which are refused
 
@@ -57,13 +59,14 @@ def places(data_path, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     shared = (*LIT, "--data-path", data_path)
     call_main(*shared, "--output_dir", root / "run")
+    call_main(*shared, *GATED, "--output_dir", root / "gated")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         signal_in_step(patch, 2)
         call_main(*shared, "--output_dir", root / "stopped")
     shutil.copytree(data_path, root / "copy")
     teacher = timm.create_model("test_resnet", num_classes=3).state_dict()
     torch.save({"model": teacher}, root / "teacher.pth")
-    return {"run": root / "run", "stopped": root / "stopped", "copy": root / "copy"}
+    return {name: root / name for name in ("run", "gated", "stopped", "copy")}
 
 
 def option(name: str, places: dict[str, Path]) -> list[str]:
@@ -124,12 +127,13 @@ def test_a_teacher_may_come_later_to_a_model_with_its_token(places, run, data_pa
 
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if r is Rule.OPTIMIZER])
 def test_settings_that_the_optimiser_depends_on(name, places, resumed):
-    ended = resumed("run", *option(name, places))
+    which = ("gated", *GATED) if name in OF_GATES else ("run",)
+    ended = resumed(*which, *option(name, places))
     refused(ended, rf"optimiser state of .* does not fit \({name}: checkpoint .*, now .*\): resume")
 
 
 # Of these weights differ in name or shape, which are listed then.
-TOLD_BY_WEIGHTS = {"model", "pos_emb", "mask_type"}
+TOLD_BY_WEIGHTS = {"model", "pos_emb", "mask_type", "plus"}
 
 
 @pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
@@ -154,7 +158,8 @@ def test_heads_and_pooling_are_told_in_any_checkpoint_with_settings(places, run,
                                   and n not in ELSEWHERE | FACTS])  # fmt: skip
 def test_settings_that_may_change_after_an_epoch(name, places, resumed):
     ended = resumed("run", *option(name, places))
-    assert ended.code == 0 and re.findall(SAID, ended.out) == [name]
+    said = [name, "images"] if name == "holdout" else [name]
+    assert ended.code == 0 and re.findall(SAID, ended.out) == said
     ended = resumed("stopped", *option(name, places))
     refused(ended, rf".*saved in the middle of an epoch, .* \({name}: checkpoint .*, now .*\)\.")
 
