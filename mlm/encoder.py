@@ -125,10 +125,6 @@ class LionBertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LionBertLayer"]
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing, as in the configuration."""
-
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         """Computes LION's function as `Attention`, `RNN` or `Chunk`; the others have one format."""
         for module in self.modules():

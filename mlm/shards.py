@@ -112,7 +112,7 @@ def _look_up_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 def _require_ids(words: dict[str, int], folder: Path) -> None:
     """Raises ValueError if words do not have the numbers from 0 on, one each."""
     named = {}
-    for word, number in words.items():
+    for word, number in sorted(words.items()):
         if number >= len(words):
             raise ValueError(
                 f"The tokeniser in {folder} gives {word!r} the id {number}, beyond its vocabulary "

@@ -16,7 +16,7 @@ from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
          "intermediate_size": 16}  # fmt: skip
 LOAD = """
-import sys, torch
+import os, sys, torch
 from transformers import AutoModelForMaskedLM, AutoModelForTokenClassification
 folder, again = sys.argv[1:]
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -24,6 +24,7 @@ print(sys.modules["models_lion"].__file__, sys.modules["mlm.modeling"].__file__)
 other = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True)
 assert type(other).__name__ == "LionBertForTokenClassification"
 model.save_pretrained(again)
+assert set(os.listdir(again)) == set(os.listdir(folder))  # no copy of the classes' files
 model = AutoModelForMaskedLM.from_pretrained(again, trust_remote_code=True).eval()
 import mlm.modeling
 assert type(AutoModelForMaskedLM.from_pretrained(again, trust_remote_code=True)) is type(model)
@@ -119,7 +120,7 @@ def test_a_card_that_was_written_by_hand_stays(saved, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("first", ["repository", "package", "none"])
+@pytest.mark.parametrize("first", ["repository", "package"])
 def test_the_package_datasets_and_the_module_stand_each_other(first, tmp_path):
     """All commands and the Trainer work with Hugging Face's package before or behind ours."""
     package = tmp_path / "site"
@@ -129,7 +130,7 @@ def test_the_package_datasets_and_the_module_stand_each_other(first, tmp_path):
     facts = package / "datasets-5.0.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 5.0.0\n")
-    path = {"repository": [ROOT, package], "package": [package, ROOT], "none": [ROOT]}[first]
+    path = [ROOT, package] if first == "repository" else [package, ROOT]
     done = run(TRAIN, SMALL, tmp_path / "out", cwd=ROOT, path=path, PYTHONSAFEPATH="1",
                HF_MODULES_CACHE=str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr
