@@ -61,9 +61,9 @@ RULES = {
         Rule.TAKEN_UP,
     ),
     **dict.fromkeys(
-        ("data_path", "cache", "input_size", "eval_crop_ratio", "crop_mode", "interpolation", "mean",
-         "std", "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob",
-         "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
+        ("data_path", "cache", "input_size", "eval_crop_ratio", "crop_mode", "interpolation",
+         "mean", "std", "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment", "src",
+         "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
          "mixup_switch_prob", "mixup_mode"),
         Rule.TAKEN_UP,
     ),
