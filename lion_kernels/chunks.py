@@ -42,29 +42,28 @@ from lion_kernels.decay import NUM_VECTORS
 
 
 @triton.jit
-def _tile(start, size, first, CURVE, ROWS: tl.constexpr, CURVED: tl.constexpr):
+def _tile(start, size, first, CURVE, ROWS: tl.constexpr):
     """ROWS steps inside a chunk from `first` on, their tokens, and which of them are there.
 
     The chunk has `size` tokens, from the step `start` of the curve on.
     """
     inside = first + tl.arange(0, ROWS)
     valid = inside < size
-    return inside, token_at(CURVE, start + inside, valid, CURVED), valid
+    return inside, token_at(CURVE, start + inside, valid), valid
 
 
 @triton.jit
 def _resident_keys(
-    K, V, CURVE, VALID, start, size, stride_n,
+    K, V, CURVE, VALID, image, start, size, stride_n,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    CURVED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values."""
     keys, values = (), ()
     for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
         _, tokens, valid = _tile(
-            start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK, CURVED
+            start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK
         )
-        counts = key_mask(VALID, tokens, valid, PADDED)
+        counts = key_mask(VALID, image, tokens, valid)
         k = load_tile(K, tokens, valid, stride_n, D)
         phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
         keys += (phi.to(k.dtype),)
@@ -95,8 +94,7 @@ def mix_fwd_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM,
     n, heads, stride_n, sums_b, eps, curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr, PADDED: tl.constexpr,
-    ADD: tl.constexpr,
+    NORMALISE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`.
 
@@ -114,23 +112,23 @@ def mix_fwd_kernel(
     INV_DENOM += bh * n
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
-        Q + heads * D, Q + 2 * heads * D, CURVE, VALID + b * n, start, size, stride_n,
-        D, CHUNK, BLOCK, FEATURES, CURVED, PADDED,
+        Q + heads * D, Q + 2 * heads * D, CURVE, VALID, b * n, start, size, stride_n,
+        D, CHUNK, BLOCK, FEATURES,
     )  # fmt: skip
-    if CHUNKED:
+    if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 2 * D * D
         VECTORS += (bh * num_chunks + chunk) * 2 * D + tl.arange(0, D)
         earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
-        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
+        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
         q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
         q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
         rounding = tl.zeros((BLOCK,), tl.float32)
-        if CHUNKED:
+        if STATES is not None:
             fade = tl.exp2(x_i)
             out = dot(q, earlier) * fade[:, None]
             denom = tl.sum(q.to(tl.float32) * tl.load(VECTORS), 1) * fade
@@ -163,10 +161,9 @@ def mix_fwd_kernel(
 def mix_bwd_dq_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM, DO, PHI_Q, PHI_K, DELTA,
     DQ_RESIDUAL, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, side, eps, curve_weight,
+    n, heads, stride_n, sums_b, eps, curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr, PADDED: tl.constexpr,
-    ADD: tl.constexpr, LAST: tl.constexpr,
+    NORMALISE: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, sums of g_ij by query, and what `mix_bwd_dkv_kernel` reads: DELTA `[B, H, N]`,
     q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`.
@@ -188,22 +185,22 @@ def mix_bwd_dq_kernel(
     DO += (b * n * heads + h) * D
     PHI_Q += (b * n * heads + h) * D
     PHI_K += (b * n * heads + h) * D
-    DLOG_MASK += (bh * num_chunks + chunk) * SIZE
+    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
-        Q + heads * D, Q + 2 * heads * D, CURVE, VALID + b * n, start, size, stride_n,
-        D, CHUNK, BLOCK, FEATURES, CURVED, PADDED,
+        Q + heads * D, Q + 2 * heads * D, CURVE, VALID, b * n, start, size, stride_n,
+        D, CHUNK, BLOCK, FEATURES,
     )  # fmt: skip
     for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
-        found = _tile(start, size, t * BLOCK, CURVE, keys[t].shape[0], CURVED)
+        found = _tile(start, size, t * BLOCK, CURVE, keys[t].shape[0])
         store_tile(PHI_K, found[1], found[2], heads * D, keys[t], D)
-    if CHUNKED:
+    if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
         earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
-        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
+        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
         do = load_tile(DO, tokens, valid, heads * D, D)
         delta = tl.zeros((BLOCK,), tl.float32)
@@ -218,11 +215,11 @@ def mix_bwd_dq_kernel(
         store_tile(PHI_Q, tokens, valid, heads * D, q, D)
         dq = tl.zeros((BLOCK, D), tl.float32)
         of_earlier = tl.zeros((BLOCK,), tl.float32)
-        if CHUNKED:
+        if STATES is not None:
             part = dot(do, tl.trans(later))
             part = (part - delta[:, None] * tl.load(VECTORS + D)) * tl.exp2(total - y_i)[:, None]
             of_later = tl.sum(q.to(tl.float32) * part, 1)
-            tl.store(DLOG_MASK + 5 * side + inside, of_later, mask=valid)
+            tl.store(DLOG_MASK + 5 * SIZE + inside, of_later, mask=valid)
             dq = dot(do, tl.trans(earlier))
             dq = (dq - delta[:, None] * tl.load(VECTORS)) * tl.exp2(x_i)[:, None]
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
@@ -238,8 +235,8 @@ def mix_bwd_dq_kernel(
             dq = add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
         along = tl.sum(q.to(tl.float32) * dq, 1)
         tl.store(DLOG_MASK + inside, of_earlier, mask=valid)
-        tl.store(DLOG_MASK + side + inside, along - of_earlier, mask=valid)
-        if CHUNKED:
+        tl.store(DLOG_MASK + SIZE + inside, along - of_earlier, mask=valid)
+        if STATES is not None:
             dq += part
             along += of_later
         if NORMALISE and FEATURES != "none":
@@ -261,18 +258,20 @@ def mix_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_tile(
-    k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end, stride_o,
-    SIDE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    CURVED: tl.constexpr,
+    dk, dv, keys, queries, row, edge, start,
+    SIDE: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries of the steps from `start` on to dk and dv of the keys of the steps `own`.
+    """Adds BLOCK_N queries, of the steps from `start` on, to dk and dv of a tile of keys.
 
     SIDE tells queries "before" and "after" the keys' tile, and those in it up to ("until") or from
     ("past") each key itself.
     """
+    k, v, x_j, y_j, own = keys
+    PHI_Q, DO, DELTA, CURVE, SUMS, stride_o, end = queries
+    D: tl.constexpr = k.shape[1]
     steps = start + tl.arange(0, BLOCK_N)
     there = steps < end
-    tokens = token_at(CURVE, steps, there, CURVED)
+    tokens = token_at(CURVE, steps, there)
     q = load_tile(PHI_Q, tokens, there, stride_o, D)  # q', [BLOCK_N, D]
     do = load_tile(DO, tokens, there, stride_o, D)
     delta = tl.load(DELTA + tokens, mask=there, other=0.0)
@@ -295,10 +294,9 @@ def _dkv_tile(
 @triton.jit
 def mix_bwd_dkv_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, DO, PHI_Q, PHI_K, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, side,
+    n, heads, stride_n, sums_b,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    FEATURES: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
-    PADDED: tl.constexpr, ADD: tl.constexpr,
+    FEATURES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV, and sums of g_ij by key. Products are transposed, keys by queries."""
     ROWS_OF_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
@@ -318,16 +316,15 @@ def mix_bwd_dkv_kernel(
     PHI_Q += (b * n * heads + h) * D
     PHI_K += (b * n * heads + h) * D
     DELTA += bh * n
-    DLOG_MASK += (bh * num_chunks + chunk) * SIZE - low
     own = first + tl.arange(0, BLOCK)
     valid = own < end
-    tokens = token_at(CURVE, own, valid, CURVED)
+    tokens = token_at(CURVE, own, valid)
     x_j, y_j = tl.load(SUMS + own), tl.load(SUMS + SIZE + own)
     k = load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
     v = load_tile(V, tokens, valid, stride_n, D)
     dk = tl.zeros((BLOCK, D), tl.float32)
     dv = tl.zeros((BLOCK, D), tl.float32)
-    if CHUNKED:
+    if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
         later = load_state(STATES + 3 * D * D, D)
@@ -336,45 +333,38 @@ def mix_bwd_dkv_kernel(
         part_later = dot(v, tl.trans(later))
         part_later = (part_later - tl.load(VECTORS + 3 * D)) * fade
         to_later = tl.sum(k.to(tl.float32) * part_later, 1)
-        tl.store(DLOG_MASK + 4 * side + own, to_later, mask=valid)
+        tl.store(
+            DLOG_MASK + ((bh * num_chunks + chunk) * 6 + 4) * SIZE + own - low, to_later, mask=valid
+        )
         earlier = load_state(STATES + 2 * D * D, D)
         fade = tl.exp2(y_j)[:, None]
         dv += dot(k, earlier) * fade
         dk = dot(v, tl.trans(earlier))
         dk = (dk - tl.load(VECTORS + 2 * D)) * fade
+    keys = (k, v, x_j, y_j, own)
+    queries = (PHI_Q, DO, DELTA, CURVE, SUMS, heads * D, end)
     edge = tl.load(SUMS + first)
     row = tl.exp2(y_j - edge)
     for start in range(low, first, BLOCK_N):
-        dk, dv = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "before", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv = _dkv_tile(dk, dv, keys, queries, row, edge, start, "before", BLOCK_N, SIZE)
     for start in range(first, first + BLOCK, BLOCK_N):
-        dk, dv = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "until", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv = _dkv_tile(dk, dv, keys, queries, row, edge, start, "until", BLOCK_N, SIZE)
     to_earlier = tl.sum(k.to(tl.float32) * dk, 1)
     for start in range(first, first + BLOCK, BLOCK_N):
-        dk, dv = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "past", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv = _dkv_tile(dk, dv, keys, queries, row, edge, start, "past", BLOCK_N, SIZE)
     edge = tl.load(SUMS + SIZE + first + BLOCK - 1)
     row = tl.exp2(edge - x_j)
     for start in range(first + BLOCK, end, BLOCK_N):
-        dk, dv = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "after", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv = _dkv_tile(dk, dv, keys, queries, row, edge, start, "after", BLOCK_N, SIZE)
     along = tl.sum(k.to(tl.float32) * dk, 1)
-    tl.store(DLOG_MASK + 2 * side + own, along - to_earlier, mask=valid)
-    tl.store(DLOG_MASK + 3 * side + own, to_earlier, mask=valid)
-    if CHUNKED:
+    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE - low
+    tl.store(DLOG_MASK + 2 * SIZE + own, along - to_earlier, mask=valid)
+    tl.store(DLOG_MASK + 3 * SIZE + own, to_earlier, mask=valid)
+    if STATES is not None:
         dk += part_later
     phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
     dk = feature_map_grad(phi, slope, dk, FEATURES)
-    dk = tl.where(key_mask(VALID + b * n, tokens, valid, PADDED)[:, None], dk, 0.0)
+    dk = tl.where(key_mask(VALID, b * n, tokens, valid)[:, None], dk, 0.0)
     if ADD:
         dk += load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)
         dv += load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)

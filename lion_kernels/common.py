@@ -112,18 +112,18 @@ def store_state(STATES, VECTORS, index, state, vector, D: tl.constexpr):
 
 
 @triton.jit
-def token_at(CURVE, steps, valid, CURVED: tl.constexpr):
-    """Tokens that a curve visits at some steps."""
-    if CURVED:
-        return tl.load(CURVE + steps, mask=valid, other=0).to(tl.int32)
+def token_at(CURVE, steps, valid, start=0):
+    """Tokens that a curve, from `start` on in CURVE, visits at some steps; None is token order."""
+    if CURVE is not None:
+        return tl.load(CURVE + start + steps, mask=valid, other=0).to(tl.int32)
     return steps
 
 
 @triton.jit
-def key_mask(VALID, tokens, valid, PADDED: tl.constexpr):
-    """Which tokens count as keys: those that are there and not padding."""
-    if PADDED:
-        return valid & (tl.load(VALID + tokens, mask=valid, other=0) != 0)
+def key_mask(VALID, start, tokens, valid):
+    """Which tokens of the image from `start` on count as keys: those there that no VALID denies."""
+    if VALID is not None:
+        return valid & (tl.load(VALID + start + tokens, mask=valid, other=0) != 0)
     return valid
 
 

@@ -55,7 +55,6 @@ def _dot_state(a, state):
 def key_state_kernel(
     QKV, VALID, STATES, VECTORS, n, heads, stride_n,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
 ):  # fmt: skip
     """S and z of each chunk, `[B, H, chunks, D, D]` and `[B, H, chunks, D]`, float32."""
     num_chunks = tl.cdiv(n, CHUNK)
@@ -67,7 +66,7 @@ def key_state_kernel(
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
-        counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+        counts = key_mask(VALID, b * n, tokens, valid)
         k = load_tile(K, tokens, valid, stride_n, D)
         v = load_tile(K + heads * D, tokens, valid, stride_n, D)
         phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0).to(k.dtype)  # [BLOCK, D]
@@ -155,7 +154,6 @@ def mix_bwd_dq_kernel(
 def mix_bwd_dkv_kernel(
     QKV, VALID, QUERY_STATES, QUERY_VECTORS, DQKV, n, heads, stride_n, out_scale,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV."""
     num_chunks = tl.cdiv(n, CHUNK)
@@ -169,7 +167,7 @@ def mix_bwd_dkv_kernel(
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
         valid = tokens < n
-        counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+        counts = key_mask(VALID, b * n, tokens, valid)
         v = load_tile(K + heads * D, tokens, valid, stride_n, D)
         phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
         phi = tl.where(counts[:, None], phi, 0.0)

@@ -32,14 +32,14 @@ from lion_kernels.decay import NUM_VECTORS
 @triton.jit
 def key_feature_kernel(
     QKV, VALID, PHI_K, n, heads, stride_n,
-    D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """phi of the keys, zero where none count: `[B, N, H, D]`."""
     part, bh = part_of_sequence(tl.cdiv(n, BLOCK))
     b, h = bh // heads, bh % heads
     tokens = part * BLOCK + tl.arange(0, BLOCK)
     valid = tokens < n
-    counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+    counts = key_mask(VALID, b * n, tokens, valid)
     k = load_tile(QKV + b * n * stride_n + (heads + h) * D, tokens, valid, stride_n, D)
     phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
     store_tile(PHI_K + (b * n * heads + h) * D, tokens, valid, heads * D, phi, D)
@@ -101,7 +101,7 @@ def mix_fwd_kernel(
 @triton.jit
 def mix_bwd_dq_kernel(
     QKV, PHI, SUMS, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_c, sums_b, side, eps,
+    n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
@@ -159,9 +159,9 @@ def mix_bwd_dq_kernel(
         sums = added
         dq = add_dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
     for c in tl.static_range(NUM_CURVES):
-        of_curve = DLOG_MASK + c * 6 * side + bh * SIZE + rows
+        of_curve = DLOG_MASK + (c * images * heads + bh) * 6 * SIZE + rows
         tl.store(of_curve, sums[2 * c], mask=valid)
-        tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
+        tl.store(of_curve + SIZE, sums[2 * c + 1], mask=valid)
     if NORMALISE and FEATURES != "none":
         residual = tl.sum(q.to(tl.float32) * dq, 1) - eps * delta * inv_denom
         dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
@@ -173,9 +173,9 @@ def mix_bwd_dq_kernel(
 @triton.jit
 def mix_bwd_dkv_kernel(
     QKV, PHI, SUMS, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_c, sums_b, side,
+    n, heads, stride_n, sums_c, sums_b,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV, and each curve's sums of g_ij by key; products are keys by queries."""
     num_parts = tl.cdiv(n, BLOCK)
@@ -224,10 +224,10 @@ def mix_bwd_dkv_kernel(
         dv = add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
         dk = add_dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
     for c in tl.static_range(NUM_CURVES):
-        of_curve = DLOG_MASK + (c * 6 + 2) * side + bh * SIZE + rows
+        of_curve = DLOG_MASK + ((c * images * heads + bh) * 6 + 2) * SIZE + rows
         tl.store(of_curve, sums[2 * c], mask=valid)
-        tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
-    counts = key_mask(VALID + b * n, rows, valid, PADDED)
+        tl.store(of_curve + SIZE, sums[2 * c + 1], mask=valid)
+    counts = key_mask(VALID, b * n, rows, valid)
     phi, slope = feature_map_and_slope(load_tile(K, rows, valid, stride_n, D), FEATURES)
     dk = feature_map_grad(phi, slope, dk, FEATURES)
     store_tile(DK, rows, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)

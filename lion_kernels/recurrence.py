@@ -12,6 +12,8 @@ where every exponent is at most 0. Between the walks OUT is the mean of the valu
 float16 has room for, and DENOM its denominator.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +30,7 @@ from lion_kernels.common import (
     token_at,
 )
 from lion_kernels.decay import decay_cumsum
-from lion_kernels.ops import Call, mix_operator
+from lion_kernels.ops import ARGUMENTS, Call, mix_operator
 from lion_kernels.registry import operator
 
 
@@ -37,8 +39,7 @@ def recurrence_kernel(
     QKV, DECAY, CURVE, VALID, DOCUMENTS, OUT, DENOM, n, heads, prefix, stride_n,
     decay_c, decay_b, decay_n, eps, scale,
     D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
-    DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr, PADDED: tl.constexpr,
-    PACKED: tl.constexpr, CURVED: tl.constexpr,
+    DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` of QKV `[B, N, 3, H, D]`, and DENOM `[B, H, parts, N]`.
 
@@ -64,11 +65,11 @@ def recurrence_kernel(
                 else:
                     steps = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
                 valid = steps < n
-                tokens = token_at(CURVE + c * n, steps, valid, CURVED)
-                counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+                tokens = token_at(CURVE, steps, valid, c * n)
+                counts = key_mask(VALID, b * n, tokens, valid)
                 x, y = decay_cumsum(
-                    DECAY + c * decay_c + b * decay_b + h, DOCUMENTS + b * n, steps, tokens, valid,
-                    counts, prefix, decay_n, DECAYS, PACKED,
+                    DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
+                    counts, prefix, decay_n, DECAYS,
                 )  # fmt: skip
                 total = tl.min(y, 0)
                 if backwards == 0:
@@ -107,52 +108,29 @@ def recurrence_kernel(
 
 def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     """Tokens per block, columns of values per program and warps: what fits into the registers."""
-    if itemsize == 4:
-        return {
-            "BLOCK": max(16, 512 // dim),
-            "COLUMNS": min(dim, 64),
-            "num_warps": 4 if dim <= 64 else 8,
-        }
-    return {"BLOCK": 64 if dim <= 64 else 32, "COLUMNS": dim, "num_warps": 4 if dim <= 64 else 8}
+    half, warps = itemsize == 2, 4 if dim <= 64 else 8
+    block = (64 if dim <= 64 else 32) if half else max(16, 512 // dim)
+    columns = dim if half else min(dim, 64)
+    return {"BLOCK": block, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
 
 
-@operator("recurrence")
-def recurrence_operator(
-    projected: Tensor,
-    decay: Tensor | None,
-    curves: Tensor | None,
-    valid: Tensor | None,
-    documents: Tensor | None,
-    heads: int,
-    dim: int,
-    num_curves: int,
-    prefix: int,
-    lit: bool,
-    features: str,
-    normalise: bool,
-    eps: float,
-) -> Tensor:
+@operator("recurrence", f"({ARGUMENTS}) -> Tensor")
+def recurrence_operator(*arguments: Any) -> Tensor:
     """The output of `lion::mix`, `[B, N, H * D]`; it has no gradient."""
-    options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
-    call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
+    call = Call(*arguments)
     if call.plan.form == "linear":  # one state as it is
-        return mix_operator(projected, decay, curves, valid, documents, *options)[0]
-    b, n, _ = call.shape
-    out = call.like_out()
-    launch = launch_options(dim, projected.element_size())
-    parts = dim // launch["COLUMNS"]
-    recurrence_kernel[b * heads, parts](
-        **{**call.sequence_options, **call.decays, **launch}, QKV=call.qkv,
-        CURVE=call.pointer(curves),
-        VALID=call.pointer(valid), DOCUMENTS=call.pointer(documents), OUT=out,
-        DENOM=call.empty(b, heads, parts, n if normalise else 0), eps=eps / (2 * num_curves),
-        scale=dim**-0.5 / num_curves, NUM_CURVES=num_curves, NORMALISE=normalise,
-        PADDED=valid is not None, PACKED=documents is not None, CURVED=curves is not None,
-        num_stages=1,
+        return mix_operator(*arguments)[0]
+    b, n, _ = call.qkv.shape
+    out, options = call.like_out(), launch_options(call.dim, call.qkv.element_size())
+    parts = call.dim // options["COLUMNS"]
+    call.launch(
+        recurrence_kernel, (call.sequences, parts), options, OUT=out,
+        DENOM=call.empty(b, call.heads, parts, n if call.normalise else 0),
+        eps=call.eps / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
     )  # fmt: skip
     return out
 
 
 @torch.library.register_fake("lion::recurrence")
-def _(projected, decay, curves, valid, documents, heads, dim, *_):
-    return projected.new_empty(*projected.shape[:2], heads * dim)
+def _(*arguments):
+    return Call(*arguments).like_out()

@@ -5,15 +5,16 @@ from collections.abc import Callable
 import torch
 
 
-def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
+def operator(name: str, schema: str = "") -> Callable[[Callable], torch._ops.OpOverload]:
     """Makes a function of tensors that changes none of them the operator `lion::name`.
 
-    `torch.library.custom_op` does the same, but has more Python around each call.
+    Its schema is inferred if it is not given. `torch.library.custom_op` does the same, but has more
+    Python around each call.
     """
 
     def register(function: Callable) -> torch._ops.OpOverload:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(f"lion::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        found = schema or torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"lion::{name}", found, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"lion::{name}", "default", function)
         return getattr(torch.ops.lion, name).default
 

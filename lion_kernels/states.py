@@ -31,8 +31,7 @@ def chunk_state_kernel(
     QKV, SUMS, CURVE, VALID, OUT, INV_DENOM, DO, STATES, VECTORS, n, heads, stride_n, sums_b,
     curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_STATES: tl.constexpr,
-    OF_QUERIES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr, CURVED: tl.constexpr,
-    PADDED: tl.constexpr,
+    OF_QUERIES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to its states, `[B, H, chunks, NUM_STATES, D, D]`.
 
@@ -45,8 +44,7 @@ def chunk_state_kernel(
     dtype = QKV.dtype.element_ty
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * CHUNK
     Q = QKV + b * n * stride_n + h * D
-    OUT += (b * n * heads + h) * D
-    DO += (b * n * heads + h) * D
+    own = (b * n * heads + h) * D
     later = tl.zeros((D, D), tl.float32)
     earlier = tl.zeros((D, D), tl.float32)
     later_vector = tl.zeros((D,), tl.float32)
@@ -56,14 +54,14 @@ def chunk_state_kernel(
         inside = first + tl.arange(0, BLOCK)
         steps = chunk * CHUNK + inside
         valid = steps < n
-        tokens = token_at(CURVE, steps, valid, CURVED)
+        tokens = token_at(CURVE, steps, valid)
         x, y = tl.load(SUMS + inside), tl.load(SUMS + CHUNK + inside)
         if OF_QUERIES:
             a = load_tile(Q, tokens, valid, stride_n, D)
-            b_tile = load_tile(DO, tokens, valid, heads * D, D)
+            b_tile = load_tile(DO + own, tokens, valid, heads * D, D)
             weight = tl.zeros((BLOCK,), tl.float32)
             if NORMALISE:  # delta
-                out = load_tile(OUT, tokens, valid, heads * D, D)
+                out = load_tile(OUT + own, tokens, valid, heads * D, D)
                 weight = tl.sum(b_tile.to(tl.float32) * out.to(tl.float32), 1)
             inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
             factor = inv_denom * (curve_weight * D**-0.5)
@@ -72,7 +70,7 @@ def chunk_state_kernel(
             a = load_tile(Q + heads * D, tokens, valid, stride_n, D)
             b_tile = load_tile(Q + 2 * heads * D, tokens, valid, stride_n, D)
             weight = tl.full((BLOCK,), 1.0, tl.float32)
-            counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+            counts = key_mask(VALID, b * n, tokens, valid)
             factor = tl.where(counts, 1.0, 0.0)
             to_later, to_earlier = tl.exp2(total - x), tl.exp2(y)
         phi = feature_map(a, FEATURES) * factor[:, None]  # [BLOCK, D]
