@@ -23,21 +23,7 @@ begins at one token and ends at another cancels exactly between them.
 import triton
 import triton.language as tl
 
-from lion_kernels.common import (
-    add_dot,
-    decay_mask,
-    dot,
-    feature_map,
-    feature_map_and_slope,
-    feature_map_grad,
-    key_mask,
-    load_state,
-    load_tile,
-    part_of_sequence,
-    round_to,
-    store_tile,
-    token_at,
-)
+from lion_kernels import common
 from lion_kernels.decay import NUM_VECTORS
 
 
@@ -49,25 +35,31 @@ def _tile(start, size, first, CURVE, ROWS: tl.constexpr):
     """
     inside = first + tl.arange(0, ROWS)
     valid = inside < size
-    return inside, token_at(CURVE, start + inside, valid), valid
+    return inside, common.token_at(CURVE, start + inside, valid), valid
 
 
 @triton.jit
 def _resident_keys(
-    K, V, CURVE, VALID, image, start, size, stride_n,
+    Q, CURVE, VALID, PHI_K, image, start, size, heads, stride_n,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values."""
+    """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values.
+
+    They are behind the queries; PHI_K, if not None, gets a copy of phi(k).
+    """
+    K, V = Q + heads * D, Q + 2 * heads * D
     keys, values = (), ()
     for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
         _, tokens, valid = _tile(
             start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK
         )
-        counts = key_mask(VALID, image, tokens, valid)
-        k = load_tile(K, tokens, valid, stride_n, D)
-        phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
-        keys += (phi.to(k.dtype),)
-        values += (load_tile(V, tokens, valid, stride_n, D),)
+        counts = common.key_mask(VALID, image, tokens, valid)
+        k = common.load_tile(K, tokens, valid, stride_n, D)
+        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0).to(k.dtype)
+        if PHI_K is not None:
+            common.store_tile(PHI_K, tokens, valid, heads * D, phi, D)
+        keys += (phi,)
+        values += (common.load_tile(V, tokens, valid, stride_n, D),)
     return keys, values
 
 
@@ -79,7 +71,7 @@ def _mask_tile(
     columns = t * BLOCK + tl.arange(0, C)
     if t == i:
         x_j, y_j = tl.load(SUMS + columns), tl.load(SUMS + SIZE + columns)
-        mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+        mask = common.decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
     else:
         begin = tl.load(SUMS + t * BLOCK)
         end = tl.load(SUMS + SIZE + t * BLOCK + C - 1)
@@ -103,8 +95,7 @@ def mix_fwd_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
@@ -112,49 +103,47 @@ def mix_fwd_kernel(
     INV_DENOM += bh * n
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
-        Q + heads * D, Q + 2 * heads * D, CURVE, VALID, b * n, start, size, stride_n,
-        D, CHUNK, BLOCK, FEATURES,
-    )  # fmt: skip
+        Q, CURVE, VALID, None, b * n, start, size, heads, stride_n, D, CHUNK, BLOCK, FEATURES
+    )
     if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 2 * D * D
         VECTORS += (bh * num_chunks + chunk) * 2 * D + tl.arange(0, D)
-        earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
+        earlier, later = common.load_state(STATES, D), common.load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
         inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
-        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
         q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
         rounding = tl.zeros((BLOCK,), tl.float32)
         if STATES is not None:
             fade = tl.exp2(x_i)
-            out = dot(q, earlier) * fade[:, None]
+            out = common.dot(q, earlier) * fade[:, None]
             denom = tl.sum(q.to(tl.float32) * tl.load(VECTORS), 1) * fade
             fade = tl.exp2(total - y_i)
-            out += dot(q, later) * fade[:, None]
+            out += common.dot(q, later) * fade[:, None]
             denom += tl.sum(q.to(tl.float32) * tl.load(VECTORS + D), 1) * fade
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
-            w = dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
-            rounded = round_to(w, dtype)
+            w = common.dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
+            rounded = common.round_to(w, dtype)
             denom += tl.sum(w, 1)
             rounding += tl.sum(rounded - w, 1)
-            out = add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
+            out = common.add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
         out *= curve_weight
         if NORMALISE:
             denom = (denom + eps) * curve_weight
             if ADD:
                 before = 1 / tl.load(INV_DENOM + tokens, mask=valid, other=1.0)
-                out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32) * before[:, None]
+                out_before = common.load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
+                out += out_before * before[:, None]
                 denom += before
             tl.store(INV_DENOM + tokens, 1 / denom, mask=valid)
             # Rounded weights sum to 1 as well.
             out *= (1 / (denom + rounding * curve_weight))[:, None]
-        elif ADD:
-            out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
-        store_tile(OUT, tokens, valid, heads * D, out, D)
+        common.store_tile(OUT, tokens, valid, heads * D, out, D, ADD and not NORMALISE)
 
 
 @triton.jit
@@ -175,64 +164,54 @@ def mix_bwd_dq_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
     DQ = DQKV + b * n * stride_n + h * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
-    OUT += (b * n * heads + h) * D
-    DO += (b * n * heads + h) * D
-    PHI_Q += (b * n * heads + h) * D
-    PHI_K += (b * n * heads + h) * D
+    own = (b * n * heads + h) * D
+    OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
     DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
-        Q + heads * D, Q + 2 * heads * D, CURVE, VALID, b * n, start, size, stride_n,
-        D, CHUNK, BLOCK, FEATURES,
-    )  # fmt: skip
-    for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
-        found = _tile(start, size, t * BLOCK, CURVE, keys[t].shape[0])
-        store_tile(PHI_K, found[1], found[2], heads * D, keys[t], D)
+        Q, CURVE, VALID, PHI_K, b * n, start, size, heads, stride_n, D, CHUNK, BLOCK, FEATURES
+    )
     if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
-        earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
+        earlier, later = common.load_state(STATES, D), common.load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
         inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
-        do = load_tile(DO, tokens, valid, heads * D, D)
-        delta = tl.zeros((BLOCK,), tl.float32)
-        if NORMALISE:
-            out = load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
-            delta = tl.sum(do.to(tl.float32) * out, 1)
+        do = common.load_tile(DO, tokens, valid, heads * D, D)
+        delta = common.load_delta(do, OUT, tokens, valid, heads * D, NORMALISE)
         tl.store(DELTA + bh * n + tokens, delta, mask=valid)
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
         factor = inv_denom * (curve_weight * SCALE)
-        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)
         q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
-        store_tile(PHI_Q, tokens, valid, heads * D, q, D)
+        common.store_tile(PHI_Q, tokens, valid, heads * D, q, D)
         dq = tl.zeros((BLOCK, D), tl.float32)
         of_earlier = tl.zeros((BLOCK,), tl.float32)
         if STATES is not None:
-            part = dot(do, tl.trans(later))
+            part = common.dot(do, tl.trans(later))
             part = (part - delta[:, None] * tl.load(VECTORS + D)) * tl.exp2(total - y_i)[:, None]
             of_later = tl.sum(q.to(tl.float32) * part, 1)
             tl.store(DLOG_MASK + 5 * SIZE + inside, of_later, mask=valid)
-            dq = dot(do, tl.trans(earlier))
+            dq = common.dot(do, tl.trans(earlier))
             dq = (dq - delta[:, None] * tl.load(VECTORS)) * tl.exp2(x_i)[:, None]
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
-            dw = dot(do, tl.trans(values[t]))
+            dw = common.dot(do, tl.trans(values[t]))
             dw = (dw - delta[:, None]) * mask  # [BLOCK, C]
             if t == i:
                 before = tl.arange(0, BLOCK)[:, None] > tl.arange(0, dw.shape[1])[None, :]
                 dw_before = tl.where(before, dw, 0.0).to(dtype)
-                dq = add_dot(dw_before, keys[t], dq)
+                dq = common.add_dot(dw_before, keys[t], dq)
                 of_earlier = tl.sum(q.to(tl.float32) * dq, 1)
                 dw = tl.where(before, 0.0, dw)
-            dq = add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
+            dq = common.add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
         along = tl.sum(q.to(tl.float32) * dq, 1)
         tl.store(DLOG_MASK + inside, of_earlier, mask=valid)
         tl.store(DLOG_MASK + SIZE + inside, along - of_earlier, mask=valid)
@@ -248,12 +227,8 @@ def mix_bwd_dq_kernel(
                 dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
             else:
                 tl.store(DQ_RESIDUAL + bh * n + tokens, residual, mask=valid)
-        # Loaded again, as registers are few; not rounded, as dq along phi(q) cancels.
-        phi, slope = feature_map_and_slope(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
-        dq = feature_map_grad(phi, slope, dq * factor[:, None], FEATURES)
-        if ADD:
-            dq += load_tile(DQ, tokens, valid, stride_n, D).to(tl.float32)
-        store_tile(DQ, tokens, valid, stride_n, dq, D)
+        dq = common.back_to_rows(Q, tokens, valid, stride_n, dq * factor[:, None], D, FEATURES)
+        common.store_tile(DQ, tokens, valid, stride_n, dq, D, ADD)
 
 
 @triton.jit
@@ -271,9 +246,9 @@ def _dkv_tile(
     D: tl.constexpr = k.shape[1]
     steps = start + tl.arange(0, BLOCK_N)
     there = steps < end
-    tokens = token_at(CURVE, steps, there)
-    q = load_tile(PHI_Q, tokens, there, stride_o, D)  # q', [BLOCK_N, D]
-    do = load_tile(DO, tokens, there, stride_o, D)
+    tokens = common.token_at(CURVE, steps, there)
+    q = common.load_tile(PHI_Q, tokens, there, stride_o, D)  # q', [BLOCK_N, D]
+    do = common.load_tile(DO, tokens, there, stride_o, D)
     delta = tl.load(DELTA + tokens, mask=there, other=0.0)
     if SIDE == "before":
         mask = row[:, None] * tl.exp2(edge - tl.load(SUMS + SIZE + steps))[None, :]
@@ -281,13 +256,13 @@ def _dkv_tile(
         mask = row[:, None] * tl.exp2(tl.load(SUMS + steps) - edge)[None, :]
     else:
         x_i, y_i = tl.load(SUMS + steps), tl.load(SUMS + SIZE + steps)
-        mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+        mask = common.decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
         past = steps[None, :] > own[:, None]
         mask = tl.where(past == (SIDE == "past"), mask, 0.0)
-    w = dot(k, tl.trans(q)) * mask  # [BLOCK, BLOCK_N]
-    dv = add_dot(w.to(k.dtype), do, dv)  # [BLOCK, D]
-    dw = (dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
-    dk = add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
+    w = common.dot(k, tl.trans(q)) * mask  # [BLOCK, BLOCK_N]
+    dv = common.add_dot(w.to(k.dtype), do, dv)  # [BLOCK, D]
+    dw = (common.dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
+    dk = common.add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
     return dk, dv
 
 
@@ -302,44 +277,38 @@ def mix_bwd_dkv_kernel(
     ROWS_OF_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
     SIZE: tl.constexpr = ROWS_OF_CHUNK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    part, bh = part_of_sequence(num_chunks * ROWS_OF_CHUNK)
+    part, bh, b, h = common.part_of_sequence(num_chunks * ROWS_OF_CHUNK, heads)
     chunk, first = part // ROWS_OF_CHUNK, part % ROWS_OF_CHUNK * BLOCK
-    b, h = bh // heads, bh % heads
     low, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n)
     first += low
     K = QKV + b * n * stride_n + (heads + h) * D
-    V = K + heads * D
     DK = DQKV + b * n * stride_n + (heads + h) * D
-    DV = DK + heads * D
+    V, DV = K + heads * D, DK + heads * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE - low
-    DO += (b * n * heads + h) * D
-    PHI_Q += (b * n * heads + h) * D
-    PHI_K += (b * n * heads + h) * D
-    DELTA += bh * n
+    rows = (b * n * heads + h) * D
+    DO, PHI_Q, PHI_K, DELTA = DO + rows, PHI_Q + rows, PHI_K + rows, DELTA + bh * n
     own = first + tl.arange(0, BLOCK)
     valid = own < end
-    tokens = token_at(CURVE, own, valid)
+    tokens = common.token_at(CURVE, own, valid)
     x_j, y_j = tl.load(SUMS + own), tl.load(SUMS + SIZE + own)
-    k = load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
-    v = load_tile(V, tokens, valid, stride_n, D)
-    dk = tl.zeros((BLOCK, D), tl.float32)
-    dv = tl.zeros((BLOCK, D), tl.float32)
+    k = common.load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
+    v = common.load_tile(V, tokens, valid, stride_n, D)
+    dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
-        later = load_state(STATES + 3 * D * D, D)
+        later = common.load_state(STATES + 3 * D * D, D)
         fade = tl.exp2(tl.load(SUMS + low + SIZE + CHUNK - 1) - x_j)[:, None]
-        dv = dot(k, later) * fade
-        part_later = dot(v, tl.trans(later))
+        dv = common.dot(k, later) * fade
+        part_later = common.dot(v, tl.trans(later))
         part_later = (part_later - tl.load(VECTORS + 3 * D)) * fade
         to_later = tl.sum(k.to(tl.float32) * part_later, 1)
-        tl.store(
-            DLOG_MASK + ((bh * num_chunks + chunk) * 6 + 4) * SIZE + own - low, to_later, mask=valid
-        )
-        earlier = load_state(STATES + 2 * D * D, D)
+        TO_LATER = DLOG_MASK + ((bh * num_chunks + chunk) * 6 + 4) * SIZE - low
+        tl.store(TO_LATER + own, to_later, mask=valid)
+        earlier = common.load_state(STATES + 2 * D * D, D)
         fade = tl.exp2(y_j)[:, None]
-        dv += dot(k, earlier) * fade
-        dk = dot(v, tl.trans(earlier))
+        dv += common.dot(k, earlier) * fade
+        dk = common.dot(v, tl.trans(earlier))
         dk = (dk - tl.load(VECTORS + 2 * D)) * fade
     keys = (k, v, x_j, y_j, own)
     queries = (PHI_Q, DO, DELTA, CURVE, SUMS, heads * D, end)
@@ -362,11 +331,10 @@ def mix_bwd_dkv_kernel(
     tl.store(DLOG_MASK + 3 * SIZE + own, to_earlier, mask=valid)
     if STATES is not None:
         dk += part_later
-    phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
-    dk = feature_map_grad(phi, slope, dk, FEATURES)
-    dk = tl.where(key_mask(VALID, b * n, tokens, valid)[:, None], dk, 0.0)
-    if ADD:
-        dk += load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)
-        dv += load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)
-    store_tile(DK, tokens, valid, stride_n, dk, D)
-    store_tile(DV, tokens, valid, stride_n, dv, D)
+    dk = common.back_to_rows(K, tokens, valid, stride_n, dk, D, FEATURES)
+    dk = tl.where(common.key_mask(VALID, b * n, tokens, valid)[:, None], dk, 0.0)
+    if ADD:  # both loads before the stores: fewer registers spill
+        dk += common.load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)
+        dv += common.load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)
+    common.store_tile(DK, tokens, valid, stride_n, dk, D)
+    common.store_tile(DV, tokens, valid, stride_n, dv, D)

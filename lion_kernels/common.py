@@ -9,10 +9,14 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def part_of_sequence(num_parts):
-    """Which part of which sequence a program has; only the grid's first dimension may be long."""
+def part_of_sequence(num_parts, heads):
+    """Which part of which sequence a program has, and whose: an image's and a head's.
+
+    Only the grid's first dimension may be long.
+    """
     pid = tl.program_id(0)
-    return pid % num_parts, (pid // num_parts).to(tl.int64)
+    sequence = (pid // num_parts).to(tl.int64)
+    return pid % num_parts, sequence, sequence // heads, sequence % heads
 
 
 @triton.jit
@@ -85,6 +89,16 @@ def feature_map_grad(phi, slope, grad, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def back_to_rows(pointer, rows, valid, stride, grad, D: tl.constexpr, FEATURES: tl.constexpr):
+    """Gradient of rows that `load_tile` finds, from that of phi.
+
+    They are loaded again, as registers are few; not rounded, as the gradient along phi cancels.
+    """
+    phi, slope = feature_map_and_slope(load_tile(pointer, rows, valid, stride, D), FEATURES)
+    return feature_map_grad(phi, slope, grad, FEATURES)
+
+
+@triton.jit
 def load_tile(pointer, rows, valid, stride, D: tl.constexpr):
     """Rows `[R, D]` of a matrix, zero where not valid."""
     columns = tl.arange(0, D)
@@ -92,9 +106,21 @@ def load_tile(pointer, rows, valid, stride, D: tl.constexpr):
 
 
 @triton.jit
-def store_tile(pointer, rows, valid, stride, value, D: tl.constexpr):
+def store_tile(pointer, rows, valid, stride, value, D: tl.constexpr, ADD: tl.constexpr = False):
+    """ADD adds to what is there."""
+    if ADD:
+        value += load_tile(pointer, rows, valid, stride, D).to(tl.float32)
     address = pointer + rows[:, None] * stride + tl.arange(0, D)
     tl.store(address, value.to(pointer.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def load_delta(do, OUT, tokens, valid, stride, NORMALISE: tl.constexpr):
+    """`delta_i = dO_i . out_i` of rows dO `[R, D]`; 0 without denominators."""
+    if NORMALISE:
+        out = load_tile(OUT, tokens, valid, stride, do.shape[1])
+        return tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    return tl.zeros((do.shape[0],), tl.float32)
 
 
 @triton.jit

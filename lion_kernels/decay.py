@@ -17,7 +17,7 @@ where no exponent is above 0.
 import triton
 import triton.language as tl
 
-from lion_kernels.common import key_mask, load_state, part_of_sequence, token_at
+from lion_kernels import common
 
 NUM_VECTORS = tl.constexpr(4)  # x, y, and the factors of keys before and after the queries
 
@@ -80,15 +80,15 @@ def decay_cumsum_kernel(
     token the sums stay.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, cbh = part_of_sequence(num_chunks)
-    c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
+    chunk, cbh, cb, h = common.part_of_sequence(num_chunks, heads)
+    c, b = cb // images, cb % images
     inside = tl.arange(0, triton.next_power_of_2(SIZE))
     steps = chunk * CHUNK + inside
     valid = (inside < CHUNK) & (steps < n)
-    tokens = token_at(CURVE, steps, valid, c * n)
+    tokens = common.token_at(CURVE, steps, valid, c * n)
     x, y = decay_cumsum(
         DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
-        key_mask(VALID, b * n, tokens, valid), prefix, decay_n, DECAYS,
+        common.key_mask(VALID, b * n, tokens, valid), prefix, decay_n, DECAYS,
     )  # fmt: skip
     SUMS += (cbh * num_chunks + chunk) * NUM_VECTORS * SIZE
     places = inside if PLACES is None else tl.where(valid, tokens, inside)
@@ -127,12 +127,11 @@ def gate_bwd_kernel(
     and the pairs around the chunk, whose states enter it from either side.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
     inside = tl.arange(0, triton.next_power_of_2(SIZE))
     steps = chunk * CHUNK + inside
     valid = (inside < CHUNK) & (steps < n)
-    tokens = token_at(CURVE, steps, valid)
+    tokens = common.token_at(CURVE, steps, valid)
     DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE + (tokens if BY_TOKEN else inside)
     dx = tl.load(DLOG_MASK, mask=valid, other=0.0)
     dx -= tl.load(DLOG_MASK + 2 * SIZE, mask=valid, other=0.0)
@@ -147,12 +146,13 @@ def gate_bwd_kernel(
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
         around = tl.zeros((D,), tl.float32)
         for keys in tl.static_range(2):  # of one side with queries of the other
-            pairs = load_state(STATES + keys * D * D, D).to(tl.float32)
-            around += tl.sum(pairs * load_state(STATES + (3 - keys) * D * D, D).to(tl.float32), 1)
+            of_keys = common.load_state(STATES + keys * D * D, D).to(tl.float32)
+            of_queries = common.load_state(STATES + (3 - keys) * D * D, D).to(tl.float32)
+            around += tl.sum(of_keys * of_queries, 1)
             around -= tl.load(VECTORS + keys * D) * tl.load(VECTORS + (3 - keys) * D)
         SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
         dl += tl.sum(around, 0) * tl.exp2(tl.load(SUMS + SIZE + CHUNK - 1))
-    counts = key_mask(VALID, b * n, tokens, valid) & (tokens >= prefix)
+    counts = common.key_mask(VALID, b * n, tokens, valid) & (tokens >= prefix)
     DECAY += b * decay_b + h
     if DECAYS == "logs":
         open_enough = tl.load(DECAY + tokens * decay_n, mask=valid, other=0.0) > -16

@@ -82,13 +82,15 @@ class Call:
         b, n, _ = self.qkv.shape
         return self.empty(b, self.heads, n)
 
-    def like_decay(self) -> Tensor:
-        """Gradients of log decays, `[C, B, N, H]`, or of logits by chunk, `[C, B, H, chunks]`."""
-        if self.decay is None:
-            return self.empty(0)
-        if self.decay.dim() == 4:
-            return self.empty(*self.decay.shape)
-        return self.empty(self.num_curves, self.qkv.shape[0], self.heads, self.num_chunks)
+    def like_outputs(self) -> tuple[Tensor, Tensor]:
+        return self.like_out(), self.like_rows()
+
+    def like_inputs(self) -> tuple[Tensor, Tensor]:
+        """`qkv`, and log decays `[C, B, N, H]` or logits for each chunk, `[C, B, H, chunks]`."""
+        shape = (0,) if self.decay is None else self.decay.shape
+        if len(shape) == 2:
+            shape = (self.num_curves, self.qkv.shape[0], self.heads, self.num_chunks)
+        return torch.empty_like(self.qkv), self.empty(*shape)
 
     def of_curve(self, c: int, qkv: Tensor, decay: Tensor | None) -> Tensor:
         """Where curve `c` has its decays, or their gradients, in tensors like these."""
@@ -262,11 +264,11 @@ BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _lin
 # ------------------------------------------------------------------------------------ the operators
 
 
-@operator("mix", f"({ARGUMENTS}) -> (Tensor, Tensor)")
+@operator("mix", lambda *a: Call(*a).like_outputs(), f"({ARGUMENTS}) -> (Tensor, Tensor)")
 def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H * D]` and 1 / (denominator + eps), float32 `[B, H, N]`."""
     call = Call(*arguments)
-    out, inv_denom = call.like_out(), call.like_rows()
+    out, inv_denom = call.like_outputs()
     if not call.normalise:
         inv_denom.fill_(1.0)
     call.values.update(OUT=out, INV_DENOM=inv_denom, DO=None)
@@ -274,33 +276,21 @@ def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, inv_denom
 
 
-@torch.library.register_fake("lion::mix")
-def _(*arguments):
-    call = Call(*arguments)
-    return call.like_out(), call.like_rows()
-
-
 @operator(
-    "mix_backward",
+    "mix_backward", lambda grad, out, inv_denom, *a: Call(*a).like_inputs(),
     f"(Tensor grad, Tensor out, Tensor inv_denom, {ARGUMENTS}) -> (Tensor, Tensor)",
-)
+)  # fmt: skip
 def mix_backward(
     grad: Tensor, out: Tensor, inv_denom: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `projected` and, as `Call.like_decay` has it, of `decay`."""
+    """Gradients of `projected` and, as `Call.like_inputs` has it, of `decay`."""
     call = Call(*arguments)
-    dqkv, ddecay = torch.empty_like(call.qkv), call.like_decay()
+    dqkv, ddecay = call.like_inputs()
     written = 3 * call.dim + (call.num_curves if call.decays[0] == "gates" else 0)
     dqkv[..., written * call.heads :] = 0
     call.values.update(OUT=out, INV_DENOM=inv_denom, DO=grad.contiguous(), DQKV=dqkv)
     BACKWARD[call.plan.form](call, ddecay)
     return dqkv, ddecay
-
-
-@torch.library.register_fake("lion::mix_backward")
-def _(grad, out, inv_denom, *arguments):
-    call = Call(*arguments)
-    return torch.empty_like(call.qkv), call.like_decay()
 
 
 def _save(ctx, inputs, output):

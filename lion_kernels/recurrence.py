@@ -14,21 +14,11 @@ float16 has room for, and DENOM its denominator.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels.common import (
-    add_dot,
-    decay_mask,
-    dot,
-    feature_map,
-    key_mask,
-    load_tile,
-    store_tile,
-    token_at,
-)
+from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
 from lion_kernels.ops import ARGUMENTS, Call, mix_operator
 from lion_kernels.registry import operator
@@ -65,8 +55,8 @@ def recurrence_kernel(
                 else:
                     steps = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
                 valid = steps < n
-                tokens = token_at(CURVE, steps, valid, c * n)
-                counts = key_mask(VALID, b * n, tokens, valid)
+                tokens = common.token_at(CURVE, steps, valid, c * n)
+                counts = common.key_mask(VALID, b * n, tokens, valid)
                 x, y = decay_cumsum(
                     DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
                     counts, prefix, decay_n, DECAYS,
@@ -78,21 +68,22 @@ def recurrence_kernel(
                     reached, left = tl.exp2(total - y), tl.exp2(y)
                 # Warps may share a row. Barriers of the products part its loads from its stores.
                 again = valid & ((c > 0) | (backwards == 1))
-                before = load_tile(OUT, tokens, again, heads * D, COLUMNS)
+                before = common.load_tile(OUT, tokens, again, heads * D, COLUMNS)
                 if NORMALISE:
                     denom_before = tl.load(DENOM + tokens, mask=again, other=0.0)
-                phi = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * scale
-                k = feature_map(load_tile(K, tokens, valid, stride_n, D), FEATURES)
+                q = common.load_tile(Q, tokens, valid, stride_n, D)
+                phi = common.feature_map(q, FEATURES) * scale
+                k = common.feature_map(common.load_tile(K, tokens, valid, stride_n, D), FEATURES)
                 k = tl.where(counts[:, None], k, 0.0)
-                v = load_tile(V, tokens, valid, stride_n, COLUMNS)
+                v = common.load_tile(V, tokens, valid, stride_n, COLUMNS)
                 q = phi.to(dtype)  # [BLOCK, D]
-                out = dot(q, state.to(dtype)) * reached[:, None]  # [BLOCK, COLUMNS]
+                out = common.dot(q, state.to(dtype)) * reached[:, None]  # [BLOCK, COLUMNS]
                 denom = tl.sum(phi * vector, 1) * reached
                 if backwards == 1:
-                    w = dot(q, tl.trans(k.to(dtype)))  # [BLOCK, BLOCK]
-                    w *= decay_mask(x[:, None], y[:, None], x[None, :], y[None, :])
+                    w = common.dot(q, tl.trans(k.to(dtype)))  # [BLOCK, BLOCK]
+                    w *= common.decay_mask(x[:, None], y[:, None], x[None, :], y[None, :])
                     denom += tl.sum(w, 1)
-                    out = add_dot(w.to(dtype), v, out)
+                    out = common.add_dot(w.to(dtype), v, out)
                 if NORMALISE:
                     denom += denom_before + eps
                     out += before.to(tl.float32) * denom_before[:, None]
@@ -100,9 +91,9 @@ def recurrence_kernel(
                     tl.store(DENOM + tokens, denom, mask=valid)
                 else:
                     out += before.to(tl.float32)
-                store_tile(OUT, tokens, valid, heads * D, out, COLUMNS)
+                common.store_tile(OUT, tokens, valid, heads * D, out, COLUMNS)
                 k *= left[:, None]
-                state = add_dot(tl.trans(k.to(dtype)), v, state * tl.exp2(total))
+                state = common.add_dot(tl.trans(k.to(dtype)), v, state * tl.exp2(total))
                 vector = vector * tl.exp2(total) + tl.sum(k, 0)
 
 
@@ -114,7 +105,7 @@ def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK": block, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
 
 
-@operator("recurrence", f"({ARGUMENTS}) -> Tensor")
+@operator("recurrence", lambda *a: Call(*a).like_out(), f"({ARGUMENTS}) -> Tensor")
 def recurrence_operator(*arguments: Any) -> Tensor:
     """The output of `lion::mix`, `[B, N, H * D]`; it has no gradient."""
     call = Call(*arguments)
@@ -129,8 +120,3 @@ def recurrence_operator(*arguments: Any) -> Tensor:
         eps=call.eps / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
     )  # fmt: skip
     return out
-
-
-@torch.library.register_fake("lion::recurrence")
-def _(*arguments):
-    return Call(*arguments).like_out()

@@ -169,7 +169,7 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return scan_operator(*inputs, keep)[0]
 
 
-@operator("selective_scan")
+@operator("selective_scan", lambda x, delta, a, b, c, keep: _outputs(x, a, keep))
 def scan_operator(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -184,12 +184,12 @@ def scan_operator(
     return y, states
 
 
-@torch.library.register_fake("lion::selective_scan")
-def _(x, delta, a, b, c, keep):
-    return _outputs(x, a, keep)
+def _like_inputs(grad, x, delta, a, b, c, states):
+    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
+    return dx, ddelta, da.mT, db.mT, dc.mT
 
 
-@operator("selective_scan_backward")
+@operator("selective_scan_backward", _like_inputs)
 def scan_backward(
     grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -204,12 +204,6 @@ def scan_backward(
     )  # fmt: skip
     db, dc = (t.sum(0).mT[:, : x.shape[1]].to(b.dtype) for t in (db, dc))
     return dx, ddelta, da.sum(0).mT.to(a.dtype), db, dc
-
-
-@torch.library.register_fake("lion::selective_scan_backward")
-def _(grad, x, delta, a, b, c, states):
-    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
-    return dx, ddelta, da.mT, db.mT, dc.mT
 
 
 def _outputs(x: Tensor, a: Tensor, keep: bool) -> tuple[Tensor, Tensor]:

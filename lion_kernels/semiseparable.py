@@ -154,7 +154,7 @@ def backward_kernel(
         dstate = dstate * tl.exp2(total) + _dot(read, dy)
 
 
-@operator("semiseparable_product")
+@operator("semiseparable_product", lambda x, *_: x.new_empty(x.shape))
 def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """As that of `state_space`: `x` `[B, N, H, P]`; `b`, `c` `[B, N, S]`; `log_decay` `[B, N, H]`.
 
@@ -168,12 +168,7 @@ def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) ->
     return y
 
 
-@torch.library.register_fake("lion::semiseparable_product")
-def _(x, log_decay, b, c):
-    return x.new_empty(x.shape)
-
-
-@operator("semiseparable_backward")
+@operator("semiseparable_backward", lambda _, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
 def semiseparable_backward(
     grad: Tensor, x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,11 +183,6 @@ def semiseparable_backward(
         SCRATCH=x.new_empty(images, heads, chunks, b.shape[2], width), **OPTIONS,
     )  # fmt: skip
     return dx, ddecay, db.sum(1), dc.sum(1)
-
-
-@torch.library.register_fake("lion::semiseparable_backward")
-def _(grad, x, log_decay, b, c):
-    return tuple(t.new_empty(t.shape) for t in (x, log_decay, b, c))
 
 
 def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict[str, Any]:
