@@ -43,8 +43,8 @@ class Call:
 
     def __post_init__(self):
         for name in ("qkv", "decay", "curves", "valid", "documents"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.contiguous())
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.contiguous())
 
     @cached_property
     def plan(self) -> tuning.Plan:
@@ -60,7 +60,7 @@ class Call:
     def sequences(self) -> int:
         return self.qkv.shape[0] * self.heads
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int]:
         """A program for each chunk of each sequence."""
         return (self.sequences * self.num_chunks,)
@@ -128,9 +128,10 @@ class Call:
     def launch(
         self, kernel: triton.JITFunction, grid: tuple[int, ...], options: tuning.Options, **own: Any
     ) -> None:
-        """`options` are arguments of the kernel as well, where it has them."""
-        values = {**self.values, **options, **own}
-        kernel[grid](**{**options, **{name: values[name] for name in kernel.arg_names}})
+        """The kernel takes from `values` what is not its `own`; `options` go before them."""
+        own = {**options, **own}
+        shared = {name: self.values[name] for name in kernel.arg_names if name not in own}
+        kernel[grid](**shared, **own)
 
     def sum_decays(self) -> None:
         """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; and,
