@@ -62,15 +62,16 @@ RULES = {
     ),
     **dict.fromkeys(
         ("data_path", "cache", "input_size", "eval_crop_ratio", "crop_mode", "interpolation",
-         "mean", "std", "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment", "src",
-         "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
+         "mean", "std", "no_aug", "color_jitter", "aa", "train_interpolation", "ThreeAugment",
+         "src", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob",
          "mixup_switch_prob", "mixup_mode"),
         Rule.TAKEN_UP,
     ),
     **dict.fromkeys(
-        ("decay_init", "deterministic", "eval_interval", "model_ema_force_cpu", "resplit", "finetune", "num_workers", "pin_mem", "output_dir",
-         "overwrite", "resume", "start_epoch", "eval", "use_ema", "dist_eval", "device",
-         "torchcompile", "channels_last", "distributed", "world_size", "dist_url"),
+        ("decay_init", "deterministic", "eval_interval", "model_ema_force_cpu", "resplit",
+         "finetune", "num_workers", "pin_mem", "output_dir", "overwrite", "resume", "start_epoch",
+         "eval", "use_ema", "dist_eval", "device", "torchcompile", "channels_last", "distributed",
+         "world_size", "dist_url"),
         Rule.FREE,
     ),
 }  # fmt: skip

@@ -23,54 +23,43 @@ begins at one token and ends at another cancels exactly between them.
 import triton
 import triton.language as tl
 
-from lion_kernels.common import (
-    add_dot,
-    decay_mask,
-    dot,
-    feature_map,
-    feature_map_and_slope,
-    feature_map_grad,
-    key_mask,
-    load_state,
-    load_tile,
-    part_of_sequence,
-    round_to,
-    rows_of,
-    store_tile,
-    sum_of_masks,
-    token_at,
-)
+from lion_kernels import common
 from lion_kernels.decay import NUM_VECTORS
 
 
 @triton.jit
-def _tile(start, size, first, CURVE, ROWS: tl.constexpr, CURVED: tl.constexpr):
+def _tile(start, size, first, CURVE, ROWS: tl.constexpr):
     """ROWS steps inside a chunk from `first` on, their tokens, and which of them are there.
 
     The chunk has `size` tokens, from the step `start` of the curve on.
     """
     inside = first + tl.arange(0, ROWS)
     valid = inside < size
-    return inside, token_at(CURVE, start + inside, valid, CURVED), valid
+    return inside, common.token_at(CURVE, start + inside, valid), valid
 
 
 @triton.jit
 def _resident_keys(
-    K, V, CURVE, VALID, start, size, stride_n,
+    Q, CURVE, VALID, PHI_K, image, start, size, heads, stride_n,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    CURVED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values."""
+    """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values.
+
+    They are behind the queries; PHI_K, if not None, gets a copy of phi(k).
+    """
+    K, V = Q + heads * D, Q + 2 * heads * D
     keys, values = (), ()
     for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
         _, tokens, valid = _tile(
-            start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK, CURVED
+            start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK
         )
-        counts = key_mask(VALID, tokens, valid, PADDED)
-        k = load_tile(K, tokens, valid, stride_n, D)
-        phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
-        keys += (phi.to(k.dtype),)
-        values += (load_tile(V, tokens, valid, stride_n, D),)
+        counts = common.key_mask(VALID, image, tokens, valid)
+        k = common.load_tile(K, tokens, valid, stride_n, D)
+        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0).to(k.dtype)
+        if PHI_K is not None:
+            common.store_tile(PHI_K, tokens, valid, heads * D, phi, D)
+        keys += (phi,)
+        values += (common.load_tile(V, tokens, valid, stride_n, D),)
     return keys, values
 
 
@@ -82,7 +71,7 @@ def _mask_tile(
     columns = t * BLOCK + tl.arange(0, C)
     if t == i:
         x_j, y_j = tl.load(SUMS + columns), tl.load(SUMS + SIZE + columns)
-        mask = decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
+        mask = common.decay_mask(x_i[:, None], y_i[:, None], x_j[None, :], y_j[None, :])
     else:
         begin = tl.load(SUMS + t * BLOCK)
         end = tl.load(SUMS + SIZE + t * BLOCK + C - 1)
@@ -97,19 +86,17 @@ def mix_fwd_kernel(
     QKV, SUMS, TABLE, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM,
     n, heads, stride_n, sums_c, sums_b, eps, curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
-    FEATURES: tl.constexpr, NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
-    PADDED: tl.constexpr, ADD: tl.constexpr, TABULATED: tl.constexpr,
+    FEATURES: tl.constexpr, NORMALISE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`.
 
     ADD adds a curve to the mean of others that is there, each with its denominators. A sequence
-    that is one chunk can go along NUM_CURVES at once, in token order; for TABULATED see `pairs.py`.
+    that is one chunk can go along NUM_CURVES at once, in token order; for TABLE see `pairs.py`.
     """
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
@@ -117,67 +104,62 @@ def mix_fwd_kernel(
     INV_DENOM += bh * n
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
-        Q + heads * D, Q + 2 * heads * D, CURVE, VALID + b * n, start, size, stride_n,
-        D, CHUNK, BLOCK, FEATURES, CURVED, PADDED,
-    )  # fmt: skip
-    if CHUNKED:
+        Q, CURVE, VALID, None, b * n, start, size, heads, stride_n, D, CHUNK, BLOCK, FEATURES
+    )
+    if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 2 * D * D
         VECTORS += (bh * num_chunks + chunk) * 2 * D + tl.arange(0, D)
-        earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
+        earlier, later = common.load_state(STATES, D), common.load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
-        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
-        xs = rows_of(SUMS, sums_c, inside, NUM_CURVES)
-        ys = rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
-        rows = TABLE + (h * SIZE + inside[:, None]) * SIZE
-        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
+        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
+        xs = common.rows_of(SUMS, sums_c, inside, NUM_CURVES)
+        ys = common.rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
         q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
         rounding = tl.zeros((BLOCK,), tl.float32)
-        if CHUNKED:
+        if STATES is not None:
             fade = tl.exp2(xs[0])
-            out = dot(q, earlier) * fade[:, None]
+            out = common.dot(q, earlier) * fade[:, None]
             denom = tl.sum(q.to(tl.float32) * tl.load(VECTORS), 1) * fade
             fade = tl.exp2(total - ys[0])
-            out += dot(q, later) * fade[:, None]
+            out += common.dot(q, later) * fade[:, None]
             denom += tl.sum(q.to(tl.float32) * tl.load(VECTORS + D), 1) * fade
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             if NUM_CURVES > 1:
                 columns = t * BLOCK + tl.arange(0, keys[t].shape[0])
-                mask = sum_of_masks(
-                    SUMS, rows, sums_c, xs, ys, columns, SIZE, NUM_CURVES, TABULATED
-                )
+                sums = (SUMS, TABLE, sums_c, h * SIZE + inside, xs, ys)
+                mask = common.sum_of_masks(sums, columns, SIZE, NUM_CURVES)
             else:
                 mask = _mask_tile(SUMS, xs[0], ys[0], i, t, keys[t].shape[0], SIZE, BLOCK)
-            w = dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
-            rounded = round_to(w, dtype)
+            w = common.dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]
+            rounded = common.round_to(w, dtype)
             denom += tl.sum(w, 1)
             rounding += tl.sum(rounded - w, 1)
-            out = add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
+            out = common.add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
         out *= curve_weight
         if NORMALISE:
             denom = (denom + NUM_CURVES * eps) * curve_weight
             if ADD:
                 before = 1 / tl.load(INV_DENOM + tokens, mask=valid, other=1.0)
-                out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32) * before[:, None]
+                out_before = common.load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
+                out += out_before * before[:, None]
                 denom += before
             tl.store(INV_DENOM + tokens, 1 / denom, mask=valid)
             # Rounded weights sum to 1 as well.
             out *= (1 / (denom + rounding * curve_weight))[:, None]
-        elif ADD:
-            out += load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
-        store_tile(OUT, tokens, valid, heads * D, out, D)
+        common.store_tile(OUT, tokens, valid, heads * D, out, D, ADD and not NORMALISE)
 
 
 @triton.jit
 def mix_bwd_dq_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM, DO, PHI_Q, PHI_K, DELTA,
     DQ_RESIDUAL, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, side, eps, curve_weight,
+    n, heads, stride_n, sums_b, eps, curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr, PADDED: tl.constexpr,
-    ADD: tl.constexpr, LAST: tl.constexpr,
+    NORMALISE: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, sums of g_ij by query, and what `mix_bwd_dkv_kernel` reads: DELTA `[B, H, N]`,
     q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`.
@@ -189,68 +171,58 @@ def mix_bwd_dq_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
     DQ = DQKV + b * n * stride_n + h * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
-    OUT += (b * n * heads + h) * D
-    DO += (b * n * heads + h) * D
-    PHI_Q += (b * n * heads + h) * D
-    PHI_K += (b * n * heads + h) * D
-    DLOG_MASK += (bh * num_chunks + chunk) * SIZE
+    own = (b * n * heads + h) * D
+    OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
+    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
-        Q + heads * D, Q + 2 * heads * D, CURVE, VALID + b * n, start, size, stride_n,
-        D, CHUNK, BLOCK, FEATURES, CURVED, PADDED,
-    )  # fmt: skip
-    for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
-        found = _tile(start, size, t * BLOCK, CURVE, keys[t].shape[0], CURVED)
-        store_tile(PHI_K, found[1], found[2], heads * D, keys[t], D)
-    if CHUNKED:
+        Q, CURVE, VALID, PHI_K, b * n, start, size, heads, stride_n, D, CHUNK, BLOCK, FEATURES
+    )
+    if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
-        earlier, later = load_state(STATES, D), load_state(STATES + D * D, D)
+        earlier, later = common.load_state(STATES, D), common.load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
-        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK, CURVED)
+        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
-        do = load_tile(DO, tokens, valid, heads * D, D)
-        delta = tl.zeros((BLOCK,), tl.float32)
-        if NORMALISE:
-            out = load_tile(OUT, tokens, valid, heads * D, D).to(tl.float32)
-            delta = tl.sum(do.to(tl.float32) * out, 1)
+        do = common.load_tile(DO, tokens, valid, heads * D, D)
+        delta = common.load_delta(do, OUT, tokens, valid, heads * D, NORMALISE)
         tl.store(DELTA + bh * n + tokens, delta, mask=valid)
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
         factor = inv_denom * (curve_weight * SCALE)
-        q = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)
         q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
-        store_tile(PHI_Q, tokens, valid, heads * D, q, D)
+        common.store_tile(PHI_Q, tokens, valid, heads * D, q, D)
         dq = tl.zeros((BLOCK, D), tl.float32)
         of_earlier = tl.zeros((BLOCK,), tl.float32)
-        if CHUNKED:
-            part = dot(do, tl.trans(later))
+        if STATES is not None:
+            part = common.dot(do, tl.trans(later))
             part = (part - delta[:, None] * tl.load(VECTORS + D)) * tl.exp2(total - y_i)[:, None]
             of_later = tl.sum(q.to(tl.float32) * part, 1)
-            tl.store(DLOG_MASK + 5 * side + inside, of_later, mask=valid)
-            dq = dot(do, tl.trans(earlier))
+            tl.store(DLOG_MASK + 5 * SIZE + inside, of_later, mask=valid)
+            dq = common.dot(do, tl.trans(earlier))
             dq = (dq - delta[:, None] * tl.load(VECTORS)) * tl.exp2(x_i)[:, None]
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
-            dw = dot(do, tl.trans(values[t]))
+            dw = common.dot(do, tl.trans(values[t]))
             dw = (dw - delta[:, None]) * mask  # [BLOCK, C]
             if t == i:
                 before = tl.arange(0, BLOCK)[:, None] > tl.arange(0, dw.shape[1])[None, :]
                 dw_before = tl.where(before, dw, 0.0).to(dtype)
-                dq = add_dot(dw_before, keys[t], dq)
+                dq = common.add_dot(dw_before, keys[t], dq)
                 of_earlier = tl.sum(q.to(tl.float32) * dq, 1)
                 dw = tl.where(before, 0.0, dw)
-            dq = add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
+            dq = common.add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
         along = tl.sum(q.to(tl.float32) * dq, 1)
         tl.store(DLOG_MASK + inside, of_earlier, mask=valid)
-        tl.store(DLOG_MASK + side + inside, along - of_earlier, mask=valid)
-        if CHUNKED:
+        tl.store(DLOG_MASK + SIZE + inside, along - of_earlier, mask=valid)
+        if STATES is not None:
             dq += part
             along += of_later
         if NORMALISE and FEATURES != "none":
@@ -262,30 +234,28 @@ def mix_bwd_dq_kernel(
                 dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
             else:
                 tl.store(DQ_RESIDUAL + bh * n + tokens, residual, mask=valid)
-        # Loaded again, as registers are few; not rounded, as dq along phi(q) cancels.
-        phi, slope = feature_map_and_slope(load_tile(Q, tokens, valid, stride_n, D), FEATURES)
-        dq = feature_map_grad(phi, slope, dq * factor[:, None], FEATURES)
-        if ADD:
-            dq += load_tile(DQ, tokens, valid, stride_n, D).to(tl.float32)
-        store_tile(DQ, tokens, valid, stride_n, dq, D)
+        dq = common.back_to_rows(Q, tokens, valid, stride_n, dq * factor[:, None], D, FEATURES)
+        common.store_tile(DQ, tokens, valid, stride_n, dq, D, ADD)
 
 
 @triton.jit
 def _dkv_tile(
-    k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end, stride_o,
-    SIDE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    CURVED: tl.constexpr,
+    dk, dv, keys, queries, row, edge, start,
+    SIDE: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries of the steps from `start` on to dk and dv of the keys of the steps `own`.
+    """Adds BLOCK_N queries, of the steps from `start` on, to dk and dv of a tile of keys.
 
     SIDE tells whether they are "before", "in" or "after" the keys' tile. Returns also the sums of
     g_ij of queries in it up to each key.
     """
+    k, v, x_j, y_j, own = keys
+    PHI_Q, DO, DELTA, CURVE, SUMS, stride_o, end = queries
+    D: tl.constexpr = k.shape[1]
     steps = start + tl.arange(0, BLOCK_N)
     there = steps < end
-    tokens = token_at(CURVE, steps, there, CURVED)
-    q = load_tile(PHI_Q, tokens, there, stride_o, D)  # q', [BLOCK_N, D]
-    do = load_tile(DO, tokens, there, stride_o, D)
+    tokens = common.token_at(CURVE, steps, there)
+    q = common.load_tile(PHI_Q, tokens, there, stride_o, D)  # q', [BLOCK_N, D]
+    do = common.load_tile(DO, tokens, there, stride_o, D)
     delta = tl.load(DELTA + tokens, mask=there, other=0.0)
     if SIDE == "before":
         mask = row[:, None] * tl.exp2(edge - tl.load(SUMS + SIZE + steps))[None, :]
@@ -293,100 +263,87 @@ def _dkv_tile(
         mask = row[:, None] * tl.exp2(tl.load(SUMS + steps) - edge)[None, :]
     else:
         x_i, y_i = tl.load(SUMS + steps), tl.load(SUMS + SIZE + steps)
-        mask = decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
-    dw = (dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
-    dk = add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
-    w = dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
+        mask = common.decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
+    dw = (common.dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
+    dk = common.add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
+    w = common.dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
     until = tl.zeros((k.shape[0],), tl.float32)
     if SIDE == "in":
-        g = tl.where(steps[None, :] <= own[:, None], w * round_to(dw, k.dtype), 0.0)
-        until = tl.sum(g, 1)
-    dv = add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
+        g = w * common.round_to(dw, k.dtype)
+        until = tl.sum(tl.where(steps[None, :] <= own[:, None], g, 0.0), 1)
+    dv = common.add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
     return dk, dv, until
 
 
 @triton.jit
 def mix_bwd_dkv_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, DO, PHI_Q, PHI_K, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, side, tiles,
+    n, heads, stride_n, sums_b, tiles,
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, FEATURES: tl.constexpr, CHUNKED: tl.constexpr, CURVED: tl.constexpr,
-    PADDED: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV, and sums of g_ij by key. Products are transposed, keys by queries.
 
     A chunk has `tiles` of keys; as a constant, that number made threads spill 272 bytes, not 80.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    part, bh = part_of_sequence(num_chunks * tiles)
+    part, bh, b, h = common.part_of_sequence(num_chunks * tiles, heads)
     chunk = part // tiles
-    b, h = bh // heads, bh % heads
     low, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n)
     first = low + part % tiles * BLOCK
     K = QKV + b * n * stride_n + (heads + h) * D
-    V = K + heads * D
     DK = DQKV + b * n * stride_n + (heads + h) * D
-    DV = DK + heads * D
+    V, DV = K + heads * D, DK + heads * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE - low
-    DO += (b * n * heads + h) * D
-    PHI_Q += (b * n * heads + h) * D
-    PHI_K += (b * n * heads + h) * D
-    DELTA += bh * n
-    DLOG_MASK += (bh * num_chunks + chunk) * SIZE - low
+    rows = (b * n * heads + h) * D
+    DO, PHI_Q, PHI_K, DELTA = DO + rows, PHI_Q + rows, PHI_K + rows, DELTA + bh * n
     own = first + tl.arange(0, BLOCK)
     valid = own < end
-    tokens = token_at(CURVE, own, valid, CURVED)
+    tokens = common.token_at(CURVE, own, valid)
     x_j, y_j = tl.load(SUMS + own), tl.load(SUMS + SIZE + own)
-    k = load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
-    v = load_tile(V, tokens, valid, stride_n, D)
-    dk = tl.zeros((BLOCK, D), tl.float32)
-    dv = tl.zeros((BLOCK, D), tl.float32)
-    if CHUNKED:
+    k = common.load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
+    v = common.load_tile(V, tokens, valid, stride_n, D)
+    dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    if STATES is not None:
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
-        later = load_state(STATES + 3 * D * D, D)
+        later = common.load_state(STATES + 3 * D * D, D)
         fade = tl.exp2(tl.load(SUMS + low + SIZE + CHUNK - 1) - x_j)[:, None]
-        dv = dot(k, later) * fade
-        part_later = dot(v, tl.trans(later))
+        dv = common.dot(k, later) * fade
+        part_later = common.dot(v, tl.trans(later))
         part_later = (part_later - tl.load(VECTORS + 3 * D)) * fade
         to_later = tl.sum(k.to(tl.float32) * part_later, 1)
-        tl.store(DLOG_MASK + 4 * side + own, to_later, mask=valid)
-        earlier = load_state(STATES + 2 * D * D, D)
+        TO_LATER = DLOG_MASK + ((bh * num_chunks + chunk) * 6 + 4) * SIZE - low
+        tl.store(TO_LATER + own, to_later, mask=valid)
+        earlier = common.load_state(STATES + 2 * D * D, D)
         fade = tl.exp2(y_j)[:, None]
-        dv += dot(k, earlier) * fade
-        dk = dot(v, tl.trans(earlier))
+        dv += common.dot(k, earlier) * fade
+        dk = common.dot(v, tl.trans(earlier))
         dk = (dk - tl.load(VECTORS + 2 * D)) * fade
+    keys = (k, v, x_j, y_j, own)
+    queries = (PHI_Q, DO, DELTA, CURVE, SUMS, heads * D, end)
     edge = tl.load(SUMS + first)
     row = tl.exp2(y_j - edge)
     for start in range(low, first, BLOCK_N):
-        dk, dv, until = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "before", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv, until = _dkv_tile(dk, dv, keys, queries, row, edge, start, "before", BLOCK_N, SIZE)
     to_earlier = tl.sum(k.to(tl.float32) * dk, 1)
     for start in range(first, first + BLOCK, BLOCK_N):
-        dk, dv, until = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "in", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv, until = _dkv_tile(dk, dv, keys, queries, row, edge, start, "in", BLOCK_N, SIZE)
         to_earlier += until
     edge = tl.load(SUMS + SIZE + first + BLOCK - 1)
     row = tl.exp2(edge - x_j)
     for start in range(first + BLOCK, end, BLOCK_N):
-        dk, dv, until = _dkv_tile(
-            k, v, dk, dv, PHI_Q, DO, DELTA, CURVE, SUMS, x_j, y_j, row, edge, own, start, end,
-            heads * D, "after", D, BLOCK_N, SIZE, CURVED,
-        )  # fmt: skip
+        dk, dv, until = _dkv_tile(dk, dv, keys, queries, row, edge, start, "after", BLOCK_N, SIZE)
     along = tl.sum(k.to(tl.float32) * dk, 1)
-    tl.store(DLOG_MASK + 2 * side + own, along - to_earlier, mask=valid)
-    tl.store(DLOG_MASK + 3 * side + own, to_earlier, mask=valid)
-    if CHUNKED:
+    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE - low
+    tl.store(DLOG_MASK + 2 * SIZE + own, along - to_earlier, mask=valid)
+    tl.store(DLOG_MASK + 3 * SIZE + own, to_earlier, mask=valid)
+    if STATES is not None:
         dk += part_later
-    phi, slope = feature_map_and_slope(load_tile(K, tokens, valid, stride_n, D), FEATURES)
-    dk = feature_map_grad(phi, slope, dk, FEATURES)
-    dk = tl.where(key_mask(VALID + b * n, tokens, valid, PADDED)[:, None], dk, 0.0)
-    if ADD:
-        dk += load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)
-        dv += load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)
-    store_tile(DK, tokens, valid, stride_n, dk, D)
-    store_tile(DV, tokens, valid, stride_n, dv, D)
+    dk = common.back_to_rows(K, tokens, valid, stride_n, dk, D, FEATURES)
+    dk = tl.where(common.key_mask(VALID, b * n, tokens, valid)[:, None], dk, 0.0)
+    if ADD:  # both loads before the stores: fewer registers spill
+        dk += common.load_tile(DK, tokens, valid, stride_n, D).to(tl.float32)
+        dv += common.load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)
+    common.store_tile(DK, tokens, valid, stride_n, dk, D)
+    common.store_tile(DV, tokens, valid, stride_n, dv, D)

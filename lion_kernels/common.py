@@ -9,10 +9,14 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def part_of_sequence(num_parts):
-    """Which part of which sequence a program has; only the grid's first dimension may be long."""
+def part_of_sequence(num_parts, heads):
+    """Which part of which sequence a program has, and whose: an image's and a head's.
+
+    Only the grid's first dimension may be long.
+    """
     pid = tl.program_id(0)
-    return pid % num_parts, (pid // num_parts).to(tl.int64)
+    sequence = (pid // num_parts).to(tl.int64)
+    return pid % num_parts, sequence, sequence // heads, sequence % heads
 
 
 @triton.jit
@@ -85,6 +89,16 @@ def feature_map_grad(phi, slope, grad, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def back_to_rows(pointer, rows, valid, stride, grad, D: tl.constexpr, FEATURES: tl.constexpr):
+    """Gradient of rows that `load_tile` finds, from that of phi.
+
+    They are loaded again, as registers are few; not rounded, as the gradient along phi cancels.
+    """
+    phi, slope = feature_map_and_slope(load_tile(pointer, rows, valid, stride, D), FEATURES)
+    return feature_map_grad(phi, slope, grad, FEATURES)
+
+
+@triton.jit
 def load_tile(pointer, rows, valid, stride, D: tl.constexpr):
     """Rows `[R, D]` of a matrix, zero where not valid."""
     columns = tl.arange(0, D)
@@ -92,9 +106,21 @@ def load_tile(pointer, rows, valid, stride, D: tl.constexpr):
 
 
 @triton.jit
-def store_tile(pointer, rows, valid, stride, value, D: tl.constexpr):
+def store_tile(pointer, rows, valid, stride, value, D: tl.constexpr, ADD: tl.constexpr = False):
+    """ADD adds to what is there."""
+    if ADD:
+        value += load_tile(pointer, rows, valid, stride, D).to(tl.float32)
     address = pointer + rows[:, None] * stride + tl.arange(0, D)
     tl.store(address, value.to(pointer.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def load_delta(do, OUT, tokens, valid, stride, NORMALISE: tl.constexpr):
+    """`delta_i = dO_i . out_i` of rows dO `[R, D]`; 0 without denominators."""
+    if NORMALISE:
+        out = load_tile(OUT, tokens, valid, stride, do.shape[1])
+        return tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    return tl.zeros((do.shape[0],), tl.float32)
 
 
 @triton.jit
@@ -112,18 +138,18 @@ def store_state(STATES, VECTORS, index, state, vector, D: tl.constexpr):
 
 
 @triton.jit
-def token_at(CURVE, steps, valid, CURVED: tl.constexpr):
-    """Tokens that a curve visits at some steps."""
-    if CURVED:
-        return tl.load(CURVE + steps, mask=valid, other=0).to(tl.int32)
+def token_at(CURVE, steps, valid, start=0):
+    """Tokens that a curve, from `start` on in CURVE, visits at some steps; None is token order."""
+    if CURVE is not None:
+        return tl.load(CURVE + start + steps, mask=valid, other=0).to(tl.int32)
     return steps
 
 
 @triton.jit
-def key_mask(VALID, tokens, valid, PADDED: tl.constexpr):
-    """Which tokens count as keys: those that are there and not padding."""
-    if PADDED:
-        return valid & (tl.load(VALID + tokens, mask=valid, other=0) != 0)
+def key_mask(VALID, start, tokens, valid):
+    """Which tokens of the image from `start` on count as keys: those there that no VALID denies."""
+    if VALID is not None:
+        return valid & (tl.load(VALID + start + tokens, mask=valid, other=0) != 0)
     return valid
 
 
@@ -143,17 +169,16 @@ def rows_of(TABLE, stride, rows, NUM_CURVES: tl.constexpr):
 
 
 @triton.jit
-def sum_of_masks(
-    SUMS, TABLE, sums_c, xs, ys, columns,
-    SIZE: tl.constexpr, NUM_CURVES: tl.constexpr, TABULATED: tl.constexpr,
-):  # fmt: skip
-    """M `[R, C]` of queries, or keys, and columns of their partners, summed over the curves.
+def sum_of_masks(sums, columns, SIZE: tl.constexpr, NUM_CURVES: tl.constexpr):
+    """M `[R, C]` of queries, or of keys, and columns of their partners, summed over the curves.
 
-    TABULATED, it comes from TABLE, `[R, 1]` pointers to the rows of a symmetric table.
+    `sums` are SUMS, their stride by curve, and x and y of the rows for each curve; where there is a
+    TABLE `[H * SIZE, SIZE]`, which is symmetric, it is read at `rows`.
     """
-    if TABULATED:
-        return tl.load(TABLE + columns).to(tl.float32)
-    mask = tl.zeros((xs[0].shape[0], columns.shape[0]), tl.float32)
+    SUMS, TABLE, sums_c, rows, xs, ys = sums
+    if TABLE is not None:
+        return tl.load(TABLE + rows[:, None] * SIZE + columns).to(tl.float32)
+    mask = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for c in tl.static_range(NUM_CURVES):
         x_j = tl.load(SUMS + c * sums_c + columns)
         y_j = tl.load(SUMS + c * sums_c + SIZE + columns)

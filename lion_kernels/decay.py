@@ -17,7 +17,7 @@ where no exponent is above 0.
 import triton
 import triton.language as tl
 
-from lion_kernels.common import key_mask, load_state, part_of_sequence, token_at
+from lion_kernels import common
 
 NUM_VECTORS = tl.constexpr(4)  # x, y, and the factors of keys before and after the queries
 
@@ -39,8 +39,8 @@ def _log1p(u):
 
 @triton.jit
 def decay_cumsum(
-    DECAY, DOCUMENTS, steps, tokens, valid, counts, prefix, stride,
-    DECAYS: tl.constexpr, PACKED: tl.constexpr,
+    DECAY, DOCUMENTS, image, steps, tokens, valid, counts, prefix, stride,
+    DECAYS: tl.constexpr,
 ):  # fmt: skip
     """x and y `[R]` of a run of steps; DECAYS is "gates", "head", "logs" of decays, or "none".
 
@@ -59,10 +59,10 @@ def decay_cumsum(
         natural = tl.where(counts & (tokens >= prefix), natural * LOG2_E, 0.0)
         log_decay += tl.where(natural < -32.0, -32.0, natural)  # a NaN stays one
     y = tl.cumsum(log_decay, 0)
-    if PACKED:
+    if DOCUMENTS is not None:
         inside = valid & (steps > 0)
-        own = tl.load(DOCUMENTS + steps, mask=inside, other=0)
-        begins = own != tl.load(DOCUMENTS + steps - 1, mask=inside, other=0)
+        own = tl.load(DOCUMENTS + image + steps, mask=inside, other=0)
+        begins = own != tl.load(DOCUMENTS + image + steps - 1, mask=inside, other=0)
         y -= 48.0 * tl.cumsum(begins.to(tl.float32), 0)
     return y - log_decay, y
 
@@ -71,33 +71,31 @@ def decay_cumsum(
 def decay_cumsum_kernel(
     DECAY, CURVE, VALID, DOCUMENTS, SUMS, PLACES, n, images, heads, prefix, decay_c, decay_b,
     decay_n,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr, RANGE: tl.constexpr, BLOCK: tl.constexpr,
-    DECAYS: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, CURVED: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
-    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or BY_TOKEN, and then each token's
-    step on the curves, PLACES `[C, SIZE]`.
+    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or by token, if there
+    is PLACES `[C, SIZE]` for each token's step on the curves.
 
-    A chunk has CHUNK tokens in tiles of BLOCK; SIZE, whole tiles, and RANGE, the next power of 2,
-    are at least that. After the last token the sums stay.
+    A chunk has CHUNK tokens in tiles of BLOCK, and SIZE is that in whole tiles. After the last
+    token the sums stay.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, cbh = part_of_sequence(num_chunks)
-    c, b, h = cbh // (images * heads), cbh // heads % images, cbh % heads
-    inside = tl.arange(0, RANGE)
+    chunk, cbh, cb, h = common.part_of_sequence(num_chunks, heads)
+    c, b = cb // images, cb % images
+    inside = tl.arange(0, triton.next_power_of_2(SIZE))
     steps = chunk * CHUNK + inside
     valid = (inside < CHUNK) & (steps < n)
-    tokens = token_at(CURVE + c * n, steps, valid, CURVED)
+    tokens = common.token_at(CURVE, steps, valid, c * n)
     x, y = decay_cumsum(
-        DECAY + c * decay_c + b * decay_b + h, DOCUMENTS + b * n, steps, tokens, valid,
-        key_mask(VALID + b * n, tokens, valid, PADDED), prefix, decay_n, DECAYS, PACKED,
+        DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
+        common.key_mask(VALID, b * n, tokens, valid), prefix, decay_n, DECAYS,
     )  # fmt: skip
     SUMS += (cbh * num_chunks + chunk) * NUM_VECTORS * SIZE
-    places = tl.where(valid, tokens, inside) if BY_TOKEN else inside
+    places = inside if PLACES is None else tl.where(valid, tokens, inside)
     stored = inside < SIZE
     tl.store(SUMS + places, x, mask=stored)
     tl.store(SUMS + SIZE + places, y, mask=stored)
-    if BY_TOKEN:
+    if PLACES is not None:
         once = cbh % (images * heads) == 0
         tl.store(PLACES + c * SIZE + places, inside, mask=stored & once)
     else:
@@ -113,14 +111,13 @@ def decay_cumsum_kernel(
 @triton.jit
 def gate_bwd_kernel(
     DLOG_MASK, SUMS, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
-    n, heads, prefix, side, sums_b, decay_b, decay_n, grad_b, grad_n,
-    D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, RANGE: tl.constexpr,
-    DECAYS: tl.constexpr, CHUNKED: tl.constexpr, PADDED: tl.constexpr, CURVED: tl.constexpr,
+    n, heads, prefix, sums_b, decay_b, decay_n,
+    D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, DECAYS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, into GRAD, of what DECAY has; of a head's logit by image and chunk.
+    """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk.
 
-    DLOG_MASK `[6, B, H, chunks, SIZE]`, by step or by token, has sums of g_ij over the pairs of a
+    DLOG_MASK `[B, H, chunks, 6, SIZE]`, by step or by token, has sums of g_ij over the pairs of a
     query there with earlier (0) and later keys (1), of a key there with later (2) and earlier
     queries (3), of which 0 and 3 include other chunks; and with later chunks alone: keys (4),
     queries (5). By the exponents of M, dx = (0) - (2), dy = (3) - (1), and a step's log decay has
@@ -130,32 +127,32 @@ def gate_bwd_kernel(
     and the pairs around the chunk, whose states enter it from either side.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
-    inside = tl.arange(0, RANGE)
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    inside = tl.arange(0, triton.next_power_of_2(SIZE))
     steps = chunk * CHUNK + inside
     valid = (inside < CHUNK) & (steps < n)
-    tokens = token_at(CURVE, steps, valid, CURVED)
-    DLOG_MASK += (bh * num_chunks + chunk) * SIZE + (tokens if BY_TOKEN else inside)
+    tokens = common.token_at(CURVE, steps, valid)
+    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE + (tokens if BY_TOKEN else inside)
     dx = tl.load(DLOG_MASK, mask=valid, other=0.0)
-    dx -= tl.load(DLOG_MASK + 2 * side, mask=valid, other=0.0)
-    dy = tl.load(DLOG_MASK + 3 * side, mask=valid, other=0.0)
-    dy -= tl.load(DLOG_MASK + side, mask=valid, other=0.0)
+    dx -= tl.load(DLOG_MASK + 2 * SIZE, mask=valid, other=0.0)
+    dy = tl.load(DLOG_MASK + 3 * SIZE, mask=valid, other=0.0)
+    dy -= tl.load(DLOG_MASK + SIZE, mask=valid, other=0.0)
     dl = tl.sum(dx + dy, 0) - tl.cumsum(dx + dy, 0) + dy
-    if CHUNKED:
-        to_later = tl.load(DLOG_MASK + 4 * side, mask=valid, other=0.0)
-        of_later = tl.load(DLOG_MASK + 5 * side, mask=valid, other=0.0)
+    if STATES is not None:
+        to_later = tl.load(DLOG_MASK + 4 * SIZE, mask=valid, other=0.0)
+        of_later = tl.load(DLOG_MASK + 5 * SIZE, mask=valid, other=0.0)
         dl += tl.cumsum(to_later + of_later, 0) - of_later
         STATES += (bh * num_chunks + chunk) * 4 * D * D
         VECTORS += (bh * num_chunks + chunk) * 4 * D + tl.arange(0, D)
         around = tl.zeros((D,), tl.float32)
         for keys in tl.static_range(2):  # of one side with queries of the other
-            pairs = load_state(STATES + keys * D * D, D).to(tl.float32)
-            around += tl.sum(pairs * load_state(STATES + (3 - keys) * D * D, D).to(tl.float32), 1)
+            of_keys = common.load_state(STATES + keys * D * D, D).to(tl.float32)
+            of_queries = common.load_state(STATES + (3 - keys) * D * D, D).to(tl.float32)
+            around += tl.sum(of_keys * of_queries, 1)
             around -= tl.load(VECTORS + keys * D) * tl.load(VECTORS + (3 - keys) * D)
         SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
         dl += tl.sum(around, 0) * tl.exp2(tl.load(SUMS + SIZE + CHUNK - 1))
-    counts = key_mask(VALID + b * n, tokens, valid, PADDED) & (tokens >= prefix)
+    counts = common.key_mask(VALID, b * n, tokens, valid) & (tokens >= prefix)
     DECAY += b * decay_b + h
     if DECAYS == "logs":
         open_enough = tl.load(DECAY + tokens * decay_n, mask=valid, other=0.0) > -16
@@ -168,5 +165,5 @@ def gate_bwd_kernel(
     if DECAYS == "head":  # z = -w
         tl.store(GRAD + bh * num_chunks + chunk, -tl.sum(dl, 0))
     else:
-        address = GRAD + b * grad_b + h + tokens * grad_n
+        address = GRAD + b * decay_b + h + tokens * decay_n
         tl.store(address, dl.to(GRAD.dtype.element_ty), mask=valid)

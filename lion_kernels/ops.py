@@ -1,6 +1,7 @@
 """The custom operator `lion::mix` and its gradient: what `torch.compile` and export see."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,13 +16,17 @@ from lion_kernels.decay import NUM_VECTORS, decay_cumsum_kernel, gate_bwd_kernel
 from lion_kernels.registry import operator
 from lion_kernels.states import chunk_state_kernel, state_passing_kernel
 
+# Of every operator of the mixer: the fields of `Call`.
+ARGUMENTS = (
+    "Tensor projected, Tensor? decay, Tensor? curves, Tensor? valid, Tensor? documents, "
+    "SymInt heads, SymInt dim, SymInt num_curves, SymInt prefix, bool lit, str features, "
+    "bool normalise, float eps"
+)
 
-@dataclass(frozen=True)
+
+@dataclass
 class Call:
-    """One call of the operator: what the launches of its kernels share.
-
-    Tensors and options are those of `lion_kernels.mix`; `qkv` is `projected`, contiguous.
-    """
+    """One call of an operator: its arguments, which are those of `lion_kernels.mix`."""
 
     qkv: Tensor
     decay: Tensor | None
@@ -37,337 +42,243 @@ class Call:
     normalise: bool
     eps: float
 
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        return tuple(self.qkv.shape)
+    def __post_init__(self):
+        for name in ("qkv", "decay", "curves", "valid", "documents"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.contiguous())
 
     @cached_property
     def plan(self) -> tuning.Plan:
         no_decay = self.lit and self.documents is None
-        size = self.qkv.element_size()
-        return tuning.make_plan(self.shape[1], self.dim, size, self.num_curves, no_decay)
+        n, size = self.qkv.shape[1], self.qkv.element_size()
+        return tuning.make_plan(n, self.dim, size, self.num_curves, no_decay)
 
     @cached_property
     def num_chunks(self) -> int:
-        return triton.cdiv(self.shape[1], self.plan.chunk)
+        return triton.cdiv(self.qkv.shape[1], self.plan.chunk)
+
+    @cached_property
+    def sequences(self) -> int:
+        return self.qkv.shape[0] * self.heads
+
+    @cached_property
+    def grid(self) -> tuple[int]:
+        """A program for each chunk of each sequence."""
+        return (self.sequences * self.num_chunks,)
 
     @property
-    def sequences(self) -> int:
-        return self.shape[0] * self.heads
+    def grid_of_tiles(self) -> tuple[int]:
+        return (self.sequences * self.num_chunks * (self.plan.size // self.plan.block),)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.qkv.new_empty(shape, dtype=dtype)
 
     def like_out(self, *leading: int) -> Tensor:
         """`[B, N, H * D]` in the dtype of `qkv`."""
-        b, n, _ = self.shape
+        b, n, _ = self.qkv.shape
         return self.qkv.new_empty(*leading, b, n, self.heads * self.dim)
 
-    def pointer(self, tensor: Tensor | None) -> Tensor:
-        """A tensor for a kernel; a dummy pointer for an absent input."""
-        if tensor is None:
-            return self.qkv
-        tensor = tensor.contiguous()
-        return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    def like_rows(self) -> Tensor:
+        """A number for each query: float32 `[B, H, N]`."""
+        b, n, _ = self.qkv.shape
+        return self.empty(b, self.heads, n)
 
-    def gates(self, tensor: Tensor) -> Tensor:
-        """The columns behind queries, keys and values."""
-        return tensor[..., 3 * self.heads * self.dim :]
+    def like_outputs(self) -> tuple[Tensor, Tensor]:
+        return self.like_out(), self.like_rows()
+
+    def like_inputs(self) -> tuple[Tensor, Tensor]:
+        """`qkv`, and log decays `[C, B, N, H]` or logits for each chunk, `[C, B, H, chunks]`."""
+        shape = (0,) if self.decay is None else self.decay.shape
+        if len(shape) == 2:
+            shape = (self.num_curves, self.qkv.shape[0], self.heads, self.num_chunks)
+        return torch.empty_like(self.qkv), self.empty(*shape)
+
+    def of_curve(self, c: int, qkv: Tensor, decay: Tensor | None) -> Tensor:
+        """Where curve `c` has its decays, or their gradients, in tensors like these."""
+        return qkv[..., (3 * self.dim + c) * self.heads :] if self.decay is None else decay[c]
 
     @cached_property
-    def decays(self) -> dict[str, Any]:
-        """How kernels find decays: DECAY and its strides over curves, images and tokens."""
-        _, n, width = self.shape
+    def decays(self) -> tuple[str, int, int, int]:
+        """DECAYS of the kernels, and the strides over curves, images and tokens."""
+        b, n, width = self.qkv.shape
         if self.lit:
-            found = ("none", self.qkv, 0, 0, 0)
-        elif self.decay is None:
-            found = ("gates", self.gates(self.qkv), self.heads, n * width, width)
-        elif self.decay.dim() == 2:
-            found = ("head", self.decay.contiguous(), self.heads, 0, 0)
-        else:
-            own = n * self.heads
-            found = ("logs", self.decay.contiguous(), self.shape[0] * own, own, self.heads)
-        names = ("DECAYS", "DECAY", "decay_c", "decay_b", "decay_n")
-        prefix = self.prefix if found[0] == "gates" else 0
-        return {**dict(zip(names, found, strict=True)), "prefix": prefix}
-
-    @property
-    def by_token(self) -> bool:
-        return self.plan.backward == "pairs"
+            return "none", 0, 0, 0
+        if self.decay is None:
+            return "gates", self.heads, n * width, width
+        if self.decay.dim() == 2:
+            return "head", self.heads, 0, 0
+        return "logs", b * n * self.heads, n * self.heads, self.heads
 
     @cached_property
-    def alike(self) -> bool:
-        """Whether all images have the same decays."""
-        by_head = self.decays["DECAYS"] in ("head", "none")
-        return by_head and self.valid is None and self.documents is None
-
-    @property
-    def sequence_options(self) -> dict[str, Any]:
-        """Arguments of every kernel that goes over tokens."""
+    def values(self) -> dict[str, Any]:
+        """What kernels have as arguments, by name; absent inputs are None. It grows by results."""
+        _, n, width = self.qkv.shape
+        kind, decay_c, decay_b, decay_n = self.decays
         return {
-            "n": self.shape[1], "heads": self.heads, "stride_n": self.shape[2], "D": self.dim,
-            "BLOCK": self.plan.block, "FEATURES": self.features,
+            "QKV": self.qkv, "n": n, "stride_n": width, "heads": self.heads, "D": self.dim,
+            "DECAY": self.qkv if self.lit else self.of_curve(0, self.qkv, self.decay),
+            "DECAYS": kind, "decay_c": decay_c, "decay_b": decay_b, "decay_n": decay_n,
+            "prefix": self.prefix if kind == "gates" else 0, "CURVE": self.curves,
+            "VALID": None if self.valid is None else self.valid.view(torch.uint8),
+            "DOCUMENTS": self.documents, "STATES": None, "VECTORS": None,
+            "NUM_CURVES": self.num_curves, "curve_weight": 1 / self.num_curves, "eps": self.eps,
+            "CHUNK": self.plan.chunk, "BLOCK": self.plan.block, "SIZE": self.plan.size,
+            "TABLE": None, "tiles": self.plan.size // self.plan.block,
+            "FEATURES": self.features, "NORMALISE": self.normalise,
         }  # fmt: skip
 
-    def cumulative_decays(self) -> tuple[Tensor, Tensor]:
-        """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; and,
-        by token, steps on the curves `[C, size]`."""
-        b, n, _ = self.shape
-        images = 1 if self.alike else b
-        size = self.plan.size
-        sums = self.empty(
-            self.num_curves, images, self.heads, self.num_chunks, NUM_VECTORS.value, size
-        )
-        places = self.empty(self.num_curves if self.by_token else 0, size, dtype=torch.int32)
-        decay_cumsum_kernel[(self.num_chunks * self.num_curves * images * self.heads,)](
-            **self.decays, CURVE=self.pointer(self.curves), VALID=self.pointer(self.valid),
-            DOCUMENTS=self.pointer(self.documents), SUMS=sums, PLACES=places, n=n,
-            images=images, heads=self.heads, CHUNK=self.plan.chunk, SIZE=size,
-            RANGE=triton.next_power_of_2(size), BLOCK=self.plan.block,
-            PADDED=self.valid is not None, PACKED=self.documents is not None,
-            CURVED=self.curves is not None, BY_TOKEN=self.by_token, num_warps=1,
+    def launch(
+        self, kernel: triton.JITFunction, grid: tuple[int, ...], options: tuning.Options, **own: Any
+    ) -> None:
+        """The kernel takes from `values` what is not its `own`; `options` go before them."""
+        own = {**options, **own}
+        shared = {name: self.values[name] for name in kernel.arg_names if name not in own}
+        kernel[grid](**shared, **own)
+
+    def sum_decays(self) -> None:
+        """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; if
+        they are by token, also PLACES `[C, size]`, each token's step on the curves, and TABLE."""
+        b, size, by_token = self.qkv.shape[0], self.plan.size, self.plan.backward == "pairs"
+        alike = self.decays[0] in ("head", "none") and self.valid is None and self.documents is None
+        images = 1 if alike else b
+        shape = (self.num_curves, images, self.heads, self.num_chunks)
+        sums = self.empty(*shape, NUM_VECTORS.value, size)
+        places = self.empty(self.num_curves, size, dtype=torch.int32) if by_token else None
+        self.launch(
+            decay_cumsum_kernel, (math.prod(shape),), {"num_warps": 1},
+            SUMS=sums, PLACES=places, images=images,
         )  # fmt: skip
-        return sums.expand(-1, b, -1, -1, -1, -1), places
+        sums = sums.expand(-1, b, -1, -1, -1, -1)
+        strides = {"sums_c": sums.stride(0), "sums_b": sums.stride(1)}
+        self.values.update(SUMS=sums, PLACES=places, BY_TOKEN=by_token, TABLE=None, **strides)
+        if by_token and alike:
+            self.values["TABLE"] = self.qkv.new_empty(self.heads, size, size)
+            grid = (self.heads * size // self.plan.block,)
+            self.launch(pairs.mask_table_kernel, grid, {})
+
+    def along_curves(self) -> Iterator[int]:
+        """One curve after the other, which `values` then has."""
+        sums = self.values["SUMS"]
+        for c in range(self.num_curves):
+            curve = None if self.curves is None else self.curves[c]
+            last = c == self.num_curves - 1
+            self.values.update(SUMS=sums[c], CURVE=curve, ADD=c > 0, LAST=last, NUM_CURVES=1)
+            yield c
 
 
 # ---------------------------------------------------------------- along one curve after the other
 
 
-def _inputs(call: Call, sums: Tensor, c: int) -> dict[str, Any]:
-    """Arguments that the kernels of `chunks.py` and `states.py` share, along curve `c`."""
-    curve = None if call.curves is None or call.by_token else call.curves[c]
-    return {
-        "QKV": call.qkv, "SUMS": sums[c], "CURVE": call.pointer(curve),
-        "VALID": call.pointer(call.valid), "sums_b": sums.stride(1), "CURVED": curve is not None,
-        "PADDED": call.valid is not None, "CHUNK": call.plan.chunk, **call.sequence_options,
-    }  # fmt: skip
-
-
-def _states(call: Call, inputs: dict[str, Any], **of_queries: Tensor) -> dict[str, Any]:
-    """States that enter each chunk: of keys, and of queries too if their tensors are given."""
+def _enter_states(call: Call, num_states: int) -> None:
+    """States that enter each chunk: two of keys, and two of queries if there shall be four."""
     if call.num_chunks == 1:
-        return {"STATES": call.qkv, "VECTORS": call.qkv, "CHUNKED": False}
-    num_states = 4 if of_queries else 2
-    shape = (call.sequences * call.num_chunks, num_states, call.dim)
-    states = call.empty(*shape, call.dim, dtype=call.qkv.dtype)
-    vectors = call.empty(*shape)
-    absent = dict.fromkeys(("OUT", "INV_DENOM", "DO"), call.qkv)
-    for queries in range(num_states // 2):
-        chunk_state_kernel[(call.sequences * call.num_chunks,)](
-            **{**inputs, **absent, **of_queries, **call.plan.state}, STATES=states,
-            VECTORS=vectors, NUM_STATES=num_states, OF_QUERIES=queries > 0,
-            NORMALISE=call.normalise, curve_weight=1 / call.num_curves,
-        )  # fmt: skip
+        return
+    if call.values["STATES"] is None:
+        shape = (*call.grid, num_states, call.dim)
+        states = call.empty(*shape, call.dim, dtype=call.qkv.dtype)
+        call.values.update(STATES=states, VECTORS=call.empty(*shape), NUM_STATES=num_states)
+    for of_queries in range(num_states // 2):
+        call.launch(chunk_state_kernel, call.grid, call.plan.state, OF_QUERIES=of_queries > 0)
     part = min(call.dim**2, 1024)
-    state_passing_kernel[(call.sequences, num_states, call.dim**2 // part + 1)](
-        STATES=states, VECTORS=vectors, SUMS=inputs["SUMS"], n=inputs["n"], heads=call.heads,
-        sums_b=inputs["sums_b"], D=call.dim, CHUNK=call.plan.chunk, PART=part, GROUP=4,
-        NUM_STATES=num_states,
+    grid = (call.sequences, num_states, call.dim**2 // part + 1)
+    call.launch(state_passing_kernel, grid, {}, PART=part, GROUP=4)
+
+
+def _chunks_forward(call: Call) -> None:
+    call.sum_decays()
+    if call.values["BY_TOKEN"]:  # along all curves at once
+        call.launch(chunks.mix_fwd_kernel, call.grid, call.plan.fwd, CURVE=None, ADD=False)
+        return
+    for _ in call.along_curves():
+        _enter_states(call, 2)
+        call.launch(chunks.mix_fwd_kernel, call.grid, call.plan.fwd)
+
+
+def _chunks_backward(call: Call, ddecay: Tensor) -> None:
+    call.sum_decays()
+    call.values.update(
+        PHI_Q=call.like_out(), PHI_K=call.like_out(), DELTA=call.like_rows(),
+        DQ_RESIDUAL=call.like_rows(), DLOG_MASK=call.empty(*call.grid, 6, call.plan.size),
     )  # fmt: skip
-    return {"STATES": states, "VECTORS": vectors, "CHUNKED": True}
+    for c in call.along_curves():
+        _enter_states(call, 4)
+        call.launch(chunks.mix_bwd_dq_kernel, call.grid, call.plan.dq)
+        call.launch(chunks.mix_bwd_dkv_kernel, call.grid_of_tiles, call.plan.dkv)
+        _gate_gradients(call, c, ddecay)
 
 
-def _chunks_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
-    sums, _ = call.cumulative_decays()
-    table = _mask_table(call, sums) if call.by_token else {"TABLE": call.qkv, "TABULATED": False}
-    for c in range(1 if call.by_token else call.num_curves):
-        inputs = _inputs(call, sums, c)
-        chunks.mix_fwd_kernel[(call.sequences * call.num_chunks,)](
-            **inputs, **_states(call, inputs), **table, OUT=out, INV_DENOM=inv_denom,
-            sums_c=sums.stride(0), eps=call.eps, curve_weight=1 / call.num_curves,
-            NUM_CURVES=call.num_curves if call.by_token else 1, NORMALISE=call.normalise,
-            ADD=c > 0, **call.plan.fwd,
-        )  # fmt: skip
-
-
-def _chunks_backward(
-    call: Call, out: Tensor, inv_denom: Tensor, grad: Tensor, dqkv: Tensor, ddecay: Tensor
-) -> None:
-    sums, _ = call.cumulative_decays()
-    delta, dq_residual = torch.empty_like(inv_denom), torch.empty_like(inv_denom)
-    dlog_mask = call.empty(6, call.sequences * call.num_chunks, call.plan.size)
-    shared = {"DO": grad, "PHI_Q": call.like_out(), "PHI_K": call.like_out(),
-              "DELTA": delta, "DQKV": dqkv, "DLOG_MASK": dlog_mask,
-              "side": dlog_mask.stride(0)}  # fmt: skip
-    for c in range(call.num_curves):
-        inputs = _inputs(call, sums, c)
-        states = _states(call, inputs, OUT=out, INV_DENOM=inv_denom, DO=grad)
-        chunks.mix_bwd_dq_kernel[(call.sequences * call.num_chunks,)](
-            **inputs, **states, **shared, OUT=out, INV_DENOM=inv_denom, DQ_RESIDUAL=dq_residual,
-            eps=call.eps, curve_weight=1 / call.num_curves, NORMALISE=call.normalise, ADD=c > 0,
-            LAST=c == call.num_curves - 1, **call.plan.dq,
-        )  # fmt: skip
-        tiles = call.plan.size // call.plan.block
-        chunks.mix_bwd_dkv_kernel[(call.sequences * call.num_chunks * tiles,)](
-            **inputs, **states, **shared, tiles=tiles, SIZE=call.plan.size, ADD=c > 0,
-            **call.plan.dkv,
-        )  # fmt: skip
-        _gate_gradients(call, c, sums, dlog_mask, dqkv, ddecay, states)
-
-
-def _gate_gradients(
-    call: Call, c: int, sums: Tensor, dlog_mask: Tensor, dqkv: Tensor, ddecay: Tensor,
-    states: dict[str, Any],
-) -> None:  # fmt: skip
-    """Gradients of curve `c`'s gates, into `dqkv`, or of its decays, into `ddecay`."""
+def _gate_gradients(call: Call, c: int, ddecay: Tensor) -> None:
+    """Gradients of curve `c`'s gates, into DQKV, or of its decays, into `ddecay`."""
     if call.lit:
         return
-    decays = dict(call.decays)
-    del decays["decay_c"]
-    gated = decays["DECAYS"] == "gates"
-    first = c * call.heads
-    decays["DECAY"] = decays["DECAY"][..., first:] if gated else decays["DECAY"][c]
-    grad = call.gates(dqkv)[..., first:] if gated else ddecay[c]
-    _, n, width = call.shape
-    curve = None if call.curves is None else call.curves[c]
-    gate_bwd_kernel[(call.sequences * call.num_chunks,)](
-        **decays, **states, DLOG_MASK=dlog_mask, SUMS=sums[c], CURVE=call.pointer(curve),
-        VALID=call.pointer(call.valid), GRAD=grad, n=n, heads=call.heads,
-        side=dlog_mask.stride(0), sums_b=sums.stride(1),
-        grad_b=n * (width if gated else call.heads), grad_n=width if gated else call.heads,
-        D=call.dim, CHUNK=call.plan.chunk, SIZE=call.plan.size,
-        RANGE=triton.next_power_of_2(call.plan.size), PADDED=call.valid is not None,
-        CURVED=curve is not None, BY_TOKEN=call.by_token,
-        num_warps=4 if states["CHUNKED"] else 1,
+    call.launch(
+        gate_bwd_kernel, call.grid, {"num_warps": 1 if call.num_chunks == 1 else 4},
+        DECAY=call.of_curve(c, call.qkv, call.decay),
+        GRAD=call.of_curve(c, call.values["DQKV"], ddecay),
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------- several curves at once
 
 
-def _mask_table(call: Call, sums: Tensor) -> dict[str, Any]:
-    """The masks' sum by head, where all images have the same."""
-    if not call.alike:
-        return {"TABLE": call.qkv, "TABULATED": False}
-    size = call.plan.size
-    table = call.qkv.new_empty(call.heads, size, size)
-    pairs.mask_table_kernel[(call.heads * size // call.plan.block,)](
-        SUMS=sums, TABLE=table, sums_c=sums.stride(0), SIZE=size, BLOCK=call.plan.block,
-        NUM_CURVES=call.num_curves,
-    )  # fmt: skip
-    return {"TABLE": table, "TABULATED": True}
+def _pairs_forward(call: Call) -> None:
+    call.sum_decays()
+    call.values.update(PHI_K=call.like_out())
+    call.launch(pairs.key_feature_kernel, call.grid_of_tiles, {})
+    call.launch(pairs.mix_fwd_kernel, call.grid_of_tiles, call.plan.fwd)
 
 
-def _pair_inputs(call: Call, sums: Tensor) -> dict[str, Any]:
-    return {
-        **_mask_table(call, sums),
-        "QKV": call.qkv, "SUMS": sums, "sums_c": sums.stride(0), "sums_b": sums.stride(1),
-        "NUM_CURVES": call.num_curves, "SIZE": call.plan.size, **call.sequence_options,
-    }  # fmt: skip
-
-
-def _key_features(call: Call, phi_k: Tensor) -> None:
-    tiles = call.plan.size // call.plan.block
-    pairs.key_feature_kernel[(call.sequences * tiles,)](
-        QKV=call.qkv, VALID=call.pointer(call.valid), PHI_K=phi_k, PADDED=call.valid is not None,
-        **call.sequence_options,
-    )  # fmt: skip
-
-
-def _pairs_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
-    shared = _pair_inputs(call, call.cumulative_decays()[0])
-    phi_k = call.like_out()
-    _key_features(call, phi_k)
-    pairs.mix_fwd_kernel[(call.sequences * call.plan.size // call.plan.block,)](
-        **shared, PHI_K=phi_k, OUT=out,
-        INV_DENOM=inv_denom, eps=call.eps, NORMALISE=call.normalise, **call.plan.fwd,
-    )  # fmt: skip
-
-
-def _pairs_backward(
-    call: Call, out: Tensor, inv_denom: Tensor, grad: Tensor, dqkv: Tensor, ddecay: Tensor
-) -> None:
-    (sums, places), phi = call.cumulative_decays(), call.like_out(2)
-    _key_features(call, phi[1])
-    size = call.plan.size
-    dlog_mask = call.empty(call.num_curves, 6, call.sequences, size)
-    shared = {
-        **_pair_inputs(call, sums), "PHI": phi, "PLACES": places, "DO": grad,
-        "DELTA": torch.empty_like(inv_denom), "DQKV": dqkv, "DLOG_MASK": dlog_mask,
-        "side": dlog_mask.stride(1),
-    }  # fmt: skip
-    grid = (call.sequences * size // call.plan.block,)
-    table = shared.pop("TABLE")
-    pairs.mix_bwd_dq_kernel[grid](
-        **shared, OUT=out, INV_DENOM=inv_denom, eps=call.eps, NORMALISE=call.normalise,
-        **call.plan.dq,
-    )  # fmt: skip
-    pairs.mix_bwd_dkv_kernel[grid](
-        **shared,
-        TABLE=table,
-        VALID=call.pointer(call.valid),
-        PADDED=call.valid is not None,
-        **call.plan.dkv,
-    )
-    if shared["TABULATED"]:
-        _logit_gradients(call, dlog_mask[:, 0, :, : call.shape[1]], ddecay)
+def _pairs_backward(call: Call, ddecay: Tensor) -> None:
+    call.sum_decays()
+    phi = call.like_out(2)
+    dlog_mask = call.empty(call.num_curves, call.sequences, 6, call.plan.size)
+    call.values.update(PHI=phi, PHI_K=phi[1], DELTA=call.like_rows(), DLOG_MASK=dlog_mask)
+    call.launch(pairs.key_feature_kernel, call.grid_of_tiles, {})
+    call.launch(pairs.mix_bwd_dq_kernel, call.grid_of_tiles, call.plan.dq)
+    call.launch(pairs.mix_bwd_dkv_kernel, call.grid_of_tiles, call.plan.dkv)
+    if call.values["TABLE"] is not None:
+        _logit_gradients(call, dlog_mask[:, :, 0, : call.qkv.shape[1]], ddecay)
         return
-    states = {"STATES": call.qkv, "VECTORS": call.qkv, "CHUNKED": False}
-    for c in range(call.num_curves):
-        _gate_gradients(call, c, sums, dlog_mask[c], dqkv, ddecay, states)
+    for c in call.along_curves():
+        call.values.update(DLOG_MASK=dlog_mask[c])
+        _gate_gradients(call, c, ddecay)
 
 
 def _logit_gradients(call: Call, sums: Tensor, ddecay: Tensor) -> None:
     """Gradients of heads' logits by image, `[C, B, H, 1]`, from sums of g_ij t_ij by token."""
     logits = call.decay[:, None, :, None]
     log_decay = F.logsigmoid(logits) / math.log(2)
-    slope = torch.where(logits > -16, torch.sigmoid(-logits) / log_decay, 0.0)
-    sums = sums.sum(-1).view(ddecay.shape)
-    ddecay.copy_(torch.where(log_decay < 0, sums * slope, 0.0))
+    # Nothing but rounding errors comes through a decay below 2^-23.
+    trained = (logits > -16) & (log_decay < 0)
+    slope = torch.where(trained, torch.sigmoid(-logits) / log_decay, 0.0)
+    torch.mul(sums.sum(-1).view(ddecay.shape), slope, out=ddecay)
 
 
 # ----------------------------------------------------------------------------------------- no decay
 
 
-def _linear_state(call: Call) -> dict[str, Tensor]:
-    shape = (call.sequences * call.num_chunks, call.dim)
-    return {"STATES": call.empty(*shape, call.dim), "VECTORS": call.empty(*shape)}
-
-
-def _linear_inputs(call: Call) -> dict[str, Any]:
-    """Arguments of every kernel of `linear.py`."""
-    return {"QKV": call.qkv, "CHUNK": call.plan.chunk, **call.sequence_options}
-
-
-def _linear_key_state(call: Call) -> dict[str, Tensor]:
-    states = _linear_state(call)
-    linear.key_state_kernel[(call.sequences * call.num_chunks,)](
-        **{**_linear_inputs(call), **call.plan.state}, **states, VALID=call.pointer(call.valid),
-        PADDED=call.valid is not None,
-    )  # fmt: skip
-    return states
-
-
-def _linear_scales(call: Call) -> dict[str, float]:
-    """States are means over this many tokens."""
+def _sum_keys(call: Call) -> None:
+    """The state of the keys, a mean over this many tokens."""
     tokens = float(call.num_chunks * call.plan.chunk)
-    return {"eps": call.eps / tokens, "out_scale": 1.0 if call.normalise else tokens}
-
-
-def _linear_forward(call: Call, out: Tensor, inv_denom: Tensor) -> None:
-    linear.mix_fwd_kernel[(call.sequences * call.num_chunks,)](
-        **{**_linear_inputs(call), **call.plan.fwd}, **_linear_key_state(call),
-        **_linear_scales(call), OUT=out, INV_DENOM=inv_denom, NORMALISE=call.normalise,
+    shape = (*call.grid, call.dim)
+    call.values.update(
+        STATES=call.empty(*shape, call.dim), VECTORS=call.empty(*shape), eps=call.eps / tokens,
+        out_scale=1.0 if call.normalise else tokens,
     )  # fmt: skip
+    call.launch(linear.key_state_kernel, call.grid, call.plan.state)
 
 
-def _linear_backward(
-    call: Call, out: Tensor, inv_denom: Tensor, grad: Tensor, dqkv: Tensor, ddecay: Tensor
-) -> None:
-    grid, inputs, scales = (
-        (call.sequences * call.num_chunks,),
-        _linear_inputs(call),
-        _linear_scales(call),
-    )
-    of_queries = {f"QUERY_{name}": tensor for name, tensor in _linear_state(call).items()}
-    linear.mix_bwd_dq_kernel[grid](
-        **{**inputs, **call.plan.dq}, **_linear_key_state(call), **of_queries, **scales, OUT=out,
-        INV_DENOM=inv_denom, DO=grad, DQKV=dqkv, NORMALISE=call.normalise,
-    )  # fmt: skip
-    linear.mix_bwd_dkv_kernel[grid](
-        **{**inputs, **call.plan.dkv}, **of_queries, out_scale=scales["out_scale"], DQKV=dqkv,
-        VALID=call.pointer(call.valid), PADDED=call.valid is not None,
-    )  # fmt: skip
+def _linear_forward(call: Call) -> None:
+    _sum_keys(call)
+    call.launch(linear.mix_fwd_kernel, call.grid, call.plan.fwd)
+
+
+def _linear_backward(call: Call, ddecay: Tensor) -> None:
+    _sum_keys(call)
+    for name in ("STATES", "VECTORS"):
+        call.values[f"QUERY_{name}"] = torch.empty_like(call.values[name])
+    call.launch(linear.mix_bwd_dq_kernel, call.grid, call.plan.dq)
+    call.launch(linear.mix_bwd_dkv_kernel, call.grid, call.plan.dkv)
 
 
 FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": _linear_forward}
@@ -376,102 +287,46 @@ BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _lin
 # ------------------------------------------------------------------------------------ the operators
 
 
-@operator("mix")
-def mix_operator(
-    projected: Tensor,
-    decay: Tensor | None,
-    curves: Tensor | None,
-    valid: Tensor | None,
-    documents: Tensor | None,
-    heads: int,
-    dim: int,
-    num_curves: int,
-    prefix: int,
-    lit: bool,
-    features: str,
-    normalise: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+@operator("mix", lambda *a: Call(*a).like_outputs(), f"({ARGUMENTS}) -> (Tensor, Tensor)")
+def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H * D]` and 1 / (denominator + eps), float32 `[B, H, N]`."""
-    options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
-    call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
-    b, n, _ = call.shape
-    out = call.like_out()
-    inv_denom = (
-        call.empty(b, heads, n)
-        if normalise
-        else projected.new_ones(b, heads, n, dtype=torch.float32)
-    )
-    FORWARD[call.plan.forward](call, out, inv_denom)
+    call = Call(*arguments)
+    out, inv_denom = call.like_outputs()
+    if not call.normalise:
+        inv_denom.fill_(1.0)
+    call.values.update(OUT=out, INV_DENOM=inv_denom, DO=None)
+    FORWARD[call.plan.forward](call)
     return out, inv_denom
 
 
-@torch.library.register_fake("lion::mix")
-def _(projected, decay, curves, valid, documents, heads, dim, *_):
-    b, n, _ = projected.shape
-    inv_denom = projected.new_empty(b, heads, n, dtype=torch.float32)
-    return projected.new_empty(b, n, heads * dim), inv_denom
-
-
-@operator("mix_backward")
+@operator(
+    "mix_backward", lambda grad, out, inv_denom, *a: Call(*a).like_inputs(),
+    f"(Tensor grad, Tensor out, Tensor inv_denom, {ARGUMENTS}) -> (Tensor, Tensor)",
+)  # fmt: skip
 def mix_backward(
-    grad: Tensor,
-    projected: Tensor,
-    decay: Tensor | None,
-    curves: Tensor | None,
-    valid: Tensor | None,
-    documents: Tensor | None,
-    out: Tensor,
-    inv_denom: Tensor,
-    heads: int,
-    dim: int,
-    num_curves: int,
-    prefix: int,
-    lit: bool,
-    features: str,
-    normalise: bool,
-    eps: float,
+    grad: Tensor, out: Tensor, inv_denom: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `projected`, and of `decay`: logits' `[C, B, H, chunks]`, log decays' whole."""
-    options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
-    call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
-    dprojected = torch.empty_like(call.qkv)
-    written = num_curves * heads if call.decays["DECAYS"] == "gates" else 0
-    call.gates(dprojected)[..., written:] = 0
-    ddecay = call.empty(*_ddecay_shape(projected, decay, heads, call.num_chunks))
-    BACKWARD[call.plan.backward](call, out, inv_denom, grad.contiguous(), dprojected, ddecay)
-    return dprojected, ddecay
-
-
-def _ddecay_shape(
-    projected: Tensor, decay: Tensor | None, heads: int, num_chunks: int
-) -> tuple[int, ...]:
-    if decay is None:
-        return (0,)
-    if decay.dim() == 2:
-        return (decay.shape[0], projected.shape[0], heads, num_chunks)
-    return tuple(decay.shape)
-
-
-@torch.library.register_fake("lion::mix_backward")
-def _(grad, projected, decay, curves, valid, documents, out, inv_denom, heads, dim, num_curves, *_):
-    n, size = projected.shape[1], projected.element_size()
-    plan = tuning.make_plan(n, dim, size, num_curves, no_decay=False)
-    shape = _ddecay_shape(projected, decay, heads, -(-n // plan.chunk))
-    return torch.empty_like(projected), projected.new_empty(shape, dtype=torch.float32)
+    """Gradients of `projected` and, as `Call.like_inputs` has it, of `decay`."""
+    call = Call(*arguments)
+    dqkv, ddecay = call.like_inputs()
+    written = 3 * call.dim + (call.num_curves if call.decays[0] == "gates" else 0)
+    dqkv[..., written * call.heads :] = 0
+    call.values.update(OUT=out, INV_DENOM=inv_denom, DO=grad.contiguous(), DQKV=dqkv)
+    BACKWARD[call.plan.backward](call, ddecay)
+    return dqkv, ddecay
 
 
 def _save(ctx, inputs, output):
     ctx.options = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.save_for_backward(*output, *inputs[:5])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad, _):
     if grad is None:
         return (None,) * 13
-    projected, decay, *others = ctx.saved_tensors
-    dprojected, ddecay = mix_backward(grad, projected, decay, *others, *ctx.options)
+    decay = ctx.saved_tensors[3]
+    dprojected, ddecay = mix_backward(grad, *ctx.saved_tensors, *ctx.options)
     if decay is not None:
         ddecay = ddecay.sum((1, 3)) if decay.dim() == 2 else ddecay
         decay = ddecay.to(decay.dtype)

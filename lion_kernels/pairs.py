@@ -9,9 +9,9 @@ A program has a tile of queries (`mix_fwd_kernel`, `mix_bwd_dq_kernel`) or of ke
 (`mix_bwd_dkv_kernel`); tiles of their partners pass by. A row is in many tiles, so features come
 from PHI, `[2, B, N, H, D]`: q' (in the backward pass) and phi(k).
 
-Where decays are alike in all tokens and images (LION-D), the mean of a head's masks is TABULATED
-once for all images, `[H, SIZE, SIZE]` and symmetric. A head's logit w then needs no sums by token:
-with n_ij decays between a pair on a curve, t_ij = n_ij log2 sigmoid(w) is its mask's exponent, and
+Where decays are alike in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]` has the sum of a
+head's masks, symmetric, once for all images. A head's logit w then needs no sums by token: with
+n_ij decays between a pair on a curve, t_ij = n_ij log2 sigmoid(w) is its mask's exponent, and
 
     dL/dw = sigmoid(-w) / log2 sigmoid(w) sum_ij g_ij t_ij
 """
@@ -19,53 +19,39 @@ with n_ij decays between a pair on a curve, t_ij = n_ij log2 sigmoid(w) is its m
 import triton
 import triton.language as tl
 
-from lion_kernels.common import (
-    add_dot,
-    decay_mask,
-    dot,
-    feature_map,
-    feature_map_and_slope,
-    feature_map_grad,
-    key_mask,
-    load_tile,
-    part_of_sequence,
-    round_to,
-    rows_of,
-    store_tile,
-    sum_of_masks,
-)
+from lion_kernels import common
 from lion_kernels.decay import NUM_VECTORS
 
 
 @triton.jit
 def key_feature_kernel(
     QKV, VALID, PHI_K, n, heads, stride_n,
-    D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """phi of the keys, zero where none count: `[B, N, H, D]`."""
-    part, bh = part_of_sequence(tl.cdiv(n, BLOCK))
-    b, h = bh // heads, bh % heads
+    part, bh, b, h = common.part_of_sequence(tl.cdiv(n, BLOCK), heads)
     tokens = part * BLOCK + tl.arange(0, BLOCK)
     valid = tokens < n
-    counts = key_mask(VALID + b * n, tokens, valid, PADDED)
-    k = load_tile(QKV + b * n * stride_n + (heads + h) * D, tokens, valid, stride_n, D)
-    phi = tl.where(counts[:, None], feature_map(k, FEATURES), 0.0)
-    store_tile(PHI_K + (b * n * heads + h) * D, tokens, valid, heads * D, phi, D)
+    counts = common.key_mask(VALID, b * n, tokens, valid)
+    k = common.load_tile(QKV + b * n * stride_n + (heads + h) * D, tokens, valid, stride_n, D)
+    phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0)
+    common.store_tile(PHI_K + (b * n * heads + h) * D, tokens, valid, heads * D, phi, D)
 
 
 @triton.jit
 def mask_table_kernel(
-    SUMS, TABLE, sums_c, SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr
+    SUMS, TABLE, heads, sums_c, SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr
 ):
     """The sum of each head's masks: TABLE `[H, SIZE, SIZE]`."""
-    part, h = part_of_sequence(SIZE // BLOCK)
+    part, h, _, _ = common.part_of_sequence(SIZE // BLOCK, heads)
     SUMS += h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
-    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     for start in range(0, SIZE, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        mask = sum_of_masks(SUMS, TABLE, sums_c, xs, ys, columns, SIZE, NUM_CURVES, False)
+        sums = (SUMS, None, sums_c, rows, xs, ys)
+        mask = common.sum_of_masks(sums, columns, SIZE, NUM_CURVES)
         address = TABLE + (h * SIZE + rows[:, None]) * SIZE + columns
         tl.store(address, mask.to(TABLE.dtype.element_ty))
 
@@ -75,11 +61,9 @@ def mix_fwd_kernel(
     QKV, PHI_K, SUMS, TABLE, OUT, INV_DENOM, n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
-    TABULATED: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`."""
-    part, bh = part_of_sequence(tl.cdiv(n, BLOCK))
-    b, h = bh // heads, bh % heads
+    part, bh, b, h = common.part_of_sequence(tl.cdiv(n, BLOCK), heads)
     Q = QKV + b * n * stride_n + h * D
     V = Q + 2 * heads * D
     PHI_K += (b * n * heads + h) * D
@@ -87,47 +71,45 @@ def mix_fwd_kernel(
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
-    TABLE += (h * SIZE + rows[:, None]) * SIZE
-    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    q = feature_map(load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)
     q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
     out = tl.zeros((BLOCK, D), tl.float32)
     denom = tl.full((BLOCK,), eps, tl.float32)
     rounding = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k = load_tile(PHI_K, columns, columns < n, heads * D, D)
-        v = load_tile(V, columns, columns < n, stride_n, D)
-        w = dot(q, tl.trans(k))  # [BLOCK, BLOCK_N]
-        w *= sum_of_masks(SUMS, TABLE, sums_c, xs, ys, columns, SIZE, NUM_CURVES, TABULATED)
-        rounded = round_to(w, v.dtype)
+        k = common.load_tile(PHI_K, columns, columns < n, heads * D, D)
+        v = common.load_tile(V, columns, columns < n, stride_n, D)
+        w = common.dot(q, tl.trans(k))  # [BLOCK, BLOCK_N]
+        sums = (SUMS, TABLE, sums_c, h * SIZE + rows, xs, ys)
+        w *= common.sum_of_masks(sums, columns, SIZE, NUM_CURVES)
+        rounded = common.round_to(w, v.dtype)
         denom += tl.sum(w, 1)
         rounding += tl.sum(rounded - w, 1)
-        out = add_dot(rounded.to(v.dtype), v, out)  # [BLOCK, D]
+        out = common.add_dot(rounded.to(v.dtype), v, out)  # [BLOCK, D]
     if NORMALISE:
         tl.store(INV_DENOM + bh * n + rows, 1 / denom, mask=valid)
         out *= (1 / (denom + rounding))[:, None]  # rounded weights sum to 1 as well
-    store_tile(OUT, rows, valid, heads * D, out, D)
+    common.store_tile(OUT, rows, valid, heads * D, out, D)
 
 
 @triton.jit
 def mix_bwd_dq_kernel(
-    QKV, PHI, SUMS, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_c, sums_b, side, eps,
+    QKV, PHI, SUMS, TABLE, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
+    n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
-    TABULATED: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, q' into PHI, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
-    earlier and with later keys, or, TABULATED, of g_ij t_ij.
+    earlier keys and with others, or, where there is a TABLE, of g_ij t_ij.
 
     PLACES `[C, N]` has each token's step on the curves. For the rounding residual, see `chunks.py`.
     """
-    SIDES: tl.constexpr = 1 if TABULATED else 2
+    SIDES: tl.constexpr = 2 if TABLE is None else 1
     num_parts = tl.cdiv(n, BLOCK)
-    part, bh = part_of_sequence(num_parts)
-    b, h = bh // heads, bh % heads
+    part, bh, b, h = common.part_of_sequence(num_parts, heads)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
     dtype = QKV.dtype.element_ty
     Q = QKV + b * n * stride_n + h * D
@@ -137,30 +119,26 @@ def mix_bwd_dq_kernel(
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
-    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    places = rows_of(PLACES, SIZE, rows, NUM_CURVES)
-    do = load_tile(DO + (b * n * heads + h) * D, rows, valid, heads * D, D)
-    delta = tl.zeros((BLOCK,), tl.float32)
-    if NORMALISE:
-        out = load_tile(OUT + (b * n * heads + h) * D, rows, valid, heads * D, D)
-        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    do = common.load_tile(DO + (b * n * heads + h) * D, rows, valid, heads * D, D)
+    OUT += (b * n * heads + h) * D
+    delta = common.load_delta(do, OUT, rows, valid, heads * D, NORMALISE)
     tl.store(DELTA + bh * n + rows, delta, mask=valid)
     inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
     factor = inv_denom * (D**-0.5 / NUM_CURVES)
-    q = feature_map(load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)
     q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
-    store_tile(PHI, rows, valid, heads * D, q, D)
+    common.store_tile(PHI, rows, valid, heads * D, q, D)
     dq = tl.zeros((BLOCK, D), tl.float32)
-    sums = ()
-    for _ in tl.static_range(SIDES * NUM_CURVES):
-        sums += (tl.zeros((BLOCK,), tl.float32),)
+    sums = (tl.zeros((BLOCK,), tl.float32),) * (SIDES * NUM_CURVES)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k = load_tile(PHI_K, columns, columns < n, heads * D, D)
-        v = load_tile(V, columns, columns < n, stride_n, D)
-        dw = dot(do, tl.trans(v)) - delta[:, None]
-        g = dot(q, tl.trans(k)) * dw  # [BLOCK, BLOCK_N]
+        k = common.load_tile(PHI_K, columns, columns < n, heads * D, D)
+        v = common.load_tile(V, columns, columns < n, stride_n, D)
+        dw = common.dot(do, tl.trans(v)) - delta[:, None]
+        g = common.dot(q, tl.trans(k)) * dw  # [BLOCK, BLOCK_N]
         mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
         added = ()
         for c in tl.static_range(NUM_CURVES):
@@ -169,44 +147,40 @@ def mix_bwd_dq_kernel(
             t = tl.minimum(xs[c][:, None] - x_j[None, :], y_j[None, :] - ys[c][:, None])
             m = tl.exp2(t)
             mask += m
-            if TABULATED:
-                added += (sums[c] + tl.sum(g * (m * t), 1),)
-            else:
+            if TABLE is None:
                 place = tl.load(PLACES + c * SIZE + columns)[None, :]
                 earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
                 added += (sums[2 * c] + earlier, sums[2 * c + 1] + tl.sum(g * m, 1))
+            else:
+                added += (sums[c] + tl.sum(g * (m * t), 1),)
         sums = added
-        if TABULATED:
-            mask = round_to(mask, dtype)
-        dq = add_dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
+        if TABLE is not None:
+            mask = common.round_to(mask, dtype)
+        dq = common.add_dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
     for c in tl.static_range(NUM_CURVES):
-        of_curve = DLOG_MASK + c * 6 * side + bh * SIZE + rows
+        of_curve = DLOG_MASK + (c * images * heads + bh) * 6 * SIZE + rows
         tl.store(of_curve, sums[SIDES * c], mask=valid)
-        if not TABULATED:
-            tl.store(of_curve + side, sums[2 * c + 1] - sums[2 * c], mask=valid)
+        if TABLE is None:
+            tl.store(of_curve + SIZE, sums[2 * c + 1] - sums[2 * c], mask=valid)
     if NORMALISE and FEATURES != "none":
         residual = tl.sum(q.to(tl.float32) * dq, 1) - eps * delta * inv_denom
         dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
-    phi, slope = feature_map_and_slope(load_tile(Q, rows, valid, stride_n, D), FEATURES)
-    dq = feature_map_grad(phi, slope, dq * factor[:, None], FEATURES)
-    store_tile(DQKV + b * n * stride_n + h * D, rows, valid, stride_n, dq, D)
+    dq = common.back_to_rows(Q, rows, valid, stride_n, dq * factor[:, None], D, FEATURES)
+    common.store_tile(DQKV + b * n * stride_n + h * D, rows, valid, stride_n, dq, D)
 
 
 @triton.jit
 def mix_bwd_dkv_kernel(
     QKV, PHI, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_c, sums_b, side,
+    n, heads, stride_n, sums_c, sums_b,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr,
-    TABULATED: tl.constexpr,
+    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv into DQKV, and, unless TABULATED, each curve's sums of g_ij by key.
-
-    Products are keys by queries.
+    """dk and dv into DQKV, and, where there is no TABLE, each curve's sums of g_ij by key: with
+    later queries, and with others. Products are keys by queries.
     """
     num_parts = tl.cdiv(n, BLOCK)
-    part, bh = part_of_sequence(num_parts)
-    b, h = bh // heads, bh % heads
+    part, bh, b, h = common.part_of_sequence(num_parts, heads)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
     K = QKV + b * n * stride_n + (heads + h) * D
     DK = DQKV + b * n * stride_n + (heads + h) * D
@@ -216,28 +190,23 @@ def mix_bwd_dkv_kernel(
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
-    TABLE += (h * SIZE + rows[:, None]) * SIZE
-    xs = rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    places = rows_of(PLACES, SIZE, rows, NUM_CURVES)
-    k = load_tile(PHI + images * n * heads * D, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
-    v = load_tile(K + heads * D, rows, valid, stride_n, D)
-    dk = tl.zeros((BLOCK, D), tl.float32)
-    dv = tl.zeros((BLOCK, D), tl.float32)
-    sums = ()
-    for _ in tl.static_range(2 * NUM_CURVES):
-        sums += (tl.zeros((BLOCK,), tl.float32),)
+    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
+    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    PHI_K = PHI + images * n * heads * D
+    k = common.load_tile(PHI_K, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
+    v = common.load_tile(K + heads * D, rows, valid, stride_n, D)
+    dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    sums = (tl.zeros((BLOCK,), tl.float32),) * (2 * NUM_CURVES)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         there = columns < n
-        q = load_tile(PHI, columns, there, heads * D, D)  # q', [BLOCK_N, D]
-        do = load_tile(DO, columns, there, heads * D, D)
+        q = common.load_tile(PHI, columns, there, heads * D, D)  # q', [BLOCK_N, D]
+        do = common.load_tile(DO, columns, there, heads * D, D)
         delta = tl.load(DELTA + columns, mask=there, other=0.0)
-        w = dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
-        dw = dot(v, tl.trans(do)) - delta[None, :]  # [BLOCK, BLOCK_N]
-        if TABULATED:
-            mask = tl.load(TABLE + columns).to(tl.float32)
-        else:
+        w = common.dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
+        dw = common.dot(v, tl.trans(do)) - delta[None, :]  # [BLOCK, BLOCK_N]
+        if TABLE is None:
             g = w * dw
             mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
             added = ()
@@ -245,21 +214,23 @@ def mix_bwd_dkv_kernel(
                 x_i = tl.load(SUMS + c * sums_c + columns)
                 y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
                 place = tl.load(PLACES + c * SIZE + columns)[None, :]
-                m = decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
+                m = common.decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
                 mask += m
                 later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
-                earlier = tl.sum(tl.where(place <= places[c][:, None], g * m, 0.0), 1)
-                added += (sums[2 * c] + later, sums[2 * c + 1] + earlier)
+                others = tl.sum(tl.where(place <= places[c][:, None], g * m, 0.0), 1)
+                added += (sums[2 * c] + later, sums[2 * c + 1] + others)
             sums = added
-        dv = add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
-        dk = add_dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
-    if not TABULATED:
+        else:
+            of_rows = (SUMS, TABLE, sums_c, h * SIZE + rows, xs, ys)
+            mask = common.sum_of_masks(of_rows, columns, SIZE, NUM_CURVES)
+        dv = common.add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
+        dk = common.add_dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
+    if TABLE is None:
         for c in tl.static_range(NUM_CURVES):
-            of_curve = DLOG_MASK + (c * 6 + 2) * side + bh * SIZE + rows
+            of_curve = DLOG_MASK + ((c * images * heads + bh) * 6 + 2) * SIZE + rows
             tl.store(of_curve, sums[2 * c], mask=valid)
-            tl.store(of_curve + side, sums[2 * c + 1], mask=valid)
-    counts = key_mask(VALID + b * n, rows, valid, PADDED)
-    phi, slope = feature_map_and_slope(load_tile(K, rows, valid, stride_n, D), FEATURES)
-    dk = feature_map_grad(phi, slope, dk, FEATURES)
-    store_tile(DK, rows, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
-    store_tile(DK + heads * D, rows, valid, stride_n, dv, D)
+            tl.store(of_curve + SIZE, sums[2 * c + 1], mask=valid)
+    counts = common.key_mask(VALID, b * n, rows, valid)
+    dk = common.back_to_rows(K, rows, valid, stride_n, dk, D, FEATURES)
+    common.store_tile(DK, rows, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
+    common.store_tile(DK + heads * D, rows, valid, stride_n, dv, D)

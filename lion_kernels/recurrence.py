@@ -12,23 +12,15 @@ where every exponent is at most 0. Between the walks OUT is the mean of the valu
 float16 has room for, and DENOM its denominator.
 """
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels.common import (
-    add_dot,
-    decay_mask,
-    dot,
-    feature_map,
-    key_mask,
-    load_tile,
-    store_tile,
-    token_at,
-)
+from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
-from lion_kernels.ops import Call, mix_operator
+from lion_kernels.ops import ARGUMENTS, Call, mix_operator
 from lion_kernels.registry import operator
 
 
@@ -37,8 +29,7 @@ def recurrence_kernel(
     QKV, DECAY, CURVE, VALID, DOCUMENTS, OUT, DENOM, n, heads, prefix, stride_n,
     decay_c, decay_b, decay_n, eps, scale,
     D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
-    DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr, PADDED: tl.constexpr,
-    PACKED: tl.constexpr, CURVED: tl.constexpr,
+    DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` of QKV `[B, N, 3, H, D]`, and DENOM `[B, H, parts, N]`.
 
@@ -64,11 +55,11 @@ def recurrence_kernel(
                 else:
                     steps = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
                 valid = steps < n
-                tokens = token_at(CURVE + c * n, steps, valid, CURVED)
-                counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+                tokens = common.token_at(CURVE, steps, valid, c * n)
+                counts = common.key_mask(VALID, b * n, tokens, valid)
                 x, y = decay_cumsum(
-                    DECAY + c * decay_c + b * decay_b + h, DOCUMENTS + b * n, steps, tokens, valid,
-                    counts, prefix, decay_n, DECAYS, PACKED,
+                    DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
+                    counts, prefix, decay_n, DECAYS,
                 )  # fmt: skip
                 total = tl.min(y, 0)
                 if backwards == 0:
@@ -77,21 +68,22 @@ def recurrence_kernel(
                     reached, left = tl.exp2(total - y), tl.exp2(y)
                 # Warps may share a row. Barriers of the products part its loads from its stores.
                 again = valid & ((c > 0) | (backwards == 1))
-                before = load_tile(OUT, tokens, again, heads * D, COLUMNS)
+                before = common.load_tile(OUT, tokens, again, heads * D, COLUMNS)
                 if NORMALISE:
                     denom_before = tl.load(DENOM + tokens, mask=again, other=0.0)
-                phi = feature_map(load_tile(Q, tokens, valid, stride_n, D), FEATURES) * scale
-                k = feature_map(load_tile(K, tokens, valid, stride_n, D), FEATURES)
+                q = common.load_tile(Q, tokens, valid, stride_n, D)
+                phi = common.feature_map(q, FEATURES) * scale
+                k = common.feature_map(common.load_tile(K, tokens, valid, stride_n, D), FEATURES)
                 k = tl.where(counts[:, None], k, 0.0)
-                v = load_tile(V, tokens, valid, stride_n, COLUMNS)
+                v = common.load_tile(V, tokens, valid, stride_n, COLUMNS)
                 q = phi.to(dtype)  # [BLOCK, D]
-                out = dot(q, state.to(dtype)) * reached[:, None]  # [BLOCK, COLUMNS]
+                out = common.dot(q, state.to(dtype)) * reached[:, None]  # [BLOCK, COLUMNS]
                 denom = tl.sum(phi * vector, 1) * reached
                 if backwards == 1:
-                    w = dot(q, tl.trans(k.to(dtype)))  # [BLOCK, BLOCK]
-                    w *= decay_mask(x[:, None], y[:, None], x[None, :], y[None, :])
+                    w = common.dot(q, tl.trans(k.to(dtype)))  # [BLOCK, BLOCK]
+                    w *= common.decay_mask(x[:, None], y[:, None], x[None, :], y[None, :])
                     denom += tl.sum(w, 1)
-                    out = add_dot(w.to(dtype), v, out)
+                    out = common.add_dot(w.to(dtype), v, out)
                 if NORMALISE:
                     denom += denom_before + eps
                     out += before.to(tl.float32) * denom_before[:, None]
@@ -99,60 +91,32 @@ def recurrence_kernel(
                     tl.store(DENOM + tokens, denom, mask=valid)
                 else:
                     out += before.to(tl.float32)
-                store_tile(OUT, tokens, valid, heads * D, out, COLUMNS)
+                common.store_tile(OUT, tokens, valid, heads * D, out, COLUMNS)
                 k *= left[:, None]
-                state = add_dot(tl.trans(k.to(dtype)), v, state * tl.exp2(total))
+                state = common.add_dot(tl.trans(k.to(dtype)), v, state * tl.exp2(total))
                 vector = vector * tl.exp2(total) + tl.sum(k, 0)
 
 
 def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     """Tokens per block, columns of values per program and warps: what fits into the registers."""
-    if itemsize == 4:
-        return {
-            "BLOCK": max(16, 512 // dim),
-            "COLUMNS": min(dim, 64),
-            "num_warps": 4 if dim <= 64 else 8,
-        }
-    return {"BLOCK": 64 if dim <= 64 else 32, "COLUMNS": dim, "num_warps": 4 if dim <= 64 else 8}
+    half, warps = itemsize == 2, 4 if dim <= 64 else 8
+    block = (64 if dim <= 64 else 32) if half else max(16, 512 // dim)
+    columns = dim if half else min(dim, 64)
+    return {"BLOCK": block, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
 
 
-@operator("recurrence")
-def recurrence_operator(
-    projected: Tensor,
-    decay: Tensor | None,
-    curves: Tensor | None,
-    valid: Tensor | None,
-    documents: Tensor | None,
-    heads: int,
-    dim: int,
-    num_curves: int,
-    prefix: int,
-    lit: bool,
-    features: str,
-    normalise: bool,
-    eps: float,
-) -> Tensor:
+@operator("recurrence", lambda *a: Call(*a).like_out(), f"({ARGUMENTS}) -> Tensor")
+def recurrence_operator(*arguments: Any) -> Tensor:
     """The output of `lion::mix`, `[B, N, H * D]`; it has no gradient."""
-    options = (heads, dim, num_curves, prefix, lit, features, normalise, eps)
-    call = Call(projected.contiguous(), decay, curves, valid, documents, *options)
+    call = Call(*arguments)
     if call.plan.forward == "linear":  # one state as it is
-        return mix_operator(projected, decay, curves, valid, documents, *options)[0]
-    b, n, _ = call.shape
-    out = call.like_out()
-    launch = launch_options(dim, projected.element_size())
-    parts = dim // launch["COLUMNS"]
-    recurrence_kernel[b * heads, parts](
-        **{**call.sequence_options, **call.decays, **launch}, QKV=call.qkv,
-        CURVE=call.pointer(curves),
-        VALID=call.pointer(valid), DOCUMENTS=call.pointer(documents), OUT=out,
-        DENOM=call.empty(b, heads, parts, n if normalise else 0), eps=eps / (2 * num_curves),
-        scale=dim**-0.5 / num_curves, NUM_CURVES=num_curves, NORMALISE=normalise,
-        PADDED=valid is not None, PACKED=documents is not None, CURVED=curves is not None,
-        num_stages=1,
+        return mix_operator(*arguments)[0]
+    b, n, _ = call.qkv.shape
+    out, options = call.like_out(), launch_options(call.dim, call.qkv.element_size())
+    parts = call.dim // options["COLUMNS"]
+    call.launch(
+        recurrence_kernel, (call.sequences, parts), options, OUT=out,
+        DENOM=call.empty(b, call.heads, parts, n if call.normalise else 0),
+        eps=call.eps / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
     )  # fmt: skip
     return out
-
-
-@torch.library.register_fake("lion::recurrence")
-def _(projected, decay, curves, valid, documents, heads, dim, *_):
-    return projected.new_empty(*projected.shape[:2], heads * dim)

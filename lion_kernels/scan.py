@@ -7,6 +7,7 @@ backward pass computes those inside again.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ def _tokens(pointer, first, n, stride, inside, CHUNK: tl.constexpr):
     for t in tl.static_range(CHUNK):
         valid = inside & (first + t < n)
         vector = tl.load(pointer + (first + t) * stride, mask=valid, other=0.0)
-        vectors = vectors + (vector.to(tl.float32),)
+        vectors += (vector.to(tl.float32),)
     return vectors
 
 
@@ -38,23 +39,15 @@ def _scalars(pointer, CHUNK: tl.constexpr):
     """For each token of a chunk its number."""
     numbers = ()
     for t in tl.static_range(CHUNK):
-        numbers = numbers + (tl.load(pointer + t),)
+        numbers += (tl.load(pointer + t),)
     return numbers
-
-
-@triton.jit
-def _zeros(BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    vectors = ()
-    for _ in tl.static_range(CHUNK):
-        vectors = vectors + (tl.zeros((BLOCK,), tl.float32),)
-    return vectors
 
 
 @triton.jit
 def _products(first, second, CHUNK: tl.constexpr):
     products = ()
     for t in tl.static_range(CHUNK):
-        products = products + (first[t] * second[t],)
+        products += (first[t] * second[t],)
     return products
 
 
@@ -63,24 +56,24 @@ def forward_kernel(
     X, DELTA, A, B, C, STATES, Y, n, channels, states, kept,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Y `[B, N, C]` and, of the last `kept` chunks, the STATES `[B, kept, S, C]` after each."""
     image = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < channels
-    X += image * n * channels + column
-    DELTA += image * n * channels + column
-    Y += image * n * channels + column
-    A += column
     chunks = tl.cdiv(n, CHUNK)
-    B += image * states * chunks * CHUNK
-    C += image * states * chunks * CHUNK
+    rows = image * n * channels + column
+    X, DELTA, Y, A = X + rows, DELTA + rows, Y + rows, A + column
+    numbers = image * states * chunks * CHUNK
+    B, C = B + numbers, C + numbers
     STATES += image * kept * states * channels + column
+    zero = tl.zeros((BLOCK,), tl.float32)
     for m in range(0, chunks):
         first = m * CHUNK
         before = STATES + (m - 1) % kept * states * channels
         after = STATES + m % kept * states * channels
         deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
         inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
-        outputs = _zeros(BLOCK, CHUNK)
+        outputs = (zero,) * CHUNK
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0) * LOG2E
             b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
@@ -89,7 +82,7 @@ def forward_kernel(
             sums = ()
             for t in tl.static_range(CHUNK):
                 state = tl.exp2(deltas[t] * a) * state + inputs[t] * b[t]
-                sums = sums + (outputs[t] + state * c[t],)
+                sums += (outputs[t] + state * c[t],)
             outputs = sums
             tl.store(after + s * channels, state, mask=inside)
         for t in tl.static_range(CHUNK):
@@ -103,48 +96,42 @@ def backward_kernel(
     X, DELTA, A, B, C, STATES, DY, DX, DDELTA, DA, DB, DC, DSTATE, n, channels, states,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """DX, DDELTA `[B, N, C]`; DA `[B, S, C]` and DB, DC by block of channels, to be summed."""
     image = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < channels
-    block = tl.program_id(0) * tl.num_programs(1) + image
-    X += image * n * channels + column
-    DELTA += image * n * channels + column
-    DY += image * n * channels + column
-    DX += image * n * channels + column
-    DDELTA += image * n * channels + column
-    A += column
-    DA += image * states * channels + column
-    DSTATE += image * states * channels + column
     chunks = tl.cdiv(n, CHUNK)
-    B += image * states * chunks * CHUNK
-    C += image * states * chunks * CHUNK
-    DB += block * states * chunks * CHUNK
-    DC += block * states * chunks * CHUNK
+    rows = image * n * channels + column
+    X, DELTA, DY, DX, DDELTA = X + rows, DELTA + rows, DY + rows, DX + rows, DDELTA + rows
+    numbers = image * states * chunks * CHUNK
+    B, C = B + numbers, C + numbers
+    of_block = (tl.program_id(0) * tl.num_programs(1) + image) * states * chunks * CHUNK
+    DB, DC = DB + of_block, DC + of_block
+    of_states = image * states * channels + column
+    A, DA, DSTATE = A + column, DA + of_states, DSTATE + of_states
     STATES += image * chunks * states * channels + column
+    zero = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, chunks):
         m = chunks - 1 - i
         first = m * CHUNK
         deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
         inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
         grads = _tokens(DY, first, n, channels, inside, CHUNK)
-        dinputs = _zeros(BLOCK, CHUNK)
-        ddeltas = _zeros(BLOCK, CHUNK)
+        dinputs, ddeltas = (zero,) * CHUNK, (zero,) * CHUNK
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0)
             b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
             c = _scalars(C + s * chunks * CHUNK + first, CHUNK)
             before = STATES + ((m - 1) * states + s) * channels
             state = tl.load(before, mask=inside & (m > 0), other=0.0)
-            decays = ()
-            decayed = ()  # what each token leaves of the state before it
+            decays, decayed = (), ()  # and what each token leaves of the state before it
             for t in tl.static_range(CHUNK):
-                decays = decays + (tl.exp2(deltas[t] * (a * LOG2E)),)
-                decayed = decayed + (decays[t] * state,)
+                decays += (tl.exp2(deltas[t] * (a * LOG2E)),)
+                decayed += (decays[t] * state,)
                 state = decayed[t] + inputs[t] * b[t]
             dstate = tl.load(DSTATE + s * channels, mask=inside & (i > 0), other=0.0)
             da = tl.load(DA + s * channels, mask=inside & (i > 0), other=0.0)
-            dinput_sums = ()
-            ddelta_sums = ()
+            dinput_sums, ddelta_sums = (), ()
             row = s * chunks * CHUNK + first
             for t in tl.static_range(CHUNK - 1, -1, -1):
                 dc = tl.sum(grads[t] * (decayed[t] + inputs[t] * b[t]), 0)
@@ -157,8 +144,7 @@ def backward_kernel(
                 dinput_sums = (dinputs[t] + dstate * b[t],) + dinput_sums
                 ddelta_sums = (ddeltas[t] + dlog * a,) + ddelta_sums
                 dstate *= decays[t]
-            dinputs = dinput_sums
-            ddeltas = ddelta_sums
+            dinputs, ddeltas = dinput_sums, ddelta_sums
             tl.store(DSTATE + s * channels, dstate, mask=inside)
             tl.store(DA + s * channels, da, mask=inside)
         xs = _tokens(X, first, n, channels, inside, CHUNK)
@@ -183,7 +169,7 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return scan_operator(*inputs, keep)[0]
 
 
-@operator("selective_scan")
+@operator("selective_scan", lambda x, delta, a, b, c, keep: _outputs(x, a, keep))
 def scan_operator(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -191,42 +177,33 @@ def scan_operator(
 
     `keep` is needed for gradients.
     """
-    x, delta = x.contiguous(), delta.contiguous()
     y, states = _outputs(x, a, keep)
     forward_kernel[_grid(x)](
-        x, delta, *_by_state(a, b, c), states, y, *_sizes(x, a), states.shape[1],
-        CHUNK, BLOCK, num_warps=1,
-    )  # fmt: skip
+        **_inputs(x, delta, a, b, c), STATES=states, Y=y, kept=states.shape[1], num_warps=1
+    )
     return y, states
 
 
-@torch.library.register_fake("lion::selective_scan")
-def _(x, delta, a, b, c, keep):
-    return _outputs(x, a, keep)
+def _like_inputs(grad, x, delta, a, b, c, states):
+    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
+    return dx, ddelta, da.mT, db.mT, dc.mT
 
 
-@operator("selective_scan_backward")
+@operator("selective_scan_backward", _like_inputs)
 def scan_backward(
     grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five inputs, in their dtypes."""
-    grad, x, delta = (t.contiguous() for t in (grad, x, delta))
-    a_rows, b_rows, c_rows = _by_state(a, b, c)
-    dx, ddelta = torch.empty_like(x), torch.empty_like(delta)
-    da, dstate = (a_rows.new_empty(x.shape[0], *a_rows.shape) for _ in range(2))
-    db, dc = (b_rows.new_empty(_grid(x)[0], *b_rows.shape) for _ in range(2))
+    inputs = _inputs(x, delta, a, b, c)
+    dx, ddelta = (torch.empty_like(inputs[name]) for name in ("X", "DELTA"))
+    da, dstate = (inputs["A"].new_empty(x.shape[0], *a.mT.shape) for _ in range(2))
+    db, dc = (inputs["B"].new_empty(_grid(x)[0], *inputs["B"].shape) for _ in range(2))
     backward_kernel[_grid(x)](
-        x, delta, a_rows, b_rows, c_rows, states, grad, dx, ddelta, da, db, dc, dstate,
-        *_sizes(x, a), CHUNK, BLOCK, num_warps=1,
+        **inputs, STATES=states, DY=grad.contiguous(), DX=dx, DDELTA=ddelta, DA=da, DB=db, DC=dc,
+        DSTATE=dstate, num_warps=1,
     )  # fmt: skip
     db, dc = (t.sum(0).mT[:, : x.shape[1]].to(b.dtype) for t in (db, dc))
     return dx, ddelta, da.sum(0).mT.to(a.dtype), db, dc
-
-
-@torch.library.register_fake("lion::selective_scan_backward")
-def _(grad, x, delta, a, b, c, states):
-    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
-    return dx, ddelta, da.mT, db.mT, dc.mT
 
 
 def _outputs(x: Tensor, a: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -235,18 +212,18 @@ def _outputs(x: Tensor, a: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), states
 
 
-def _by_state(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`a` `[S, C]`; `b`, `c` `[B, S, M * CHUNK]`, padded to whole chunks; float32."""
+def _inputs(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Any]:
+    """What both kernels read: A `[S, C]`, and B and C `[B, S, M * CHUNK]` of whole chunks."""
     padded = (F.pad(t, (0, 0, 0, -t.shape[1] % CHUNK)) for t in (b, c))
-    return tuple(t.float().mT.contiguous() for t in (a, *padded))
+    a, b, c = (t.float().mT.contiguous() for t in (a, *padded))
+    return {
+        "X": x.contiguous(), "DELTA": delta.contiguous(), "A": a, "B": b, "C": c,
+        "n": x.shape[1], "channels": x.shape[2], "states": len(a), "CHUNK": CHUNK, "BLOCK": BLOCK,
+    }  # fmt: skip
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.shape[2], BLOCK), x.shape[0]
-
-
-def _sizes(x: Tensor, a: Tensor) -> tuple[int, int, int]:
-    return x.shape[1], *a.shape
 
 
 def _save(ctx, inputs, output):

@@ -14,15 +14,7 @@ in the place of values, delta in that of output gradients.
 import triton
 import triton.language as tl
 
-from lion_kernels.common import (
-    add_dot,
-    feature_map,
-    key_mask,
-    load_tile,
-    part_of_sequence,
-    store_state,
-    token_at,
-)
+from lion_kernels import common
 from lion_kernels.decay import NUM_VECTORS
 
 
@@ -31,8 +23,7 @@ def chunk_state_kernel(
     QKV, SUMS, CURVE, VALID, OUT, INV_DENOM, DO, STATES, VECTORS, n, heads, stride_n, sums_b,
     curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_STATES: tl.constexpr,
-    OF_QUERIES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr, CURVED: tl.constexpr,
-    PADDED: tl.constexpr,
+    OF_QUERIES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to its states, `[B, H, chunks, NUM_STATES, D, D]`.
 
@@ -40,51 +31,44 @@ def chunk_state_kernel(
     for later (2) and earlier (3) ones.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh = part_of_sequence(num_chunks)
-    b, h = bh // heads, bh % heads
+    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
     dtype = QKV.dtype.element_ty
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * CHUNK
     Q = QKV + b * n * stride_n + h * D
-    OUT += (b * n * heads + h) * D
-    DO += (b * n * heads + h) * D
-    later = tl.zeros((D, D), tl.float32)
-    earlier = tl.zeros((D, D), tl.float32)
-    later_vector = tl.zeros((D,), tl.float32)
-    earlier_vector = tl.zeros((D,), tl.float32)
+    own = (b * n * heads + h) * D
+    later, earlier = tl.zeros((D, D), tl.float32), tl.zeros((D, D), tl.float32)
+    later_vector, earlier_vector = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
     total = tl.load(SUMS + 2 * CHUNK - 1)
     for first in range(0, tl.minimum(CHUNK, n - chunk * CHUNK), BLOCK):
         inside = first + tl.arange(0, BLOCK)
         steps = chunk * CHUNK + inside
         valid = steps < n
-        tokens = token_at(CURVE, steps, valid, CURVED)
+        tokens = common.token_at(CURVE, steps, valid)
         x, y = tl.load(SUMS + inside), tl.load(SUMS + CHUNK + inside)
         if OF_QUERIES:
-            a = load_tile(Q, tokens, valid, stride_n, D)
-            b_tile = load_tile(DO, tokens, valid, heads * D, D)
-            weight = tl.zeros((BLOCK,), tl.float32)
-            if NORMALISE:  # delta
-                out = load_tile(OUT, tokens, valid, heads * D, D)
-                weight = tl.sum(b_tile.to(tl.float32) * out.to(tl.float32), 1)
+            a = common.load_tile(Q, tokens, valid, stride_n, D)
+            b_tile = common.load_tile(DO + own, tokens, valid, heads * D, D)
+            weight = common.load_delta(b_tile, OUT + own, tokens, valid, heads * D, NORMALISE)
             inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
             factor = inv_denom * (curve_weight * D**-0.5)
             to_later, to_earlier = tl.exp2(total - y), tl.exp2(x)
         else:
-            a = load_tile(Q + heads * D, tokens, valid, stride_n, D)
-            b_tile = load_tile(Q + 2 * heads * D, tokens, valid, stride_n, D)
+            a = common.load_tile(Q + heads * D, tokens, valid, stride_n, D)
+            b_tile = common.load_tile(Q + 2 * heads * D, tokens, valid, stride_n, D)
             weight = tl.full((BLOCK,), 1.0, tl.float32)
-            counts = key_mask(VALID + b * n, tokens, valid, PADDED)
+            counts = common.key_mask(VALID, b * n, tokens, valid)
             factor = tl.where(counts, 1.0, 0.0)
             to_later, to_earlier = tl.exp2(total - x), tl.exp2(y)
-        phi = feature_map(a, FEATURES) * factor[:, None]  # [BLOCK, D]
+        phi = common.feature_map(a, FEATURES) * factor[:, None]  # [BLOCK, D]
         scaled = (phi * to_later[:, None]).to(dtype)
-        later = add_dot(tl.trans(scaled), b_tile, later)  # [D, D]
+        later = common.add_dot(tl.trans(scaled), b_tile, later)  # [D, D]
         later_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
         scaled = (phi * to_earlier[:, None]).to(dtype)
-        earlier = add_dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
+        earlier = common.add_dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
         earlier_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
     index = (bh * num_chunks + chunk) * NUM_STATES + (2 if OF_QUERIES else 0)
-    store_state(STATES, VECTORS, index, later, later_vector, D)
-    store_state(STATES, VECTORS, index + 1, earlier, earlier_vector, D)
+    common.store_state(STATES, VECTORS, index, later, later_vector, D)
+    common.store_state(STATES, VECTORS, index + 1, earlier, earlier_vector, D)
 
 
 @triton.jit

@@ -32,7 +32,8 @@ def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
     options = {k: v for k, v in kwargs.items() if k not in names}
-    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    constants = {p.name: values[p.name] for p in kernel.params
+                 if p.is_constexpr or values[p.name] is None}  # fmt: skip
     signature = {k: "constexpr" if k in constants else type_of(values[k]) for k in names}
     sixteen = [i for i, k in enumerate(names) if k not in constants and (
         isinstance(values[k], Tensor) or isinstance(values[k], int) and values[k] % 16 == 0
