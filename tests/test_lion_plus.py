@@ -7,8 +7,10 @@ import timm
 import torch
 from helpers import TINY, refused, weights
 
+import models_lion
 from models_lion import FEATURE_MAPS, FORMATS
 from models_lion_plus import PLUS, LionPlusAttention
+from models_masked_softmax import MaskedSoftmaxAttention
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_classes": 5}
 
@@ -168,3 +170,11 @@ def test_command_line(run, data_path, tmp_path):
 def test_models_without(model, message, run, data_path, tmp_path):
     options = ("--model", model, "--plus", "conv", "--output_dir", tmp_path / "run")
     refused(run(*TINY, *options, "--data-path", data_path), message, tmp_path / "run")
+
+
+def test_kernels_are_for_what_they_compute(monkeypatch):
+    monkeypatch.setattr(models_lion, "_has_kernel", lambda *_: True)  # as on a GPU
+    x = torch.randn(1, 13, 16)
+    assert mixer("conv", "gate")._has_kernel(x)
+    assert not mixer("rope")._has_kernel(x)
+    assert not MaskedSoftmaxAttention(16, 2)._has_kernel(x)
