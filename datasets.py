@@ -1,7 +1,6 @@
 """Labelled images by data set name, and seeded augmentation."""
 
 import gzip
-import hashlib
 import json
 import logging
 import os
@@ -123,20 +122,6 @@ class Split(Subset):
         order = np.random.default_rng(0).permutation(len(dataset))
         super().__init__(dataset, np.sort(order[:count] if held_out else order[count:]).tolist())
         self.classes = dataset.classes
-
-
-def fingerprint(dataset: data.Dataset) -> str:
-    """Tells apart data sets with other files, below wherever they are, labels or classes.
-
-    Those that are downloaded are known by their classes and length: their files are verified.
-    """
-    if isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    samples = getattr(dataset, "samples", [])
-    where = len(os.path.commonprefix([path for path, _ in samples]))
-    lines = [f"{path[where:]}\t{label}" for path, label in samples]
-    text = "\n".join([*map(str, dataset.classes), str(len(dataset)), *lines])
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 class ImageList(data.Dataset):

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import checkpoint
-from datasets import fingerprint
 from journal import Mean, Progress
 from processes import Interrupted, StopSignal, World
 from urls import without_secrets
-from utils import digest, seed_everything
+from utils import digest, fingerprint, seed_everything
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """How commands run and report errors, random seeds, and peak memory."""
 
+import hashlib
 import io
 import logging
 import math
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Subset
 
 from processes import Peers, meet
 from urls import without_secrets
@@ -113,6 +115,20 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody reads
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Tells apart data sets with other files, below wherever they are, labels or classes.
+
+    Those that are downloaded are known by their classes and length: their files are verified.
+    """
+    if isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    samples = getattr(dataset, "samples", [])
+    where = len(os.path.commonprefix([path for path, _ in samples]))
+    lines = [f"{path[where:]}\t{label}" for path, label in samples]
+    text = "\n".join([*map(str, dataset.classes), str(len(dataset)), *lines])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def digest(model: nn.Module) -> str:

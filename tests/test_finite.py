@@ -21,6 +21,7 @@ from journal import Journal, to_json, write_scores
 from mlm import glue, pretrain
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples
+from processes import World
 
 
 @pytest.fixture
@@ -190,13 +191,13 @@ def test_a_score_that_is_not_finite_is_an_error():
 
 
 def break_pretraining(monkeypatch, *calls: int) -> None:
-    wrapped = pretrain.Pretraining._wrapped
+    distributed = World.distributed
 
-    def broken(self):
-        break_gradients(self.model, *(2 * call for call in calls))  # two passes a step
-        return wrapped(self)
+    def broken(self, model):
+        break_gradients(model, *(2 * call for call in calls))  # two passes a step
+        return distributed(self, model)
 
-    monkeypatch.setattr(pretrain.Pretraining, "_wrapped", broken)
+    monkeypatch.setattr(World, "distributed", broken)
 
 
 def test_pretraining_ends_before_a_step_that_is_not_finite(corpus, ending, tmp_path, monkeypatch):
@@ -241,7 +242,8 @@ def test_a_score_of_pretraining_that_is_not_finite_is_an_error(
     monkeypatch.setattr(pretrain.Pretraining, "evaluate", broken)
     ended = ending(short, corpus, tmp_path)
     assert ended.code == 1 and "loss of the evaluation is nan" in ended.err
-    assert not (tmp_path / "checkpoint.pth").exists()
+    assert not (tmp_path / "log.txt").exists()
+    checkpoint.load(tmp_path / "checkpoint.pth")  # of before the evaluation
 
 
 @pytest.mark.parametrize("classes", [["no", "yes"], []], ids=["classes", "values"])

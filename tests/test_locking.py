@@ -1,9 +1,6 @@
 """A second run in a folder is refused, and a crash leaves the folder free."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,37 +132,6 @@ def test_a_lock_that_the_run_before_removed_is_taken_anew(tmp_path, monkeypatch)
     monkeypatch.setattr(locking.fcntl, "lockf", tried)
     with locking.only_run_in(tmp_path, World(0, 1, torch.device("cpu"))):
         assert f"process {os.getpid()} on " in (tmp_path / locking.NAME).read_text()
-
-
-LAUNCHER = """
-import os, subprocess, sys
-rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, **%r})
-rank.wait()
-"""
-RANK = """
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from processes import StopSignal, init_distributed
-
-init_distributed("cpu")
-stop = StopSignal()
-Path(%r).touch()
-end = time.monotonic() + 60
-while not stop and time.monotonic() < end:
-    time.sleep(0.01)
-Path(%r).write_text(str(stop.received))
-"""
-
-
-def test_ranks_end_with_their_launcher(tmp_path):
-    ready, ended = tmp_path / "ready", tmp_path / "ended"
-    started = LAUNCHER % {"TORCHELASTIC_RUN_ID": "1"}
-    rank = RANK % (str(ready), str(ended))
-    with subprocess.Popen([sys.executable, "-c", started, rank], cwd=ROOT) as launcher:
-        wait_for(ready.exists)
-        launcher.send_signal(signal.SIGKILL)
-    wait_for(lambda: ended.exists() and ended.read_text() == str(signal.SIGTERM), seconds=30)
 
 
 def test_folders_that_were_made_for_it_are_removed(tmp_path):

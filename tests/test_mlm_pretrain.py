@@ -22,6 +22,7 @@ from mlm.data import IGNORED, MaskedWindows
 from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM
 from mlm.settings import override, read_yaml, typed
 from mlm.shards import HEADER, Corpus, load_tokenizer
+from processes import World
 
 CONFIGS = ROOT / "mlm" / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -69,14 +70,14 @@ def interrupted_rank(
 
 
 def counting_rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -> None:
-    wrapped, calls = pretrain.Pretraining._wrapped, []
+    distributed, calls = World.distributed, []
 
-    def counted(self):
-        model = wrapped(self)
+    def counted(self, model):
+        model = distributed(self, model)
         model.register_comm_hook(calls, count_reduction)
         return model
 
-    pretrain.Pretraining._wrapped = counted
+    World.distributed = counted
     rank(_rank, folder, corpus, output, settings)
     (folder / f"averaged{_rank}").write_text(str(len(calls)))
 

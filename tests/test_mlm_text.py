@@ -287,7 +287,7 @@ def test_a_run_does_not_go_on_with_other_text(letters, ending, tmp_path):
     [
         (
             lambda m: m["splits"]["train"]["shards"].append("../x.bin"),
-            "names a shard outside of it",
+            "names '../x.bin', which is outside of its folder",
         ),
         (lambda m: m.pop("splits"), "cannot read .*manifest.json: KeyError 'splits'; make the f"),
     ],

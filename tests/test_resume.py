@@ -191,24 +191,18 @@ def test_notes_in_a_log_stay(whole, run, data_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "reached"),
-    [(signal.SIGTERM, "Epoch: [0]"), (signal.SIGTERM, "Test:"), (signal.SIGKILL, "Epoch: [0]")],
-    ids=["training", "evaluation", "launcher killed"],
-)
-def test_torchrun_is_told_to_end(number, reached, whole_on_two_ranks, data_path, tmp_path):
+@pytest.mark.parametrize("reached", ["Epoch: [0]", "Test:"], ids=["training", "evaluation"])
+def test_torchrun_is_told_to_end(reached, whole_on_two_ranks, data_path, tmp_path):
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run",
                  "--num_workers", "1")  # fmt: skip
     command = torchrun("torch.distributed.run", ROOT / "main.py", *arguments)
     output = tmp_path / "output"
     with output.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         wait_for(lambda: reached in output.read_text())
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
     stopped = r"^Stopped at epoch \d, step \d+: go on by --resume auto$"
-    wait_for(
-        lambda: re.search(stopped, output.read_text(), re.M)
-    )  # ranks end after a dead launcher
+    assert re.search(stopped, output.read_text(), re.M)
     assert_same_run(finish(tmp_path, data_path, "--resume", "auto", size=2), whole_on_two_ranks)
 
 
