@@ -122,6 +122,7 @@ def test_repeats_are_bitwise_equal(mask, order):
 def test_memory_is_the_output_and_row_sums(mask, order):
     tensors = make_inputs(mask, order, 1025, 64, torch.bfloat16, batch=8, heads=4)
     before = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()  # blocks of the cache may be larger than what is asked for
     torch.cuda.reset_peak_memory_stats()
     y = call(*tensors, mask, 64, recurrent=True)
     numbers = 8 * 4 * 1025
