@@ -246,9 +246,12 @@ def _first(names: list) -> str:
 
 
 def _not_finite(value: object, name: str = "") -> Iterator[str]:
-    """Names of the tensors in nested containers that hold NaN or infinity."""
+    """Names of the tensors in nested containers that hold NaN or infinity.
+
+    A single number may be infinite, as bounds are that some models have in their buffers.
+    """
     if torch.is_tensor(value):
-        if not value.isfinite().all():
+        if (value.isnan() if value.dim() == 0 else ~value.isfinite()).any():
             yield name
     elif isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):

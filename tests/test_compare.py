@@ -150,6 +150,7 @@ def test_failures_are_told(tmp_path, ending, data_path):
     assert "cannot be built" in (tmp_path / "a" / "seed0" / "output.txt").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_leases(tmp_path, data_path):
     """A signal stops all, which save; the next call ends what was begun and removes checkpoints."""

@@ -7,6 +7,7 @@ import checkpoint
 from scripts import soak
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("case", soak.CASES)
 def test_killed_runs_end_with_equal_weights(case, tmp_path, capsys):
