@@ -37,6 +37,11 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def long(*values: Any) -> Any:
+    """A case that runs by `-m long` alone."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.long])
+
+
 def slow_except(quick: Collection[tuple], cases: Iterable[tuple]) -> list:
     """`cases` to parametrize with, all but the `quick` ones marked as slow."""
     cases = list(cases)

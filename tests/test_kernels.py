@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, slow, slow_except
+from helpers import ROOT, long, slow, slow_except
 from kernel_cases import DEVICE, LIMITS, VARIANTS, call, exact, gpu, make_inputs
 from reference import curves_for
 
@@ -43,7 +43,7 @@ def assert_close(actual, expected, dtype=torch.float32, least=1e-2):
 OF_GATES = {torch.float32: 5e-4}
 
 
-@pytest.mark.parametrize("n", [1, 63, slow(64), slow(130)])
+@pytest.mark.parametrize("n", [1, 63, long(64), long(130)])
 @pytest.mark.parametrize("mask, order", VARIANTS)
 def test_outputs_and_gradients(mask, order, n):
     tensors = make_inputs(mask, order, n, batch=1 if n > 100 else 2)
@@ -57,7 +57,7 @@ def test_half_precision_and_wide_heads(mask, order, dim):
     assert_close(mix(*tensors, mask, dim), exact(*tensors, mask, dim), torch.float16)
 
 
-@pytest.mark.parametrize("n", [32, slow(97), slow(130)])
+@pytest.mark.parametrize("n", [32, slow(97), long(130)])
 @pytest.mark.parametrize("mask, order", VARIANTS[1:])
 def test_saturated_gates(mask, order, n):
     tensors = make_inputs(mask, order, n, gate=40.0, batch=1 if n > 32 else 2)

@@ -6,16 +6,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import MODEL, ROOT, slow_except, weights
+from helpers import MODEL, ROOT, long, slow, weights
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 # They start few processes; the others take long.
+LONG = ("scripts/benchmark.py", "distill", "finetune_384")
 QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log")
 # The two that set up a machine: this test runs in one of them, and the other takes minutes.
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
@@ -68,9 +70,13 @@ def is_quick(line: str) -> bool:
     return any(name in line for name in (*SETTING_UP, *QUICK))
 
 
-@pytest.mark.parametrize(
-    "line", slow_except([(c,) for c in COMMANDS if is_quick(c)], [(c,) for c in COMMANDS])
-)
+def case(line: str) -> Any:
+    if is_quick(line):
+        return line
+    return long(line) if any(name in line for name in LONG) else slow(line)
+
+
+@pytest.mark.parametrize("line", map(case, COMMANDS))
 def test_command(line, places, tmp_path):
     line = line.split("  #")[0].strip()
     if any(name in line for name in SETTING_UP):

@@ -1,6 +1,6 @@
 """Models of timm's families are built, learn, and start from their own weights.
 
-Quick: a few families that were awkward; slow: every family.
+Quick: a few families that were awkward; long: every family.
 """
 
 import gc
@@ -133,6 +133,7 @@ def test_arguments_that_no_model_can_be_built_with(kwargs):
         models_timm.create("test_vit", input_size=160, **kwargs)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", timm.list_modules())
 def test_every_family(family):
