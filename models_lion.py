@@ -1067,17 +1067,26 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionVisionTransformer:
-    embed_dim, num_heads = SIZES[variant.split("_")[1]]
+def create_variant(
+    model_class: type[LionVisionTransformer], variant: str, pretrained: bool, **kwargs: Any
+) -> LionVisionTransformer:
+    """The model that is registered as `variant`, whose name holds one of `SIZES`."""
+    embed_dim, num_heads = next(SIZES[size] for size in SIZES if f"_{size}_" in variant)
     defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
     return build_model_with_cfg(
-        LionVisionTransformerDistilled if "distilled" in variant else LionVisionTransformer,
+        model_class,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionVisionTransformer:
+    distilled = "distilled" in variant
+    model_class = LionVisionTransformerDistilled if distilled else LionVisionTransformer
+    return create_variant(model_class, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, build_rotary_pos_embed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models_lion import SIZES, LionAttention, LionBlock, LionVisionTransformer, imagenet_cfg
+from models_lion import (
+    SIZES,
+    LionAttention,
+    LionBlock,
+    LionVisionTransformer,
+    create_variant,
+    imagenet_cfg,
+)
 
 PLUS = ("conv", "gate", "rope")
 
@@ -104,34 +110,28 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionPlusVisionTransformer:
-    embed_dim, num_heads = SIZES[variant.split("_")[2]]
-    defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
-    return build_model_with_cfg(
-        LionPlusVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **{**defaults, **kwargs},
-    )
-
-
 @register_model
 def lion_plus_tiny_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> LionPlusVisionTransformer:
-    return _create("lion_plus_tiny_patch16_224", pretrained, **kwargs)
+    return create_variant(
+        LionPlusVisionTransformer, "lion_plus_tiny_patch16_224", pretrained, **kwargs
+    )
 
 
 @register_model
 def lion_plus_small_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> LionPlusVisionTransformer:
-    return _create("lion_plus_small_patch16_224", pretrained, **kwargs)
+    return create_variant(
+        LionPlusVisionTransformer, "lion_plus_small_patch16_224", pretrained, **kwargs
+    )
 
 
 @register_model
 def lion_plus_base_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> LionPlusVisionTransformer:
-    return _create("lion_plus_base_patch16_224", pretrained, **kwargs)
+    return create_variant(
+        LionPlusVisionTransformer, "lion_plus_base_patch16_224", pretrained, **kwargs
+    )

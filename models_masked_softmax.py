@@ -8,8 +8,7 @@ attention is the mask's. Time and memory are quadratic, and there is the format 
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from models_lion import (
@@ -17,6 +16,7 @@ from models_lion import (
     LionAttention,
     LionBlock,
     LionVisionTransformer,
+    create_variant,
     decay_mask,
     imagenet_cfg,
 )
@@ -69,34 +69,28 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> MaskedSoftmaxVisionTransformer:
-    embed_dim, num_heads = SIZES[variant.split("_")[2]]
-    defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
-    return build_model_with_cfg(
-        MaskedSoftmaxVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **{**defaults, **kwargs},
-    )
-
-
 @register_model
 def lion_softmax_tiny_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> MaskedSoftmaxVisionTransformer:
-    return _create("lion_softmax_tiny_patch16_224", pretrained, **kwargs)
+    return create_variant(
+        MaskedSoftmaxVisionTransformer, "lion_softmax_tiny_patch16_224", pretrained, **kwargs
+    )
 
 
 @register_model
 def lion_softmax_small_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> MaskedSoftmaxVisionTransformer:
-    return _create("lion_softmax_small_patch16_224", pretrained, **kwargs)
+    return create_variant(
+        MaskedSoftmaxVisionTransformer, "lion_softmax_small_patch16_224", pretrained, **kwargs
+    )
 
 
 @register_model
 def lion_softmax_base_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> MaskedSoftmaxVisionTransformer:
-    return _create("lion_softmax_base_patch16_224", pretrained, **kwargs)
+    return create_variant(
+        MaskedSoftmaxVisionTransformer, "lion_softmax_base_patch16_224", pretrained, **kwargs
+    )
