@@ -213,9 +213,8 @@ class World:
         """
         if self.size == 1:
             return model
-        devices = [self.device] if self.device.type == "cuda" else None
         parameters = [p for p in model.parameters() if p.requires_grad]
-        wrapped = DistributedDataParallel(model, device_ids=devices)
+        wrapped = DistributedDataParallel(model)  # without device_ids, which would want inputs
         model.forward = lambda: sum(p.sum() for p in parameters)
         wrapped().backward()
         del model.forward

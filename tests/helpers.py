@@ -108,7 +108,8 @@ class Ranks:
             process.join()
 
     def printed(self, rank: int = 0) -> str:
-        return (self.folder / f"out{rank}").read_text()
+        output = self.folder / f"out{rank}"
+        return output.read_text() if output.exists() else ""
 
     def errors(self, rank: int = 0) -> str:
         return (self.folder / f"err{rank}").read_text()
