@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 POLL = 0.02  # seconds between two looks at what others have told
 PATIENCE = 10.0  # seconds for the others to end, once a process has failed
 MEETING = 1800.0  # seconds in which all processes have to start
+LAUNCHED = 60.0  # seconds to find a launcher's store, which is there before it starts processes
 
 
 class PeerFailed(Exception):
@@ -258,8 +260,11 @@ def meet(dist_url: str = "env://") -> Peers:
     rank, size = launched_as()
     if size == 1:
         return Peers(rank, size)
+    has_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = timedelta(seconds=LAUNCHED if has_launcher else MEETING)
     try:
-        store, _, _ = next(dist.rendezvous(dist_url, rank, size))
+        store, _, _ = next(dist.rendezvous(dist_url, rank, size, timeout=limit))
+        store.set_timeout(timedelta(seconds=MEETING))
         return Peers(rank, size, dist.PrefixStore(_attempt(store, rank, size), store))
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]

@@ -151,6 +151,18 @@ def test_ranks_end_when_the_process_is_killed_that_holds_them_together(tmp_path)
     assert re.search(rf"\nrank 1 on {HOST}: the launcher was killed", ranks.errors(1))
 
 
+def test_a_process_does_not_wait_long_for_a_launcher_that_is_gone(monkeypatch):
+    monkeypatch.setattr(processes, "LAUNCHED", 0.5)
+    variables = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cannot meet the others"):
+        processes.meet()
+    assert time.monotonic() - began < 10
+
+
 def ended(rank: int, folder: Path, ending: str) -> None:
     def build(peers: Peers):
         init_distributed("cpu", peers)
