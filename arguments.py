@@ -20,6 +20,7 @@ from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
+from errors import UserError, as_user_error
 from models_lion_plus import PLUS
 from utils import outside
 
@@ -176,19 +177,19 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments that are invalid without any I/O."""
+    """Raises UserError for arguments that are invalid without any I/O."""
     check_ranges(get_args_parser(), args)
     check_numbers(args)
     backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
     if args.torchcompile and args.torchcompile not in backends:
-        raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
+        raise UserError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
     check_model(args)
     if not args.eval:
         check_training(args)
     if args.use_ema and not (args.eval and args.resume):
-        raise ValueError("--use-ema goes with --eval --resume PATH.")
+        raise UserError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
-        raise ValueError("--resume auto needs the --output_dir of the run.")
+        raise UserError("--resume auto needs the --output_dir of the run.")
 
 
 def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -201,10 +202,10 @@ def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_no_other_run(args: argparse.Namespace) -> None:
-    """Raises ValueError if training would mix with another run in --output_dir."""
+    """Raises UserError if training would mix with another run in --output_dir."""
     found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
     if found and not (args.eval or args.overwrite or goes_on(args)):
-        raise ValueError(
+        raise UserError(
             f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
             "--resume auto, replace it by --overwrite, or choose another --output_dir."
         )
@@ -221,41 +222,41 @@ def goes_on(args: argparse.Namespace) -> bool:
 
 
 def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
-    """Raises ValueError for the first number that is outside of its argument's interval."""
+    """Raises UserError for the first number that is outside of its argument's interval."""
     for name, interval in parser.intervals.items():
         value = getattr(args, name)
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and (wrong := outside(number, interval)):
-                raise ValueError(f"--{name} {wrong}.")
+                raise UserError(f"--{name} {wrong}.")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises ValueError for too few or too many numbers, or those that contradict each other."""
+    """Raises UserError for too few or too many numbers, or those that contradict each other."""
     for name, (fewest, most) in HOW_MANY.items():
         count = len(getattr(args, name) or ()) or fewest
         if not fewest <= count <= most:
             wanted = fewest if count < fewest else most
-            raise ValueError(
+            raise UserError(
                 f"--{name} takes {WORDS[wanted]} numbers, not {WORDS.get(count, count)}."
             )
     for name in ("cutmix_minmax", "lr_noise"):
         if sorted(numbers := getattr(args, name) or []) != numbers:
-            raise ValueError(f"--{name} takes the lower number first, not {numbers}.")
+            raise UserError(f"--{name} takes the lower number first, not {numbers}.")
     if args.start_epoch >= args.epochs and not args.eval:
-        raise ValueError(
+        raise UserError(
             f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}."
         )
     if args.sched in ("step", "multistep") and args.decay_rate > 1:
-        raise ValueError(f"--decay_rate must be in (0, 1], not {args.decay_rate}.")
+        raise UserError(f"--decay_rate must be in (0, 1], not {args.decay_rate}.")
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments of training that exclude or need each other."""
+    """Raises UserError for arguments of training that exclude or need each other."""
     if args.sched == "plateau":
-        raise ValueError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
+        raise UserError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if mixes and args.batch_size % 2:
-        raise ValueError(
+        raise UserError(
             f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
             "even, or use --mixup 0 --cutmix 0."
         )
@@ -263,9 +264,9 @@ def check_training(args: argparse.Namespace) -> None:
         check_cache(args)
     if args.distillation_type != "none":
         if args.cosub:
-            raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
+            raise UserError("--cosub and --distillation-type exclude each other: choose one.")
         if not args.teacher_path:
-            raise ValueError(
+            raise UserError(
                 f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "
                 "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
             )
@@ -273,9 +274,9 @@ def check_training(args: argparse.Namespace) -> None:
 
 
 def check_cache(args: argparse.Namespace) -> None:
-    """Raises ValueError for what --cache, whose augmentation is for whole batches, cannot do."""
+    """Raises UserError for what --cache, whose augmentation is for whole batches, cannot do."""
     if args.input_size > SMALL_IMAGE:
-        raise ValueError(
+        raise UserError(
             f"--cache is for images of up to {SMALL_IMAGE} pixels, not {args.input_size}: lower "
             "--input-size or leave --cache out."
         )
@@ -285,7 +286,7 @@ def check_cache(args: argparse.Namespace) -> None:
     refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "recount": args.recount > 1,
                "color_jitter": jitters}  # fmt: skip
     if wrong := [f"--{name}" for name, given in refused.items() if given]:
-        raise ValueError(
+        raise UserError(
             f"--cache has no {' and no '.join(wrong)}: leave one of them out"
             f"{' (--color-jitter 0)' if jitters else ''}."
         )
@@ -295,23 +296,24 @@ def check_cache(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for an unknown --model, or one that has no use for LION's arguments."""
+    """Raises UserError for an unknown --model, or one that has no use for LION's arguments."""
     models_timm.check_name(args.model)
-    check_order(args.order)
+    with as_user_error():
+        check_order(args.order)
     default = get_args_parser().get_default
     names = (*LION_ARGUMENTS, *OF_GATES, "plus")
     given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
-        raise ValueError(
+        raise UserError(
             f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
             "--model-kwargs."
         )
     if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
-        raise ValueError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
+        raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
     if args.sched == "none" and args.gate_lr_scale != 1:
-        raise ValueError("--sched none scales no rate: leave --gate_lr_scale out.")
+        raise UserError("--sched none scales no rate: leave --gate_lr_scale out.")
     if args.plus and not timm.is_model(plus_name(args.model)):
-        raise ValueError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
+        raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
 
 
 def plus_name(model: str) -> str:
@@ -322,13 +324,13 @@ def plus_name(model: str) -> str:
 def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
     """Tries the optimiser and the schedule on a small model: many need what is not there.
 
-    Raises ValueError that names the one which cannot be built or cannot make a step.
+    Raises UserError that names the one which cannot be built or cannot make a step.
     """
     try:
         optimizer = optimizer_of_probe(args, device)
         optimizer.step()
     except Exception as error:  # each optimiser has its own ways to fail
-        raise ValueError(
+        raise UserError(
             f"--opt {args.opt} cannot run here with these arguments ({one_line(error)}): "
             "choose another, such as adamw."
         ) from error
@@ -339,7 +341,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
         if scheduler is not None:
             scheduler.step(0)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--sched {args.sched} cannot run with these arguments ({one_line(error)}): "
             "choose another, such as cosine."
         ) from error
@@ -348,7 +350,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
 def check_same_optimizer(
     args: argparse.Namespace, before: dict[str, Any], device: torch.device, source: str
 ) -> None:
-    """Raises ValueError if the optimiser cannot go on from its state under other arguments.
+    """Raises UserError if the optimiser cannot go on from its state under other arguments.
 
     `before` are those of the checkpoint read from `source`. Tried on a small model: each optimiser
     keeps what its arguments ask for, and weight decay decides how the weights are grouped.
@@ -360,7 +362,7 @@ def check_same_optimizer(
         checkpoint.load_optimizer(optimizer, earlier.state_dict())
         optimizer.step()
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--opt {args.opt} cannot go on from {source} with these arguments "
             f"({one_line(error)}): give --momentum, --opt-betas and --weight-decay of its run."
         ) from error

@@ -12,6 +12,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
+from errors import UserError
+
 # Up to this size (CIFAR, Fashion-MNIST) an image is used whole, not cropped out of a larger one.
 SMALL_IMAGE = 32
 
@@ -59,7 +61,7 @@ def build_train_transform(
         simple_random_crop: DeiT III's crop: shorter side to `input_size`, padded random crop.
 
     Raises:
-        ValueError: `aa` or `remode` unknown to timm.
+        UserError: `aa` or `remode` unknown to timm.
     """
     if three_augment:
         aa, reprob = "3a", 0.0
@@ -82,7 +84,7 @@ def build_train_transform(
             separate=True,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"timm has no augmentation {aa!r} with erasing mode {remode!r}: "
             "use for instance 'rand-m9-mstd0.5-inc1' and 'pixel'."
         ) from error

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from errors import UserError
 from files import inside
 from images import load_image
 from workers import ignore_signals  # noqa: F401  (for the loaders of these data sets)
@@ -75,7 +76,7 @@ def build_dataset(
         inat_category: level of the taxonomy that the INAT labels name, one of `INAT_CATEGORIES`.
 
     Raises:
-        ValueError: unknown name, or data missing, incomplete or inconsistent.
+        UserError: unknown name, or data missing, incomplete or inconsistent.
     """
     root = Path(data_path).expanduser()
     match ALIASES.get(name, name):
@@ -101,7 +102,7 @@ def build_dataset(
         case "DEMO":
             dataset = IdxImages(DEMO_FOLDER, train=train, transform=transform)
         case _:
-            raise ValueError(
+            raise UserError(
                 f"Unknown data set {name!r}: choose one of {', '.join((*DATASETS, *ALIASES))}."
             )
     return dataset, len(dataset.classes)
@@ -110,12 +111,12 @@ def build_dataset(
 class Split(Subset):
     """The held-out images of a training set, or the others: the same ones in every run.
 
-    Raises ValueError if as many or more are held out than there are.
+    Raises UserError if as many or more are held out than there are.
     """
 
     def __init__(self, dataset: data.Dataset, count: int, *, held_out: bool) -> None:
         if count >= len(dataset):
-            raise ValueError(
+            raise UserError(
                 f"--holdout {count} leaves none of the {len(dataset)} training images: hold out "
                 "fewer."
             )
@@ -150,7 +151,7 @@ class IdxImages(data.Dataset):
     """Fashion-MNIST as RGB images, from a folder with its IDX files, packed (.gz) or not.
 
     Raises:
-        ValueError: a file is missing or incomplete.
+        UserError: a file is missing or incomplete.
     """
 
     classes = FashionMNIST.classes
@@ -160,7 +161,7 @@ class IdxImages(data.Dataset):
         self.images = read_idx(_idx_file(folder, f"{split}-images-idx3-ubyte"))
         self.labels = read_idx(_idx_file(folder, f"{split}-labels-idx1-ubyte"))
         if len(self.images) != len(self.labels):
-            raise ValueError(
+            raise UserError(
                 f"The {split} files in {folder} hold {len(self.images)} images but "
                 f"{len(self.labels)} labels: download them again."
             )
@@ -185,7 +186,7 @@ def read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(content, ">u4", count=rank, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} is not a complete IDX file: download it again.") from error
+        raise UserError(f"{path} is not a complete IDX file: download it again.") from error
 
 
 def _idx_file(folder: Path, name: str) -> Path:
@@ -207,11 +208,11 @@ def _downloaded(dataset_class: type, root: Path, **kwargs) -> data.Dataset:
     try:
         return dataset_class(root, download=True, **kwargs)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{dataset_class.__name__} needs {error.name}: run pip install {error.name}."
         ) from error
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{dataset_class.__name__} is not complete in {root} and could not be downloaded "
             "to it: check the network and the folder, or put the files there yourself."
         ) from error
@@ -222,20 +223,20 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
     names = ("train",) if train else ("val", "validation", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise ValueError(
+        raise UserError(
             f"The data folder {root} has no folder {' or '.join(names)}: "
             "IMNET needs train/CLASS/IMAGE and val/CLASS/IMAGE."
         )
     classes, left_out = _class_folders(folder)
     if not classes:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no class folders: put the images of each class in a folder of its own."
         )
     samples = []
     for label, name in enumerate(classes):
         paths, others = _images_in(folder / name)
         if not paths:
-            raise ValueError(
+            raise UserError(
                 f"The class folder {folder / name} has no images{_listed(others)}: "
                 "fill it or remove it."
             )
@@ -304,7 +305,7 @@ def _listed(others: Counter) -> str:
 def _require_same_classes(train_folder: Path, folder: Path, classes: list[str]) -> None:
     differing = sorted(set(_class_folders(train_folder)[0]).symmetric_difference(classes))
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{train_folder} and {folder} must have the same class folders, but only one of "
             f"them has {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}."
         )
@@ -314,7 +315,7 @@ def _inaturalist(
     root: Path, year: int, train: bool, transform: Transform | None, level: str
 ) -> ImageList:
     if level not in INAT_CATEGORIES:
-        raise ValueError(
+        raise UserError(
             f"Unknown iNaturalist category {level!r}: choose one of {', '.join(INAT_CATEGORIES)}."
         )
     _require_folder(root)
@@ -328,7 +329,7 @@ def _inaturalist(
         path = {im["id"]: inside(root, im["file_name"], listing) for im in split["images"]}
         samples = [(path[a["image_id"]], label[a["category_id"]]) for a in split["annotations"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The json files in {root} do not fit together (key {error}): "
             f"use those of the iNaturalist {year} competition."
         ) from error
@@ -339,14 +340,14 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is missing or no json file: INAT needs the competition's json files there."
         ) from error
 
 
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
-        raise ValueError(f"The data folder {root} does not exist: check --data-path.")
+        raise UserError(f"The data folder {root} does not exist: check --data-path.")
 
 
 class SeededDataset(data.Dataset):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from errors import UserError
 from files import replacing
 from processes import World
 from urls import without_secrets
@@ -186,13 +187,13 @@ class Journal:
 
 
 def require_writable(folder: Path, world: World, argument: str = "--output_dir") -> None:
-    """Raises ValueError on all processes if the main one cannot write to `folder`.
+    """Raises UserError on all processes if the main one cannot write to `folder`.
 
     What is made to find out is removed again. `argument` is the user's name of the folder.
     """
     problem = _obstacle(folder) if world.is_main else None
     if problem := world.gather(problem)[0]:
-        raise ValueError(f"{argument} {folder} {problem}")
+        raise UserError(f"{argument} {folder} {problem}")
 
 
 def _obstacle(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import checkpoint
 import models_timm
 import preprocessing
+from errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def load_teacher(
     converted to the normalisation and size that the checkpoint was trained with, else to those of
     timm's weights; where neither tells, a teacher that takes any size sees the samples' own.
 
-    Raises ValueError for an unknown model, a file that is not of it, or other classes.
+    Raises UserError for an unknown model, a file that is not of it, or other classes.
     """
     models_timm.check_name(name, "teacher model")
     if path == "timm:":
@@ -183,14 +184,14 @@ def load_teacher(
 def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
     config = timm.get_pretrained_cfg(name)
     if config is None or config.num_classes != num_classes:
-        raise ValueError(
+        raise UserError(
             f"timm's {name} is not trained on these {num_classes} classes: "
             "name a checkpoint of your own by --teacher-path."
         )
     try:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises many types
-        raise ValueError(f"cannot get timm's weights of {name}: {error}") from error
+        raise UserError(f"cannot get timm's weights of {name}: {error}") from error
 
 
 def _teacher_of(
@@ -207,7 +208,7 @@ def _teacher_of(
         teacher = models_timm.create(name, input_size=size, num_classes=num_classes)
         try:
             checkpoint.load_weights(teacher, weights, f"the teacher {path}")
-        except ValueError as error:
+        except UserError as error:
             problem = problem or error
         else:
             return teacher, size

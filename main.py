@@ -57,6 +57,7 @@ from engine import (
     train_and_save,
     train_one_epoch,
 )
+from errors import UserError
 from journal import Journal, provenance, require_writable, write_scores
 from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
@@ -100,7 +101,7 @@ def build_model(
     if args.distillation_type != "none" and "distilled" not in name:
         name = models_timm.built_name(name, args.distillation_type)
         if not timm.is_model(name) or name == args.model:
-            raise ValueError(
+            raise UserError(
                 f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
                 "model."
             )
@@ -195,7 +196,7 @@ def build_train_loader(
         seed=args.seed,
     )
     if len(sampler) < args.batch_size * args.grad_accum_steps:
-        raise ValueError(
+        raise UserError(
             f"One step draws {args.batch_size * args.grad_accum_steps} images per process, but an "
             f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
         )
@@ -275,7 +276,7 @@ def loader_options(args: argparse.Namespace, world: World, images: Preprocessing
 
 
 def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> None:
-    """Restores a run; raises ValueError if it cannot go on with these arguments."""
+    """Restores a run; raises UserError if it cannot go on with these arguments."""
     saved, source = found
     before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args), **run.facts}))
     if "optimizer" in saved and "epoch" in saved:
@@ -283,7 +284,7 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
         resuming.check_settings(before, now, resuming.RULES, source, *kept)
         check_same_optimizer(args, before, world.device, source)
         if saved["epoch"] + 1 > args.epochs:
-            raise ValueError(
+            raise UserError(
                 f"{source} has {saved['epoch'] + 1} epochs behind it: raise --epochs {args.epochs}."
             )
     run.restore(saved, source)
@@ -349,7 +350,7 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that --eval needs; the returned function does the work."""
     found = resuming.read(args.resume, args.output_dir)
     if args.resume and not found:
-        raise ValueError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
+        raise UserError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
     images = choose_preprocessing(args, found, keep_size=True)
     loader = build_eval_loader(args, world, images)
     classes = loader.dataset.classes

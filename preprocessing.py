@@ -8,6 +8,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from augment import effective_crop
+from errors import UserError
 
 # Trained from scratch as DeiT does it, whatever timm's own weights of them were trained with.
 TRAINED_AS_DEIT = ("lion_", "hydra_", "vim_", "vit_", "deit")
@@ -80,11 +81,11 @@ def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Prepr
     as those of timm's train.py do.
 
     Raises:
-        ValueError: `data_config` is not what main.py writes.
+        UserError: `data_config` is not what main.py writes.
     """
     if "data_config" in saved:
         if set(saved["data_config"]) != set(Preprocessing.__dataclass_fields__):
-            raise ValueError(f"The data_config in {source} is not one that main.py writes.")
+            raise UserError(f"The data_config in {source} is not one that main.py writes.")
         return Preprocessing(**saved["data_config"])
     args = saved.get("args")
     if not isinstance(args, dict):

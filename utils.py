@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from errors import UserError
 from processes import Peers, meet
 from urls import without_secrets
 
@@ -46,9 +47,9 @@ def run_command(
 ) -> None:
     """Runs a command: `build(peers)` reads and checks everything, what it returns does the work.
 
-    A ValueError of `build` is the user's: its sentence on standard error, from the main process,
-    or from each whose error is another, and exit code 2. A FloatingPointError of the work is told
-    likewise, with exit code 1. An error of one process ends all.
+    A UserError of `build` is one sentence on standard error, from the main process or from each
+    whose error is another, and exit code 2. A FloatingPointError of the work is one sentence, too,
+    with exit code 1; every other error keeps its traceback. An error of one process ends all.
     """
 
     def tell(problem: str) -> None:
@@ -57,14 +58,14 @@ def run_command(
     try:
         peers = meet(dist_url)
         setup_logging(peers.rank == 0)
-    except ValueError as error:
+    except UserError as error:
         tell(str(error))
         sys.exit(2)
     with peers.together(name):
         try:
             work = build(peers)
             peers.settle()
-        except ValueError as error:
+        except UserError as error:
             if peers.rank == 0:
                 tell(str(error))
             if not peers.settle(str(error)):

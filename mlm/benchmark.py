@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import autocast
+from errors import UserError, as_user_error
 from journal import provenance
 from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
@@ -56,14 +57,15 @@ class Case:
 
 
 def make_cases(paths: list[str], values: list[str], lengths: list[int], tokens: int) -> list[Case]:
-    """Raises ValueError for bad settings."""
+    """Raises UserError for bad settings."""
     cases = []
     for length, path in product(lengths, paths):
         given = {"data": "unused", **override(read_yaml(path), values), "length": length}
         settings = typed(Settings, given, path)
         settings.check()
         options = check(LionBertConfig.__annotations__, settings.model, "the section model")
-        config = LionBertConfig(**{**options, "max_position_embeddings": length})
+        with as_user_error():
+            config = LionBertConfig(**{**options, "max_position_embeddings": length})
         device = init_distributed(settings.device).device
         kernels = BACKENDS if (config.mixer, device.type) == ("softmax", "cuda") else (None,)
         case = Case(Path(path).stem, settings, config, max(tokens // length, 1))
@@ -150,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         values = [word for word in args.configs if "=" in word]
         paths = [word for word in args.configs if "=" not in word]
         if not paths or min(args.tokens, args.threads, *args.lengths) < 1:
-            raise ValueError("Give a config, and at least 1 token, thread and length.")
+            raise UserError("Give a config, and at least 1 token, thread and length.")
         cases = make_cases(paths, values, args.lengths, args.tokens)
 
         def work() -> None:

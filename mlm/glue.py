@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
 from engine import LOG_INTERVAL, autocast
+from errors import UserError
 from files import replacing
 from journal import require_writable, to_json
 from locking import only_run_in
@@ -306,7 +307,7 @@ def table(jobs: list[Job], scores: list[dict[str, float]]) -> tuple[str, dict[st
 
 
 def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
-    """Raises ValueError for what can be told to be wrong before any training."""
+    """Raises UserError for what can be told to be wrong before any training."""
     check_model(model, settings.length)
     tasks = {
         name: typed(Task, values, f"the task {name} of {source}")
@@ -324,7 +325,7 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
         start = model
         if task.start:
             if task.start not in tasks or tasks[task.start].start:
-                raise ValueError(
+                raise UserError(
                     f"{name} starts from {task.start}, which must be a task of its own without a "
                     f"start: add it, or give tasks.{name}.start=null."
                 )
@@ -339,24 +340,24 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
 
 
 def check_model(model: str, length: int) -> None:
-    """Raises ValueError if there is no encoder for `length` tokens, or of another vocabulary."""
+    """Raises UserError if there is no encoder for `length` tokens, or of another vocabulary."""
     weights = Path(model, "model.safetensors")
     if not weights.exists():
-        raise ValueError(f"There is no model in {model}: give the folder model of a pre-training.")
+        raise UserError(f"There is no model in {model}: give the folder model of a pre-training.")
     words = len(load_tokenizer(Path(model)))
     try:
         config = AutoConfig.from_pretrained(model)
         with safe_open(weights, "pt"):
             pass
     except Exception as error:  # of any kind: the files may hold anything
-        raise ValueError(f"cannot load the model in {model}: {error}") from error
+        raise UserError(f"cannot load the model in {model}: {error}") from error
     if config.vocab_size != words:
-        raise ValueError(
+        raise UserError(
             f"The model in {model} has a vocabulary of {config.vocab_size} words and its tokeniser "
             f"one of {words}: they do not belong together."
         )
     if getattr(config, "position_embeddings", True) and length > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"length {length} is more than the {config.max_position_embeddings} positions of the "
             f"model in {model}: give a lower length."
         )
@@ -383,16 +384,16 @@ def main(arguments: list[str] | None = None) -> None:
         values = override(read_yaml(args.config), args.settings)
         known = values.get("tasks")
         if not (known and isinstance(known, dict)):
-            raise ValueError(f"{args.config} has no section tasks with a task.")
+            raise UserError(f"{args.config} has no section tasks with a task.")
         chosen = args.tasks.split(",") if args.tasks else known
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise ValueError(f"{args.config} has no task {', '.join(unknown)}.")
+            raise UserError(f"{args.config} has no task {', '.join(unknown)}.")
         values["tasks"] = {name: known[name] for name in chosen}
         settings = typed(Settings, values, args.config)
         check_ranges(settings, {"length": "[1, inf)", "lr": "(0, inf)"})
         if not settings.output:
-            raise ValueError("output must name a folder: the models are saved there.")
+            raise UserError("output must name a folder: the models are saved there.")
         jobs = build_jobs(settings, args.config, args.model)
         devices = devices_for(settings.device)
         this_process = World(rank=0, size=1, device=torch.device(devices[0]))

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as training  # noqa: E402
 from arguments import check_ranges  # noqa: E402
+from errors import UserError  # noqa: E402
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,7 +75,7 @@ def submit(args: argparse.Namespace):
     except ModuleNotFoundError:
         print("run_with_submitit.py: error: run pip install submitit first.", file=sys.stderr)
         sys.exit(2)
-    except ValueError as error:
+    except UserError as error:
         print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     optional = {"slurm_partition": args.partition, "slurm_comment": args.comment}
