@@ -1,7 +1,7 @@
 """The command line of main.py: its arguments, their ranges, and what can be refused at once."""
 
 import argparse
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,18 @@ import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ParseKwargs
 from torch import nn
 
 import checkpoint
 import device_augment
 import models_timm
+from argument_parser import ArgumentParser, KeyValues, check_ranges, true_or_false
 from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
 from errors import UserError, as_user_error
 from models_lion_plus import PLUS
-from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 LION_ARGUMENTS = (
@@ -41,139 +40,224 @@ HOW_MANY = {
 WORDS = {1: "one", 2: "two", 3: "three"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may differ in these
+Add = Callable[..., Any]
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser("main.py", description=DESCRIPTION, allow_abbrev=False)
-    add, switch = parser.add_argument, parser.add_switch
-    add("--batch-size", default=64, type=int, within="[1, inf)",
-        help="images per process and accumulation step")  # fmt: skip
-    add("--epochs", default=300, type=int, within="[1, inf)")
-    add("--grad-accum-steps", default=1, type=int, within="[1, inf)",
-        help="batches per optimiser step")  # fmt: skip
-    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
-    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
-    # Model
-    add("--model", default="deit_base_patch16_224", help="a LION, Hydra, Vim or any timm model")
-    add("--input-size", default=224, type=int, within="[1, inf)", help="pixels")
-    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        "main.py",
+        usage="%(prog)s [options]",
+        description=DESCRIPTION,
+        epilog="Names may be written with dashes or underscores alike.",
+        allow_abbrev=False,
+    )
+    for title, add_group in (
+        ("LION", _add_lion),
+        ("model", _add_model),
+        ("data", _add_data),
+        ("training", _add_training),
+        ("optimiser", _add_optimizer),
+        ("learning rate schedule", _add_schedule),
+        ("augmentation", _add_augmentation),
+        ("Mixup and CutMix", _add_mixup),
+        ("distillation and fine-tuning", _add_transfer),
+        ("run and evaluation", _add_run),
+        ("device", _add_device),
+        ("accepted for DeiT's scripts, without effect", _add_ignored),
+    ):
+        add_group(*parser.in_group(title))
+    return parser
+
+
+def _add_lion(add: Add, _: Add) -> None:
+    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"),
+        help="no decay (LION-Lit), learned decays (LION-D), or gates (LION-S)")  # fmt: skip
     add("--order", default="Normal",
-        help=f"Normal, or curves: {', '.join(ORDERS)}, or several joined by +")  # fmt: skip
-    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
-    add("--decay-init", default="paper", choices=DECAY_INITS, help="how decays and gates start")
+        help=f"of the patches: Normal, {', '.join(ORDERS)}, or several joined by +")  # fmt: skip
+    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"),
+        help="how the same function is computed")  # fmt: skip
     add("--chunk_size", default=32, type=int, within="[1, inf)",
         help="tokens per chunk of --format Chunk")  # fmt: skip
+    add("--decay-init", default="paper", choices=DECAY_INITS, help="how decays and gates start")
     add("--plus", nargs="+", default=[], choices=PLUS, help="what goes beyond the paper's LION")
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False,
+            "metavar": "True|False"}  # fmt: skip
     add("--pos_emb", **flag, help="learned position embedding")
     add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
+    add("--gate-lr-scale", default=1.0, type=float, within="[0, inf)",
+        help="learning rate factor of decays and gates")  # fmt: skip
+    add("--gate-weight-decay", default=None, type=float, within="[0, inf)",
+        otherwise="that of --weight-decay", help="weight decay of the gates")  # fmt: skip
+
+
+def _add_model(add: Add, switch: Add) -> None:
+    add("--model", default="deit_base_patch16_224", metavar="NAME",
+        help="a LION, Hydra, Vim or any timm model")  # fmt: skip
+    add("--input-size", default=224, type=int, within="[1, inf)",
+        otherwise="224, or that of --resume", help="pixels of an image's side")  # fmt: skip
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
         help="more arguments for the model, such as patch_size=4")  # fmt: skip
     add("--drop", default=0.0, type=float, within="[0, 1)", help="dropout before the head")
     add("--drop-path", default=0.1, type=float, within="[0, 1)", help="stochastic depth")
+    switch("train-mode", True, "train mode of dropout and stochastic depth")
     switch("model-ema", True, "keep and evaluate an exponential moving average of the weights")
-    add("--model-ema-decay", default=0.99996, type=float, within="[0, 1]")
+    add("--model-ema-decay", default=0.99996, type=float, within="[0, 1]",
+        help="share of the average that each step keeps")  # fmt: skip
     add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
-    # Optimiser and schedule
-    add("--opt", default="adamw")
-    add("--opt-eps", default=1e-8, type=float, within="[0, inf)")
-    add("--opt-betas", default=None, type=float, within="[0, 1)", nargs="+")
+
+
+def _add_data(add: Add, switch: Add) -> None:
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="FOLDER",
+        help="folder of the images")  # fmt: skip
+    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES),
+        help="IMNET is any folder of class folders; DEMO needs no files")  # fmt: skip
+    add("--inat-category", default="name", choices=INAT_CATEGORIES,
+        help="level of iNaturalist's taxonomy that the labels name")  # fmt: skip
+    add("--holdout", default=0, type=int, within="[0, inf)",
+        help="training images to leave out, and to evaluate on")  # fmt: skip
+    own = {"default": None, "otherwise": "the checkpoint's, else the model's"}
+    add("--eval-crop-ratio", "--crop-pct", **{**own, "default": 0.875}, type=float, within="(0, 1]",
+        help="share of the shorter side that evaluation keeps, 0.875 in DeiT")  # fmt: skip
+    add("--crop-mode", **own, choices=("center", "squash", "border"), help="crop of evaluation")
+    add("--interpolation", **own, choices=INTERPOLATIONS, help="filter by which evaluation resizes")
+    add("--mean", **own, type=float, nargs=3, within="(-inf, inf)", help="means of the channels")
+    add("--std", **own, type=float, nargs=3, within="(0, inf)",
+        help="standard deviations of the channels")  # fmt: skip
+    add("--cache", action="store_true",
+        help="keep small images on the device and augment whole batches there")  # fmt: skip
+    add("--num_workers", default=10, type=int, within="[0, inf)",
+        help="processes that load images, at most one per CPU core")  # fmt: skip
+    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
+
+
+def _add_training(add: Add, _: Add) -> None:
+    add("--batch-size", default=64, type=int, within="[1, inf)",
+        help="images per process and accumulation step")  # fmt: skip
+    add("--epochs", default=300, type=int, within="[1, inf)", help="passes over the images")
+    add("--grad-accum-steps", default=1, type=int, within="[1, inf)",
+        help="batches per optimiser step")  # fmt: skip
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
+    add("--smoothing", default=0.1, type=float, within="[0, 1)", help="label smoothing")
+    add("--cosub", action="store_true", help="cooperative submodels")
+    add("--seed", default=0, type=int, within="[0, 4294967296)",
+        help="of weights, order, augmentation and dropout")  # fmt: skip
+
+
+def _add_optimizer(add: Add, _: Add) -> None:
+    add("--opt", default="adamw", metavar="NAME", help="optimiser, one of timm's")
+    add("--opt-eps", default=1e-8, type=float, within="[0, inf)",
+        help="epsilon of the optimiser")  # fmt: skip
+    add("--opt-betas", default=None, type=float, within="[0, 1)", nargs="+",
+        otherwise="the optimiser's own", help="decays of the optimiser's moments")  # fmt: skip
+    add("--momentum", default=0.9, type=float, within="[0, 1)", help="of SGD and its kind")
+    add("--weight-decay", default=0.05, type=float, within="[0, inf)", help="weight decay")
     add("--clip-grad", default=None, type=float, within="(0, inf)", help="largest gradient norm")
-    add("--momentum", default=0.9, type=float, within="[0, 1)")
-    add("--weight-decay", default=0.05, type=float, within="[0, inf)")
-    add("--gate-lr-scale", default=1.0, type=float, within="[0, inf)",
-        help="learning rate factor of LION's decays and gates")  # fmt: skip
-    add("--gate-weight-decay", default=None, type=float, within="[0, inf)",
-        help="of the weights of LION's gates, instead of --weight-decay")  # fmt: skip
     add("--layer-decay", default=None, type=float, within="(0, 1]",
         help="learning rate factor per layer")  # fmt: skip
-    add("--sched", default="cosine")
-    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
+
+
+def _add_schedule(add: Add, _: Add) -> None:
     add("--lr", default=5e-4, type=float, within="[0, inf)",
-        help="for an effective batch of 512, scaled to others")  # fmt: skip
-    add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+")
-    add("--lr-noise-pct", default=0.67, type=float, within="(0, 1]")
-    add("--lr-noise-std", default=1.0, type=float, within="[0, inf)")
-    add("--warmup-lr", default=1e-6, type=float, within="[0, inf)")
-    add("--min-lr", default=1e-5, type=float, within="[0, inf)")
-    add("--decay-epochs", default=30, type=float, within="(0, inf)")
-    add("--warmup-epochs", default=5, type=int, within="[0, inf)")
-    add("--cooldown-epochs", default=10, type=int, within="[0, inf)")
-    add("--patience-epochs", default=10, type=int, within="[0, inf)")
-    add("--decay-rate", "--dr", default=0.1, type=float, within="(0, inf)")
-    # Augmentation
+        help="learning rate for an effective batch of 512, scaled to others")  # fmt: skip
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
+    add("--sched", default="cosine", metavar="NAME", help="schedule, one of timm's, or none")
+    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
+    add("--warmup-epochs", default=5, type=int, within="[0, inf)",
+        help="epochs in which the rate rises from --warmup-lr")  # fmt: skip
+    add("--warmup-lr", default=1e-6, type=float, within="[0, inf)", help="rate at the start")
+    add("--min-lr", default=1e-5, type=float, within="[0, inf)", help="rate at the end")
+    add("--decay-epochs", default=30, type=float, within="(0, inf)",
+        help="epochs between two decays of --sched step")  # fmt: skip
+    add("--decay-rate", "--dr", default=0.1, type=float, within="(0, inf)",
+        help="factor of each decay of --sched step, multistep and poly")  # fmt: skip
+    add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+",
+        help="share of the epochs from which, or between which, the rate is noisy")  # fmt: skip
+    add("--lr-noise-pct", default=0.67, type=float, within="(0, 1]",
+        help="largest change of the rate by noise")  # fmt: skip
+    add("--lr-noise-std", default=1.0, type=float, within="[0, inf)",
+        help="standard deviation of that noise")  # fmt: skip
+
+
+def _add_augmentation(add: Add, switch: Add) -> None:
     add("--no-aug", action="store_true", help="train on the images as evaluation sees them")
-    add("--color-jitter", default=0.3, type=float, within="[0, inf)")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
-    add("--smoothing", default=0.1, type=float, within="[0, 1)", help="label smoothing")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY",
+        help="policy of RandAugment or AutoAugment, or none")  # fmt: skip
+    add("--color-jitter", default=0.3, type=float, within="[0, inf)",
+        help="strength, without --aa or with --ThreeAugment")  # fmt: skip
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"),
+        otherwise="that of evaluation", help="filter by which training resizes")  # fmt: skip
     switch("repeated-aug", True, "draw each image three times")
-    switch("train-mode", True, "train mode of dropout and stochastic depth")
     add("--ThreeAugment", action="store_true", help="3-Augment (DeiT III)")
     add("--src", action="store_true", help="simple random crop (DeiT III)")
     add("--reprob", default=0.25, type=float, within="[0, 1]", help="probability of random erasing")
-    add("--remode", default="pixel")
-    add("--recount", default=1, type=int, within="[1, inf)")
-    add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
-    add("--mixup", default=0.8, type=float, within="[0, inf)")
-    add("--cutmix", default=1.0, type=float, within="[0, inf)")
-    add("--cutmix-minmax", default=None, type=float, within="[0, 1]", nargs="+")
-    add("--mixup-prob", default=1.0, type=float, within="[0, 1]")
-    add("--mixup-switch-prob", default=0.5, type=float, within="[0, 1]")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-    add("--cosub", action="store_true", help="cooperative submodels")
-    # Distillation and fine-tuning
-    add("--teacher-model", default="regnety_160")
-    add("--teacher-path", default="")
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
-    add("--distillation-alpha", default=0.5, type=float, within="[0, 1]")
-    add("--distillation-tau", default=1.0, type=float, within="(0, inf)")
-    add("--finetune", default="", help="weights to start from")
+    add("--remode", default="pixel", metavar="MODE",
+        help="what erased regions hold: const, rand or pixel")  # fmt: skip
+    add("--recount", default=1, type=int, within="[1, inf)", help="most regions erased of an image")
+
+
+def _add_mixup(add: Add, _: Add) -> None:
+    add("--mixup", default=0.8, type=float, within="[0, inf)", help="alpha of Mixup; 0 for none")
+    add("--cutmix", default=1.0, type=float, within="[0, inf)", help="alpha of CutMix; 0 for none")
+    add("--cutmix-minmax", default=None, type=float, within="[0, 1]", nargs="+",
+        help="least and largest share of a side that CutMix pastes")  # fmt: skip
+    add("--mixup-prob", default=1.0, type=float, within="[0, 1]",
+        help="probability that a batch is mixed")  # fmt: skip
+    add("--mixup-switch-prob", default=0.5, type=float, within="[0, 1]",
+        help="probability of CutMix where both are on")  # fmt: skip
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"),
+        help="what is mixed alike: the batch, pairs or single images")  # fmt: skip
+
+
+def _add_transfer(add: Add, _: Add) -> None:
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"),
+        help="learn the teacher's probabilities (soft) or its decisions (hard)")  # fmt: skip
+    add("--teacher-model", default="regnety_160", metavar="NAME", help="the teacher, a timm model")
+    add("--teacher-path", default="", metavar="PATH",
+        help="the teacher's checkpoint (file or URL), or timm: for timm's weights")  # fmt: skip
+    add("--distillation-alpha", default=0.5, type=float, within="[0, 1]",
+        help="weight of the teacher in the loss")  # fmt: skip
+    add("--distillation-tau", default=1.0, type=float, within="(0, inf)",
+        help="temperature of soft distillation")  # fmt: skip
+    add("--finetune", default="", metavar="PATH", help="weights to start from (file or URL)")
     add("--attn-only", action="store_true", help="train the mixers and the head only")
-    # Data
-    add("--data-path", default="/datasets01/imagenet_full_size/061417/")
-    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES))
-    add("--inat-category", default="name", choices=INAT_CATEGORIES)
-    add("--eval-crop-ratio", "--crop-pct", default=0.875, type=float, within="(0, 1]",
-        help="share of the shorter side that evaluation keeps")  # fmt: skip
-    add("--crop-mode", default=None, choices=("center", "squash", "border"), help="in evaluation")
-    add("--interpolation", default=None, choices=INTERPOLATIONS, help="in evaluation")
-    add("--mean", default=None, type=float, nargs=3, within="(-inf, inf)", help="of the channels")
-    add("--std", default=None, type=float, nargs=3, within="(0, inf)", help="of the channels")
-    add("--cache", action="store_true",
-        help="keep small images on the device and augment whole batches there")  # fmt: skip
-    add("--holdout", default=0, type=int, within="[0, inf)",
-        help="training images to leave out, and to evaluate on")  # fmt: skip
-    add("--num_workers", default=10, type=int, within="[0, inf)",
-        help="at most one per CPU core is started")  # fmt: skip
-    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
-    # Run
-    add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
+
+
+def _add_run(add: Add, _: Add) -> None:
+    add("--output_dir", default="", metavar="FOLDER", help="folder for checkpoints and logs")
     add("--overwrite", action="store_true", help="replace the run in --output_dir")
-    add("--resume", default="", help="checkpoint (file or URL), or auto: that of --output_dir")
+    add("--resume", default="", metavar="PATH",
+        help="checkpoint (file or URL), or auto: that of --output_dir")  # fmt: skip
+    add("--start_epoch", default=0, type=int, within="[0, inf)",
+        help="epoch to begin with; --resume sets it itself")  # fmt: skip
     add("--eval-interval", default=1, type=int, within="[1, inf)",
         help="epochs between evaluations, each of which ends with a checkpoint")  # fmt: skip
-    add("--start_epoch", default=0, type=int, within="[0, inf)")
     add("--eval", action="store_true", help="evaluate only")
     add("--use-ema", action="store_true", help="evaluate the moving average of --resume")
-    add("--dist-eval", action="store_true", help="accepted for DeiT's scripts: always on, exact")
-    add("--seed", default=0, type=int, within="[0, 4294967296)")
+
+
+def _add_device(add: Add, switch: Add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     switch("amp", True, "mixed precision on a GPU")
-    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    add(
-        "--deterministic",
-        action="store_true",
-        help="on GPUs: equal runs, resumed ones too, end with equal weights bit for bit; slower",
-    )
-    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
-    add("--channels-last", action="store_true")
-    add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
-    add("--world_size", default=1, type=int, within="[1, inf)",
-        help="accepted for DeiT's scripts: torchrun decides")  # fmt: skip
-    add("--dist_url", default="env://", help="how processes find each other")
-    return parser
+    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"),
+        help="the lower of the two precisions")  # fmt: skip
+    add("--deterministic", action="store_true",
+        help="on GPUs: equal runs end with equal weights bit for bit; slower")  # fmt: skip
+    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND",
+        help="compile the model, by inductor or the backend named")  # fmt: skip
+    add("--channels-last", action="store_true", help="memory format of the weights, for CNNs")
+    add("--dist_url", default="env://", metavar="URL", help="how processes find each other")
+
+
+def _add_ignored(add: Add, _: Add) -> None:
+    add("--dist-eval", action="store_true", help="evaluation is always distributed, and exact")
+    add("--distributed", action="store_true", help="torchrun decides")
+    add("--world_size", default=1, type=int, within="[1, inf)", help="torchrun decides")
+    add("--cooldown-epochs", default=10, type=int, within="[0, inf)",
+        help="timm counts them behind --epochs; training ends there")  # fmt: skip
+    add("--patience-epochs", default=10, type=int, within="[0, inf)",
+        help="of --sched plateau, which is refused")  # fmt: skip
+    add("--resplit", action="store_true", help="DeiT ignores it, too")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -219,15 +303,6 @@ def goes_on(args: argparse.Namespace) -> bool:
     return Path(args.resume).is_file() and any(
         path.exists() and path.samefile(args.resume) for path in own
     )
-
-
-def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
-    """Raises UserError for the first number that is outside of its argument's interval."""
-    for name, interval in parser.intervals.items():
-        value = getattr(args, name)
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if number is not None and (wrong := outside(number, interval)):
-                raise UserError(f"--{name} {wrong}.")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -378,61 +453,3 @@ def optimizer_of_probe(args: argparse.Namespace, device: torch.device) -> torch.
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Accepts `--foo-bar` and `--foo_bar` alike, and knows which numbers an argument takes.
-
-    `within="[0, 1)"` in `add_argument` is the interval of its numbers, kept in `intervals` for
-    `check_ranges`. What it parses has `given`, the names of the arguments that were given.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.intervals: dict[str, str] = {}
-        super().__init__(*args, **kwargs)
-        # argparse itself takes -1e-4 and -inf for options.
-        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")
-
-    def add_argument(
-        self, *names: str, within: str | None = None, **kwargs: Any
-    ) -> argparse.Action:
-        for name in [n for n in names if n.startswith("--")]:
-            other = "--" + name[2:].replace("-", "_")
-            dashed = "--" + name[2:].replace("_", "-")
-            names += tuple(n for n in (other, dashed) if n not in names)
-        if within:
-            described = (kwargs.get("help"), f"in {within}")
-            kwargs["help"] = ", ".join(part for part in described if part)
-        action = super().add_argument(*names, **kwargs)
-        if within:
-            self.intervals[action.dest] = within
-        return action
-
-    def add_switch(self, name: str, default: bool, help: str) -> None:
-        """`--name` and `--no-name`."""
-        dest = name.replace("-", "_")
-        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
-        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
-
-    def parse_known_args(self, args=None, namespace=None):
-        parsed, rest = super().parse_known_args(args, namespace)
-        # A default is only set where there is no value yet, so what stays absent was not given.
-        absent = object()
-        blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
-        super().parse_known_args(args, blank)
-        parsed.given = [name for name, value in vars(blank).items() if value is not absent]
-        return parsed, rest
-
-
-class KeyValues(ParseKwargs):
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if "=" not in value]
-        if wrong:
-            parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
-        super().__call__(parser, namespace, values, option_string)
-
-
-def true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return text.lower() == "true"

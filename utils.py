@@ -3,7 +3,6 @@
 import hashlib
 import io
 import logging
-import math
 import os
 import random
 import resource
@@ -76,24 +75,6 @@ def run_command(
         except FloatingPointError as error:
             tell(str(error))
             sys.exit(1)
-
-
-def outside(number: float, interval: str) -> str | None:
-    """What is wrong with a number that is not in an interval such as "[0, 1)"; None if it is."""
-    low, high = map(float, interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    below = number <= high if interval[-1] == "]" else number < high
-    if above and below:
-        return None
-    if not math.isfinite(number):
-        return f"must be a finite number, not {number}"
-    if interval == "[0, inf)":
-        return f"must not be negative, but is {number}"
-    if high == math.inf:
-        return f"must be {'at least' if interval[0] == '[' else 'above'} {low:g}, not {number}"
-    if interval[0] + interval[-1] == "()":
-        return f"must be between {low:g} and {high:g}, not {number}"
-    return f"must be in {interval}, not {number}"
 
 
 def seed_everything(*entropy: int) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
 from files import replacing
+from intervals import outside
 from journal import require_writable
 from mlm.documents import KINDS, Documents, Source, c4_sources, kind_of, local_source
 from mlm.shards import digest_of, fingerprint_of, load_tokenizer, read_header, shard_writer
@@ -32,7 +33,7 @@ from mlm.vocabulary import (
     train_tokenizer,
 )
 from processes import World
-from utils import outside, run_command
+from utils import run_command
 
 SPLITS = ("train", "eval")
 BATCH = 256  # documents that are tokenised side by side

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from errors import UserError
-from utils import outside
+from intervals import outside
 
 T = TypeVar("T")
 

@@ -14,20 +14,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as training  # noqa: E402
-from arguments import check_ranges  # noqa: E402
+from argument_parser import check_ranges  # noqa: E402
 from errors import UserError  # noqa: E402
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = training.get_args_parser()
     parser.prog = "run_with_submitit.py"
-    add = parser.add_argument
+    add, _ = parser.in_group("Slurm job")
     add("--ngpus", default=8, type=int, within="[1, inf)", help="GPUs of each node")
-    add("--nodes", default=2, type=int, within="[1, inf)")
-    add("--timeout", default=2800, type=int, within="[1, inf)", help="minutes")
-    add("--job_dir", default="jobs/%j", help="logs and run; %%j: job number")
-    add("--partition", default=None)
-    add("--comment", default=None)
+    add("--nodes", default=2, type=int, within="[1, inf)", help="machines of the job")
+    add("--timeout", default=2800, type=int, within="[1, inf)", help="minutes of the job")
+    add("--job_dir", default="jobs/%j", metavar="FOLDER", help="logs and run; %%j: job number")
+    add("--partition", default=None, otherwise="Slurm's", help="partition to ask for")
+    add("--comment", default=None, help="comment of the job")
     return parser
 
 
