@@ -1,30 +1,25 @@
-"""Labelled images by data set name, and seeded augmentation."""
+"""Labelled images by data set name."""
 
 import gzip
 import json
 import logging
 import os
-import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils import data
-from torch.utils.data import ConcatDataset, DataLoader, Subset, get_worker_info
+from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import UserError
 from files import inside
 from images import load_image
-from workers import ignore_signals  # noqa: F401  (for the loaders of these data sets)
 
 logger = logging.getLogger(__name__)
 
@@ -348,126 +343,3 @@ def _read_json(path: Path) -> Any:
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
         raise UserError(f"The data folder {root} does not exist: check --data-path.")
-
-
-class SeededDataset(data.Dataset):
-    """Training samples whose augmentation depends on (seed, draw) alone.
-
-    Indexed by `(index, draw)` as `EpochSampler` yields them, so the stream of samples is the same
-    for any number of processes and workers. An image that cannot be read is replaced by the next
-    readable one, logged and counted.
-
-    Args:
-        dataset: yields (PIL image, label), and raises OSError for an unreadable image.
-        transform: may use the random states of Python, numpy and torch (CPU).
-        seed: non-negative int.
-        max_corrupt: different unreadable images to put up with.
-
-    Raises:
-        RuntimeError: on access, with more than `max_corrupt` unreadable images, or all of them.
-    """
-
-    def __init__(
-        self, dataset: data.Dataset, transform: Transform, *, seed: int, max_corrupt: int = 100
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.max_corrupt = min(max_corrupt, len(dataset) - 1)
-        # One flag an image: a file met in every epoch counts once, and no lock is needed.
-        self._corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-
-    @property
-    def corrupt_count(self) -> int:
-        """Different unreadable images met so far, by all workers of this process."""
-        return int(self._corrupt.sum())
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        index, draw = key
-        # A worker's random states serve nothing else; the training process needs its own.
-        with nullcontext() if get_worker_info() else _random_states_restored():
-            _seed_random_states(self.seed, draw)
-            image, label = self._readable(index)
-            return self.transform(image), label
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def _readable(self, index: int) -> tuple[Image.Image, int]:
-        while True:
-            try:
-                return self.dataset[index]
-            except OSError as error:
-                self._note_corrupt(index, error)
-            index = (index + 1) % len(self)
-
-    def _note_corrupt(self, index: int, error: OSError) -> None:
-        if not self._corrupt[index]:
-            self._corrupt[index] = True
-            logger.warning("Training goes on without image %d: %s", index, error)
-        if self.corrupt_count > self.max_corrupt:
-            raise RuntimeError(
-                f"{self.corrupt_count} of {len(self)} training images cannot be read, more than "
-                f"the {self.max_corrupt} allowed: mend the data set (last: {error})."
-            ) from error
-
-
-class DeviceLoader(DataLoader):
-    """Batches of images and labels, of which the images are moved to `device`.
-
-    Bytes become normalised floats there: the workers then write, and the training process
-    copies, a quarter as much.
-
-    Args:
-        device: of the images; labels stay on the CPU.
-        mean, std: per channel, for pixels in [0, 1].
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
-        **options: Any,
-    ) -> None:
-        super().__init__(*args, **options)
-        self.device = device
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # No generator: what starts an epoch draws random numbers, here and not at the first batch.
-        return map(self._on_device, super().__iter__())
-
-    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype is torch.uint8:
-            images = normalized(images, self.mean, self.std)
-        return images, labels
-
-
-def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bytes `[B, 3, H, W]` as floats; `mean` and `std` are for pixels in [0, 1]."""
-    return pixels.float().div_(255).sub_(mean).div_(std)
-
-
-def _seed_random_states(seed: int, draw: int) -> None:
-    words = np.random.SeedSequence((seed, draw)).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    # torch.manual_seed would also queue work for CUDA, with a stack trace for each call.
-    torch.default_generator.manual_seed(words[2])
-
-
-@contextmanager
-def _random_states_restored() -> Iterator[None]:
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(torch_state)

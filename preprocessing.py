@@ -61,6 +61,33 @@ class Preprocessing:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+def choose(
+    model: str,
+    found: tuple[dict[str, Any], str] | None,
+    *,
+    new_training: bool,
+    size: int | None,
+    **given: Any,
+) -> tuple[Preprocessing, str]:
+    """That of a checkpoint, where it is `found`, else of a model; and whose it is.
+
+    Args:
+        found: a checkpoint, and where it was read.
+        new_training: where no checkpoint is found, the model's is that of a training from scratch.
+        size: pixels of a square to take instead.
+        given: fields to take instead.
+    """
+    chosen = of_checkpoint(found[0], model, found[1]) if found else None
+    if found and chosen:
+        origin = found[1]
+    else:
+        origin = model
+        chosen = of_new_training(model) if new_training and not found else of_model(model)
+    if size is not None:
+        chosen = chosen.at(size)
+    return replace(chosen, **given), origin
+
+
 def of_model(name: str) -> Preprocessing:
     """That of timm's weights of a model (its `pretrained_cfg`)."""
     config = timm.get_pretrained_cfg(name)

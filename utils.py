@@ -1,80 +1,14 @@
-"""How commands run and report errors, random seeds, and peak memory."""
+"""Repeatable runs: seeds, deterministic operations, and what tells data and weights apart."""
 
 import hashlib
-import io
-import logging
 import os
 import random
-import resource
-import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
-
-from errors import UserError
-from processes import Peers, meet
-from urls import without_secrets
-
-
-class DiscreetFormatter(logging.Formatter):
-    """Plain lines, in which URLs have no secrets."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
-
-
-def setup_logging(is_main: bool) -> None:
-    """Plain lines on standard output: all from the main process, only warnings from the others."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
-            stream.reconfigure(errors="backslashreplace")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(DiscreetFormatter("%(message)s"))
-    level = logging.INFO if is_main else logging.WARNING
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-
-
-def run_command(
-    name: str, build: Callable[[Peers], Callable[[], None]], dist_url: str = "env://"
-) -> None:
-    """Runs a command: `build(peers)` reads and checks everything, what it returns does the work.
-
-    A UserError of `build` is one sentence on standard error, from the main process or from each
-    whose error is another, and exit code 2. A FloatingPointError of the work is one sentence, too,
-    with exit code 1; every other error keeps its traceback. An error of one process ends all.
-    """
-
-    def tell(problem: str) -> None:
-        print(without_secrets(f"{name}: error: {problem}"), file=sys.stderr, flush=True)
-
-    try:
-        peers = meet(dist_url)
-        setup_logging(peers.rank == 0)
-    except UserError as error:
-        tell(str(error))
-        sys.exit(2)
-    with peers.together(name):
-        try:
-            work = build(peers)
-            peers.settle()
-        except UserError as error:
-            if peers.rank == 0:
-                tell(str(error))
-            if not peers.settle(str(error)):
-                tell(f"{peers}: {error}")
-            sys.exit(2)
-        try:
-            work()
-        except FloatingPointError as error:
-            tell(str(error))
-            sys.exit(1)
 
 
 def seed_everything(*entropy: int) -> None:
@@ -121,33 +55,3 @@ def digest(model: nn.Module) -> str:
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value
         )
     return f"{value:08x}"
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
-    """Measures `.bytes`, the most memory the block held above what was held at its start.
-
-    Allocated memory on a GPU, resident memory of the process on the CPU (exact on Linux; elsewhere
-    what an earlier peak hides is not seen).
-    """
-    result = SimpleNamespace(bytes=0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        yield result
-        result.bytes = torch.cuda.max_memory_allocated(device) - start
-        return
-    start = _resident_peak(reset=True)
-    yield result
-    result.bytes = _resident_peak() - start
-
-
-def _resident_peak(reset: bool = False) -> int:
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from commands import run_command
 from engine import autocast
 from errors import UserError, as_user_error
 from journal import provenance
+from memory import peak_memory
 from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
 from processes import Peers, init_distributed
-from utils import peak_memory, run_command
 from workers import end_with_parent
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # of softmax on GPUs

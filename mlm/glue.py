@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
+from commands import run_command, setup_logging
 from engine import LOG_INTERVAL, autocast
 from errors import UserError
 from files import replacing
@@ -38,7 +39,7 @@ from mlm.settings import check_ranges, override, read_yaml, settings_parser, typ
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
 from processes import Peers, World, init_distributed
-from utils import run_command, seed_everything, setup_logging
+from utils import seed_everything
 from workers import end_with_parent
 
 WARMUP_SHARE = 0.06

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from commands import run_command
 from errors import UserError
 from files import replacing
 from intervals import outside
@@ -33,7 +34,6 @@ from mlm.vocabulary import (
     train_tokenizer,
 )
 from processes import World
-from utils import run_command
 
 SPLITS = ("train", "eval")
 BATCH = 256  # documents that are tokenised side by side

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import checkpoint
+from commands import run_command
 from engine import LOG_INTERVAL, StepCheck, autocast, require_finite, without_sync
 from errors import UserError, as_user_error
 from journal import Journal, Mean, Progress, provenance, require_writable
@@ -30,7 +31,7 @@ from mlm.shards import Corpus, data_digest, load_tokenizer
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
-from utils import digest, make_deterministic, run_command, seed_everything
+from utils import digest, make_deterministic, seed_everything
 from workers import ignore_signals
 
 NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these

@@ -7,14 +7,14 @@ import sys
 import pytest
 from helpers import ROOT, TINY, refused
 
-import main
+import loaders
 from errors import UserError, as_user_error
 from mlm import pretrain
 
 CONFIG = str(ROOT / "mlm" / "configs" / "lion-s-base.yaml")
 COMMAND = """
 from errors import UserError
-from utils import run_command
+from commands import run_command
 
 def build(peers):
     raise {kind}("invalid literal")
@@ -43,7 +43,7 @@ def test_the_ends_of_a_command(kind, code, first, last):
 
 @pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
 def test_a_bug_in_the_set_up_is_not_the_users(evaluation, run, data_path, monkeypatch):
-    monkeypatch.setattr(main, "build_eval_loader", fail)
+    monkeypatch.setattr(loaders, "build_eval_loader", fail)
     with pytest.raises(ValueError, match="^a bug$"):
         run(*TINY, "--data-path", data_path, *evaluation)
 

@@ -28,10 +28,10 @@ from test_mlm_pretrain import short
 
 import checkpoint
 import processes
+from commands import run_command
 from errors import UserError
 from mlm import pretrain
 from processes import Peers, init_distributed, meet
-from utils import run_command
 
 HOST = re.escape(socket.gethostname())
 
