@@ -41,7 +41,7 @@ def fingerprint(dataset: Dataset) -> str:
     if isinstance(dataset, Subset):
         dataset = dataset.dataset
     samples = getattr(dataset, "samples", [])
-    where = len(os.path.commonprefix([path for path, _ in samples]))
+    where = len(os.path.commonprefix([path for path, _ in samples]))  # noqa: RUF071 (characters)
     lines = [f"{path[where:]}\t{label}" for path, label in samples]
     text = "\n".join([*map(str, dataset.classes), str(len(dataset)), *lines])
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main as training  # noqa: E402
-from argument_parser import check_ranges  # noqa: E402
-from errors import UserError  # noqa: E402
+import main as training
+from argument_parser import check_ranges
+from errors import UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:

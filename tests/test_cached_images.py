@@ -46,8 +46,8 @@ def test_batches_are_those_of_the_sampler_and_decoded_once():
         drawn = [index for index, _ in sampler]
         seen = [(images[:, 0, 0, 0].tolist(), labels.tolist()) for images, labels in batches]
         assert len(seen) == len(batches) == 6
-        assert sum((images for images, _ in seen), []) == drawn[:48]
-        assert sum((labels for _, labels in seen), []) == [index % 2 for index in drawn[:48]]
+        assert [i for images, _ in seen for i in images] == drawn[:48]
+        assert [i for _, labels in seen for i in labels] == [index % 2 for index in drawn[:48]]
     assert set(dataset.decoded) == {1}
 
 
