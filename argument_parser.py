@@ -11,17 +11,18 @@ from timm.utils import ParseKwargs
 from errors import UserError
 from intervals import in_words, outside
 
-METAVARS = {int: "N", float: "X", None: "TEXT"}
+METAVARS: dict[type | None, str] = {int: "N", float: "X", None: "TEXT"}
 
 
 class OptionFormatter(argparse.HelpFormatter):
     """Prints each option once, under the name it was added by, with one metavar."""
 
-    def __init__(self, prog: str) -> None:
+    def __init__(self, prog: str, names: dict[str, tuple[str, ...]]) -> None:
         super().__init__(prog, max_help_position=28, width=100)
+        self.names = names
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = ", ".join(getattr(action, "names", action.option_strings))
+        names = ", ".join(self.names[action.dest])
         if action.nargs == 0:
             return names
         metavar = self._get_default_metavar_for_optional(action)
@@ -35,9 +36,12 @@ class ArgumentParser(argparse.ArgumentParser):
     `check_ranges`. What it parses has `given`, the names of the arguments that were given.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, prog: str, **options: Any) -> None:
         self.intervals: dict[str, str] = {}
-        super().__init__(*args, formatter_class=OptionFormatter, **kwargs)
+        self.names: dict[str, tuple[str, ...]] = {}  # by destination, as options were added
+        super().__init__(
+            prog, formatter_class=partial(OptionFormatter, names=self.names), **options
+        )
         # argparse itself takes -1e-4 and -inf for options.
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")
 
@@ -46,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         return partial(self.add_argument, group=group), partial(self.add_switch, group=group)
 
-    def add_argument(
+    def add_argument(  # type: ignore[override]  # no option is without a word
         self,
         *names: str,
         help: str,
@@ -62,11 +66,11 @@ class ArgumentParser(argparse.ArgumentParser):
             dashed = "--" + name[2:].replace("_", "-")
             names += tuple(n for n in (other, dashed) if n not in names)
         takes_text = "action" not in kwargs and "choices" not in kwargs
-        if takes_text and kwargs.get("type") in METAVARS:
-            kwargs.setdefault("metavar", METAVARS[kwargs.get("type")])
+        if takes_text and (kind := kwargs.get("type")) in METAVARS:
+            kwargs.setdefault("metavar", METAVARS[kind])
         add = group.add_argument if group else super().add_argument
         action = add(*names, help=help, **kwargs)
-        action.names = shown
+        self.names[action.dest] = shown
         described = in_words(within) if within else ""
         default = "" if action.default is argparse.SUPPRESS else _default(action, otherwise)
         action.help = f"{help}{', ' * bool(described)}{described}{default}"

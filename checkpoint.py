@@ -78,7 +78,7 @@ def load(source: str | Path) -> dict:
     """
     if is_url(source):
         folder = Path(torch.hub.get_dir(), "checkpoints")
-        return cached(source, folder, partial(_load_file, source=without_secrets(source)))
+        return cached(str(source), folder, partial(_load_file, source=without_secrets(source)))
     return _load_file(Path(source), source)
 
 
@@ -209,7 +209,7 @@ def adapt_weights(
     return notes
 
 
-def check_classes(saved: dict, classes: list[str], source: str | Path) -> None:
+def check_classes(saved: dict, classes: Sequence[str], source: str | Path) -> None:
     """Raises UserError if a checkpoint, read from `source`, tells apart other classes."""
     if differing := differing_classes(saved, classes):
         raise UserError(
@@ -218,7 +218,7 @@ def check_classes(saved: dict, classes: list[str], source: str | Path) -> None:
         )
 
 
-def differing_classes(saved: dict, classes: list[str]) -> str:
+def differing_classes(saved: dict, classes: Sequence[str]) -> str:
     """How the classes that a checkpoint names differ from `classes`; "" if it names none."""
     named = saved.get("classes")
     if named is None or list(named) == list(classes):
@@ -325,7 +325,7 @@ def _fit_pos_embed(state: dict, model: nn.Module, source: str | Path) -> tuple[d
     Of an embedding that has no entries for prefix tokens (as DeiT III's) these are zeros; a model
     without such entries gets them added to the tokens themselves.
     """
-    saved, own = state["pos_embed"], model.pos_embed.detach()
+    saved, own = state["pos_embed"], model.state_dict()["pos_embed"]
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if saved.ndim != 3 or own.ndim != 3 or grid is None or own.shape[1] < grid[0] * grid[1]:
         return state, []

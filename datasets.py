@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,17 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 Transform = Callable[[Image.Image], Any]
 
 
+class LabelledImages(Protocol):
+    """A data set with samples `(image, label)` and the names of the labels."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+    def __len__(self) -> int: ...
+
+
 # Hugging Face's libraries find this module in the place of their package `datasets`, and ask
 # whether a data set is an instance of these: none is, so they take it as PyTorch's.
 class Dataset:
@@ -58,7 +69,7 @@ def build_dataset(
     train: bool,
     transform: Transform | None = None,
     inat_category: str = "name",
-) -> tuple[data.Dataset, int]:
+) -> tuple[LabelledImages, int]:
     """The training or evaluation images of a data set, and its number of classes.
 
     Samples are `(image, label)`: an RGB PIL image, or what `transform` makes of it, and an int.
@@ -74,6 +85,7 @@ def build_dataset(
         UserError: unknown name, or data missing, incomplete or inconsistent.
     """
     root = Path(data_path).expanduser()
+    dataset: Any  # torchvision's do not declare what they are
     match ALIASES.get(name, name):
         case "IMNET":
             dataset = _image_folder(root, train, transform)
@@ -109,14 +121,15 @@ class Split(Subset):
     Raises UserError if as many or more are held out than there are.
     """
 
-    def __init__(self, dataset: data.Dataset, count: int, *, held_out: bool) -> None:
+    def __init__(self, dataset: LabelledImages, count: int, *, held_out: bool) -> None:
         if count >= len(dataset):
             raise UserError(
                 f"--holdout {count} leaves none of the {len(dataset)} training images: hold out "
                 "fewer."
             )
         order = np.random.default_rng(0).permutation(len(dataset))
-        super().__init__(dataset, np.sort(order[:count] if held_out else order[count:]).tolist())
+        chosen = np.sort(order[:count] if held_out else order[count:]).tolist()
+        super().__init__(cast(data.Dataset, dataset), chosen)
         self.classes = dataset.classes
 
 
@@ -244,9 +257,10 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
     return ImageList(samples, classes, transform)
 
 
-def _class_folders(folder: Path) -> tuple[list[str], Counter]:
+def _class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
     """Names of the folders in `folder` that are not hidden; how many files are in no such one."""
-    names, others = [], Counter()
+    names: list[str] = []
+    others: Counter[str] = Counter()
     for entry in os.scandir(folder):
         if not entry.is_dir():
             others["outside of class folders"] += 1
@@ -263,7 +277,8 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
     What is hidden, or in a hidden folder, is no image: `.ipynb_checkpoints` holds copies. Links to
     folders are followed, but each folder is read once, and none that holds the class folder itself.
     """
-    paths, others = [], Counter()
+    paths: list[str] = []
+    others: Counter[str] = Counter()
     above = (*folder.absolute().parents, *folder.resolve().parents)
     read = {_identity(parent) for parent in above}
     tree = []

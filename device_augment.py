@@ -96,7 +96,7 @@ def build_device_transform(
     policy = RandAugment.parse(aa)
     if remode not in FILLS:
         raise UserError(f"There is no --remode {remode}: use {' or '.join(FILLS)}.")
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+    centre, width = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     def transform(images: Tensor) -> Tensor:
         count, device = len(images), images.device
@@ -104,10 +104,10 @@ def build_device_transform(
         matrix = crop_and_flip(count, images.shape[-1], device)
         for operation, level, sign in layers:
             matrix = matrix @ geometry(operation, level, sign, images.shape[-1])
-        pixels = sample(images.float(), matrix, 255 * mean)
+        pixels = sample(images.float(), matrix, 255 * centre)
         for operation, level, sign in layers:
             pixels = colours(pixels, operation, level, sign)
-        return erase((pixels / 255 - mean) / std, reprob, FILLS[remode])
+        return erase((pixels / 255 - centre) / width, reprob, FILLS[remode])
 
     return transform
 

@@ -154,7 +154,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "args.yaml", **TEXT) as file:
             yaml.safe_dump(without_secrets(facts), file, sort_keys=False)
-        self._drop_from(first_epoch)
+        self._drop_from(first_epoch, self.folder / "log.txt")
         self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
     def write(self, stats: dict[str, Any], **speeds: float) -> None:
@@ -168,8 +168,7 @@ class Journal:
                 self.board.add_scalar(name.replace("_", "/", 1), value, stats[self.clock])
         self.board.flush()
 
-    def _drop_from(self, epoch: int) -> None:
-        log = self.folder / "log.txt"
+    def _drop_from(self, epoch: int, log: Path) -> None:
         if not log.exists():
             return
         text = log.read_text(encoding="utf-8", errors="backslashreplace")

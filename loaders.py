@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from augment import build_eval_transform, build_train_transform
 from cached_images import CachedLoader
-from datasets import Split, Transform, build_dataset
+from datasets import LabelledImages, Split, Transform, build_dataset
 from device_augment import build_device_transform
 from errors import UserError
 from preprocessing import Preprocessing
@@ -46,7 +46,7 @@ class SeededDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Transform, *, seed: int, max_corrupt: int = 100
+        self, dataset: LabelledImages, transform: Transform, *, seed: int, max_corrupt: int = 100
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -113,7 +113,7 @@ class DeviceLoader(DataLoader):
         self.device = device
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         # No generator: what starts an epoch draws random numbers, here and not at the first batch.
         return map(self._on_device, super().__iter__())
 
@@ -152,7 +152,9 @@ class ImageLoading:
     pin_memory: bool = False
     cached: bool = False
 
-    def find(self, world: World, *, train: bool, transform: Transform | None = None) -> Dataset:
+    def find(
+        self, world: World, *, train: bool, transform: Transform | None = None
+    ) -> LabelledImages:
         """The images of training or of evaluation."""
         with world.main_first():
             dataset, _ = build_dataset(
@@ -189,7 +191,7 @@ def build_train_loader(
     repeats: int = 1,
     seed: int = 0,
     accumulate: int = 1,
-) -> tuple[DeviceLoader | CachedLoader, list[str]]:
+) -> tuple[DeviceLoader | CachedLoader, Sequence[str]]:
     """Batches for training, and the names of the classes.
 
     Args:
@@ -210,8 +212,8 @@ def build_train_loader(
             f"{loading.data_set} has only {len(sampler)}: lower --batch-size."
         )
     if loading.cached:
-        loader = _cached_train_loader(loading, world, images, found, sampler, augmentation, seed)
-        return loader, found.classes
+        cached = _cached_train_loader(loading, world, images, found, sampler, augmentation, seed)
+        return cached, found.classes
     transform = _train_transform(images, augmentation)
     dataset = SeededDataset(found, transform, seed=seed)
     loader = DeviceLoader(dataset, loading.batch_size, sampler=sampler, drop_last=True,
@@ -238,7 +240,7 @@ def _cached_train_loader(
     loading: ImageLoading,
     world: World,
     images: Preprocessing,
-    found: Dataset,
+    found: LabelledImages,
     sampler: EpochSampler,
     augmentation: dict[str, Any] | None,
     seed: int,

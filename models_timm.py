@@ -76,7 +76,7 @@ def create(
             return timm.create_model(name, **options)
         except Exception as error:  # every family checks its arguments in ways of its own
             unknown = _unknown_option(error, options)
-            if unknown in required and options[unknown]:
+            if unknown and unknown in required and options[unknown]:
                 raise UserError(f"{name} has no {OPTIONAL[unknown]}: leave it out.") from error
             if unknown is None or not _can_do_without(name, unknown, options[unknown]):
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -120,5 +120,5 @@ def _unknown_option(error: Exception, options: dict[str, Any]) -> str | None:
 
 def _can_do_without(name: str, option: str, value: Any) -> bool:
     """Only the size matters: a model of one fixed size takes images of no other."""
-    own = timm.get_pretrained_cfg_value(name, "input_size")
-    return option != "img_size" or value in (own[-1], tuple(own[1:]))
+    own = timm.get_pretrained_cfg_value(name, "input_size") or ()
+    return option != "img_size" or value in (*own[-1:], tuple(own[1:]))

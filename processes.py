@@ -39,7 +39,8 @@ class Peers:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
-        self.rank, self.size, self.store = rank, size, store
+        self.rank, self.size = rank, size
+        self.store: Any = store  # torch declares text alone, but takes bytes, too
         self._rounds = 0
         self._ended = threading.Event()
 
@@ -113,10 +114,11 @@ class Peers:
         except Exception as error:
             code = self.failure()  # else the error is but the lost connection to that process
             if code is None:
-                self.store.set("failed", code := "1")
+                code = 1
+                self.store.set("failed", str(code))
                 traceback.print_exc()
                 print(f"{command}: error: {self}: {error!r}", file=sys.stderr, flush=True)
-            sys.exit(int(code))
+            sys.exit(code)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -187,7 +189,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """`values` reduced over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values, op)

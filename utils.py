@@ -4,11 +4,12 @@ import hashlib
 import os
 import random
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 
 def seed_everything(*entropy: int) -> None:
@@ -30,10 +31,11 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody reads
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # which nobody reads
 
 
-def fingerprint(dataset: Dataset) -> str:
+def fingerprint(dataset: Any) -> str:
     """Tells apart data sets with other files, below wherever they are, labels or classes.
 
     Those that are downloaded are known by their classes and length: their files are verified.

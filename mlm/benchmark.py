@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from commands import run_command
@@ -97,7 +97,8 @@ def _training(case: Case, device: torch.device) -> Callable[[], None]:
     """A function that takes one step."""
     torch.manual_seed(0)
     settings, dtype = case.settings, amp_dtype(case.settings, device)
-    model = LionBertForMaskedLM(case.config).to(device).train()
+    model = LionBertForMaskedLM(case.config).train()
+    nn.Module.to(model, device)
     if settings.compile:
         model.lion.compile()
     optimizer = build_optimizer(settings, model, device)

@@ -93,12 +93,15 @@ def _values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 def _opened(path: Path) -> IO[str]:
     """Lines end at line feeds alone; bytes that are no UTF-8 become surrogates."""
-    options = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
+    options: dict[str, Any] = {
+        "encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"
+    }  # fmt: skip
     return gzip.open(path, "rt", **options) if path.suffix == ".gz" else path.open(**options)
 
 
 def _paragraphs(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, str]]:
-    paragraph, start = [], 0
+    paragraph: list[str] = []
+    start = 0
     for number, line in lines:
         if line.strip():
             start = start if paragraph else number

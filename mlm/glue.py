@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -118,11 +118,13 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
     train = read_examples(folder, task.train, task, None)
     seed_everything(job.seed)
     if before:
-        model = AutoModelForSequenceClassification.from_pretrained(job.folder).to(device)
+        model = AutoModelForSequenceClassification.from_pretrained(job.folder)
+        nn.Module.to(model, device)
         tokenizer = load_tokenizer(job.folder)
     else:
         model, tokenizer = _load(job, train.classes)
-        _train(model.to(device), job, train, tokenizer, device, dtype)
+        nn.Module.to(model, device)
+        _train(model, job, train, tokenizer, device, dtype)
         result.unlink(missing_ok=True)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         export(model, tokenizer, job.folder)
@@ -255,7 +257,7 @@ def predict(
 
 # ------------------------------------------------------------------------------------- all jobs
 
-_device: torch.device | None = None  # of this process of the pool
+_device = torch.device("cpu")  # of this process of the pool
 
 
 def _take_device(free: Any) -> None:
@@ -282,7 +284,7 @@ def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
     free = context.Queue()
     for device in devices:
         free.put(torch.device(device))
-    results = {}
+    results: dict[tuple[str, int], dict[str, float]] = {}
     with ProcessPoolExecutor(len(devices), context, _take_device, (free,)) as pool:
         for second in (False, True):
             turn = [job for job in jobs if bool(job.task.start) is second]

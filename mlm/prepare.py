@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -114,7 +115,7 @@ def write_manifest(
     output: Path, stems: list[str], sources: list[Source], words: int
 ) -> dict[str, dict]:
     fingerprint = fingerprint_of(output / "tokenizer")
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         names = [f"{split}-{stem}.bin" for stem in stems]
         counts = [read_header(output / name, fingerprint) for name in names]

@@ -6,7 +6,7 @@ import difflib
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -93,7 +93,7 @@ def _shown_default(field: dataclasses.Field) -> str:
 
 def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
     """The dataclass `kind` from `values`: known keys and values of their types only."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
     checked = check(get_type_hints(kind), values, source)
     required = (dataclasses.MISSING, dataclasses.MISSING)
     missing = [
@@ -134,8 +134,8 @@ def _suggestion(key: str, known: Iterable[str]) -> str:
 
 
 def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [get_origin(kind) or kind for kind in kinds]
+    hints = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in hints]
     if float in kinds and not isinstance(value, bool) and value is not None:
         try:  # YAML takes 1e-5, without a point, for a word
             return int(value) if int in kinds and int(value) == float(value) else float(value)

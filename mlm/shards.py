@@ -112,7 +112,7 @@ def _look_up_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def _require_ids(words: dict[str, int], folder: Path) -> None:
     """Raises UserError if words do not have the numbers from 0 on, one each."""
-    named = {}
+    named: dict[int, str] = {}
     for word, number in sorted(words.items()):
         if number >= len(words):
             raise UserError(

@@ -243,7 +243,8 @@ def shown() -> dict[str, list[str]]:
 
 
 def test_the_help_prints_every_option_once_with_its_default():
-    named = {action.names[0]: action for action in actions()}
+    first = {dest: names[0] for dest, names in get_args_parser().names.items()}
+    named = {first[action.dest]: action for action in actions()}
     printed = {name: texts for name, texts in shown().items() if name != "-h"}
     assert set(printed) == set(named)
     for name, (text, *others) in printed.items():
