@@ -101,6 +101,9 @@ class DeviceLoader(DataLoader):
         mean, std: per channel, for pixels in [0, 1].
     """
 
+    dataset: Any
+    sampler: Any
+
     def __init__(
         self,
         *args: Any,

@@ -150,6 +150,11 @@ def test_answers_are_found_as_bert_does():
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_choices_without_any_input_are_refused():
+    with pytest.raises(ValueError, match="Give input_ids or inputs_embeds: one of the two"):
+        build(LionBertForMultipleChoice)(attention_mask=MASK.view(2, 2, 6))
+
+
 def test_choices_are_sequences_of_their_own():
     model = build(LionBertForMultipleChoice)
     ids, mask = IDS.view(2, 2, 6), MASK.view(2, 2, 6)
