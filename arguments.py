@@ -1,7 +1,7 @@
 """The command line of main.py: its arguments, their ranges, and what can be refused at once."""
 
 import argparse
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,19 @@ import torch
 from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ParseKwargs
 from torch import nn
 
 import checkpoint
 import device_augment
 import models_timm
+from argument_parser import ArgumentParser, KeyValues, check_ranges, true_or_false
 from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
+from errors import UserError, as_user_error
 from models_lion_plus import PLUS
 from optimization import create_optimizer
-from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 LION_ARGUMENTS = (
@@ -41,155 +41,240 @@ HOW_MANY = {
 WORDS = {1: "one", 2: "two", 3: "three"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may differ in these
+Add = Callable[..., Any]
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser("main.py", description=DESCRIPTION, allow_abbrev=False)
-    add, switch = parser.add_argument, parser.add_switch
-    add("--batch-size", default=64, type=int, within="[1, inf)",
-        help="images per process and accumulation step")  # fmt: skip
-    add("--epochs", default=300, type=int, within="[1, inf)")
-    add("--grad-accum-steps", default=1, type=int, within="[1, inf)",
-        help="batches per optimiser step")  # fmt: skip
-    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
-    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
-    # Model
-    add("--model", default="deit_base_patch16_224", help="a LION, Hydra, Vim or any timm model")
-    add("--input-size", default=224, type=int, within="[1, inf)", help="pixels")
-    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"))
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        "main.py",
+        usage="%(prog)s [options]",
+        description=DESCRIPTION,
+        epilog="Names may be written with dashes or underscores alike.",
+        allow_abbrev=False,
+    )
+    for title, add_group in (
+        ("LION", _add_lion),
+        ("model", _add_model),
+        ("data", _add_data),
+        ("training", _add_training),
+        ("optimiser", _add_optimizer),
+        ("learning rate schedule", _add_schedule),
+        ("augmentation", _add_augmentation),
+        ("Mixup and CutMix", _add_mixup),
+        ("distillation and fine-tuning", _add_transfer),
+        ("run and evaluation", _add_run),
+        ("device", _add_device),
+        ("accepted for DeiT's scripts, without effect", _add_ignored),
+    ):
+        add_group(*parser.in_group(title))
+    return parser
+
+
+def _add_lion(add: Add, _: Add) -> None:
+    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"),
+        help="no decay (LION-Lit), learned decays (LION-D), or gates (LION-S)")  # fmt: skip
     add("--order", default="Normal",
-        help=f"Normal, or curves: {', '.join(ORDERS)}, or several joined by +")  # fmt: skip
-    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"))
-    add("--decay-init", default="paper", choices=DECAY_INITS, help="how decays and gates start")
+        help=f"of the patches: Normal, {', '.join(ORDERS)}, or several joined by +")  # fmt: skip
+    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"),
+        help="how the same function is computed")  # fmt: skip
     add("--chunk_size", default=32, type=int, within="[1, inf)",
         help="tokens per chunk of --format Chunk")  # fmt: skip
+    add("--decay-init", default="paper", choices=DECAY_INITS, help="how decays and gates start")
     add("--plus", nargs="+", default=[], choices=PLUS, help="what goes beyond the paper's LION")
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False}
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False,
+            "metavar": "True|False"}  # fmt: skip
     add("--pos_emb", **flag, help="learned position embedding")
     add("--cls_tok", **flag, help="classify the class token, not the mean of all tokens")
+    add("--gate-lr-scale", default=1.0, type=float, within="[0, inf)",
+        help="learning rate factor of decays and gates")  # fmt: skip
+    add("--gate-weight-decay", default=None, type=float, within="[0, inf)",
+        otherwise="that of --weight-decay", help="weight decay of the gates")  # fmt: skip
+
+
+def _add_model(add: Add, switch: Add) -> None:
+    add("--model", default="deit_base_patch16_224", metavar="NAME",
+        help="a LION, Hydra, Vim or any timm model")  # fmt: skip
+    add("--input-size", default=224, type=int, within="[1, inf)",
+        otherwise="224, or that of --resume", help="pixels of an image's side")  # fmt: skip
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
         help="more arguments for the model, such as patch_size=4")  # fmt: skip
     add("--drop", default=0.0, type=float, within="[0, 1)", help="dropout before the head")
     add("--drop-path", default=0.1, type=float, within="[0, 1)", help="stochastic depth")
+    switch("train-mode", True, "train mode of dropout and stochastic depth")
     switch("model-ema", True, "keep and evaluate an exponential moving average of the weights")
-    add("--model-ema-decay", default=0.99996, type=float, within="[0, 1]")
+    add("--model-ema-decay", default=0.99996, type=float, within="[0, 1]",
+        help="share of the average that each step keeps")  # fmt: skip
     add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
-    # Optimiser and schedule
-    add("--opt", default="adamw")
-    add("--opt-eps", default=1e-8, type=float, within="[0, inf)")
-    add("--opt-betas", default=None, type=float, within="[0, 1)", nargs="+")
+
+
+def _add_data(add: Add, switch: Add) -> None:
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="FOLDER",
+        help="folder of the images")  # fmt: skip
+    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES),
+        help="IMNET is any folder of class folders; DEMO needs no files")  # fmt: skip
+    add("--inat-category", default="name", choices=INAT_CATEGORIES,
+        help="level of iNaturalist's taxonomy that the labels name")  # fmt: skip
+    add("--holdout", default=0, type=int, within="[0, inf)",
+        help="training images to leave out, and to evaluate on")  # fmt: skip
+    own = {"default": None, "otherwise": "the checkpoint's, else the model's"}
+    add("--eval-crop-ratio", "--crop-pct", **{**own, "default": 0.875}, type=float, within="(0, 1]",
+        help="share of the shorter side that evaluation keeps, 0.875 in DeiT")  # fmt: skip
+    add("--crop-mode", **own, choices=("center", "squash", "border"), help="crop of evaluation")
+    add("--interpolation", **own, choices=INTERPOLATIONS, help="filter by which evaluation resizes")
+    add("--mean", **own, type=float, nargs=3, within="(-inf, inf)", help="means of the channels")
+    add("--std", **own, type=float, nargs=3, within="(0, inf)",
+        help="standard deviations of the channels")  # fmt: skip
+    add("--cache", action="store_true",
+        help="keep small images on the device and augment whole batches there")  # fmt: skip
+    add("--num_workers", default=10, type=int, within="[0, inf)",
+        help="processes that load images, at most one per CPU core")  # fmt: skip
+    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
+
+
+def _add_training(add: Add, _: Add) -> None:
+    add("--batch-size", default=64, type=int, within="[1, inf)",
+        help="images per process and accumulation step")  # fmt: skip
+    add("--epochs", default=300, type=int, within="[1, inf)", help="passes over the images")
+    add("--grad-accum-steps", default=1, type=int, within="[1, inf)",
+        help="batches per optimiser step")  # fmt: skip
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III), unsmoothed")
+    add("--smoothing", default=0.1, type=float, within="[0, 1)", help="label smoothing")
+    add("--cosub", action="store_true", help="cooperative submodels")
+    add("--seed", default=0, type=int, within="[0, 4294967296)",
+        help="of weights, order, augmentation and dropout")  # fmt: skip
+
+
+def _add_optimizer(add: Add, _: Add) -> None:
+    add("--opt", default="adamw", metavar="NAME", help="optimiser, one of timm's")
+    add("--opt-eps", default=1e-8, type=float, within="[0, inf)",
+        help="epsilon of the optimiser")  # fmt: skip
+    add("--opt-betas", default=None, type=float, within="[0, 1)", nargs="+",
+        otherwise="the optimiser's own", help="decays of the optimiser's moments")  # fmt: skip
+    add("--momentum", default=0.9, type=float, within="[0, 1)", help="of SGD and its kind")
+    add("--weight-decay", default=0.05, type=float, within="[0, inf)", help="weight decay")
     add("--clip-grad", default=None, type=float, within="(0, inf)", help="largest gradient norm")
-    add("--momentum", default=0.9, type=float, within="[0, 1)")
-    add("--weight-decay", default=0.05, type=float, within="[0, inf)")
-    add("--gate-lr-scale", default=1.0, type=float, within="[0, inf)",
-        help="learning rate factor of LION's decays and gates")  # fmt: skip
-    add("--gate-weight-decay", default=None, type=float, within="[0, inf)",
-        help="of the weights of LION's gates, instead of --weight-decay")  # fmt: skip
     add("--layer-decay", default=None, type=float, within="(0, 1]",
         help="learning rate factor per layer")  # fmt: skip
-    add("--sched", default="cosine")
-    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
+
+
+def _add_schedule(add: Add, _: Add) -> None:
     add("--lr", default=5e-4, type=float, within="[0, inf)",
-        help="for an effective batch of 512, scaled to others")  # fmt: skip
-    add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+")
-    add("--lr-noise-pct", default=0.67, type=float, within="(0, 1]")
-    add("--lr-noise-std", default=1.0, type=float, within="[0, inf)")
-    add("--warmup-lr", default=1e-6, type=float, within="[0, inf)")
-    add("--min-lr", default=1e-5, type=float, within="[0, inf)")
-    add("--decay-epochs", default=30, type=float, within="(0, inf)")
-    add("--warmup-epochs", default=5, type=int, within="[0, inf)")
-    add("--cooldown-epochs", default=10, type=int, within="[0, inf)")
-    add("--patience-epochs", default=10, type=int, within="[0, inf)")
-    add("--decay-rate", "--dr", default=0.1, type=float, within="(0, inf)")
-    # Augmentation
+        help="learning rate for an effective batch of 512, scaled to others")  # fmt: skip
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch size")
+    add("--sched", default="cosine", metavar="NAME", help="schedule, one of timm's, or none")
+    add("--sched-on-updates", action="store_true", help="schedule by step instead of by epoch")
+    add("--warmup-epochs", default=5, type=int, within="[0, inf)",
+        help="epochs in which the rate rises from --warmup-lr")  # fmt: skip
+    add("--warmup-lr", default=1e-6, type=float, within="[0, inf)", help="rate at the start")
+    add("--min-lr", default=1e-5, type=float, within="[0, inf)", help="rate at the end")
+    add("--decay-epochs", default=30, type=float, within="(0, inf)",
+        help="epochs between two decays of --sched step")  # fmt: skip
+    add("--decay-rate", "--dr", default=0.1, type=float, within="(0, inf)",
+        help="factor of each decay of --sched step, multistep and poly")  # fmt: skip
+    add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+",
+        help="share of the epochs from which, or between which, the rate is noisy")  # fmt: skip
+    add("--lr-noise-pct", default=0.67, type=float, within="(0, 1]",
+        help="largest change of the rate by noise")  # fmt: skip
+    add("--lr-noise-std", default=1.0, type=float, within="[0, inf)",
+        help="standard deviation of that noise")  # fmt: skip
+
+
+def _add_augmentation(add: Add, switch: Add) -> None:
     add("--no-aug", action="store_true", help="train on the images as evaluation sees them")
-    add("--color-jitter", default=0.3, type=float, within="[0, inf)")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
-    add("--smoothing", default=0.1, type=float, within="[0, 1)", help="label smoothing")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY",
+        help="policy of RandAugment or AutoAugment, or none")  # fmt: skip
+    add("--color-jitter", default=0.3, type=float, within="[0, inf)",
+        help="strength, without --aa or with --ThreeAugment")  # fmt: skip
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"),
+        otherwise="that of evaluation", help="filter by which training resizes")  # fmt: skip
     switch("repeated-aug", True, "draw each image three times")
-    switch("train-mode", True, "train mode of dropout and stochastic depth")
     add("--ThreeAugment", action="store_true", help="3-Augment (DeiT III)")
     add("--src", action="store_true", help="simple random crop (DeiT III)")
     add("--reprob", default=0.25, type=float, within="[0, 1]", help="probability of random erasing")
-    add("--remode", default="pixel")
-    add("--recount", default=1, type=int, within="[1, inf)")
-    add("--resplit", action="store_true", help="accepted for DeiT's scripts; DeiT ignores it too")
-    add("--mixup", default=0.8, type=float, within="[0, inf)")
-    add("--cutmix", default=1.0, type=float, within="[0, inf)")
-    add("--cutmix-minmax", default=None, type=float, within="[0, 1]", nargs="+")
-    add("--mixup-prob", default=1.0, type=float, within="[0, 1]")
-    add("--mixup-switch-prob", default=0.5, type=float, within="[0, 1]")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-    add("--cosub", action="store_true", help="cooperative submodels")
-    # Distillation and fine-tuning
-    add("--teacher-model", default="regnety_160")
-    add("--teacher-path", default="")
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
-    add("--distillation-alpha", default=0.5, type=float, within="[0, 1]")
-    add("--distillation-tau", default=1.0, type=float, within="(0, inf)")
-    add("--finetune", default="", help="weights to start from")
+    add("--remode", default="pixel", metavar="MODE",
+        help="what erased regions hold: const, rand or pixel")  # fmt: skip
+    add("--recount", default=1, type=int, within="[1, inf)", help="most regions erased of an image")
+
+
+def _add_mixup(add: Add, _: Add) -> None:
+    add("--mixup", default=0.8, type=float, within="[0, inf)", help="alpha of Mixup; 0 for none")
+    add("--cutmix", default=1.0, type=float, within="[0, inf)", help="alpha of CutMix; 0 for none")
+    add("--cutmix-minmax", default=None, type=float, within="[0, 1]", nargs="+",
+        help="least and largest share of a side that CutMix pastes")  # fmt: skip
+    add("--mixup-prob", default=1.0, type=float, within="[0, 1]",
+        help="probability that a batch is mixed")  # fmt: skip
+    add("--mixup-switch-prob", default=0.5, type=float, within="[0, 1]",
+        help="probability of CutMix where both are on")  # fmt: skip
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"),
+        help="what is mixed alike: the batch, pairs or single images")  # fmt: skip
+
+
+def _add_transfer(add: Add, _: Add) -> None:
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"),
+        help="learn the teacher's probabilities (soft) or its decisions (hard)")  # fmt: skip
+    add("--teacher-model", default="regnety_160", metavar="NAME", help="the teacher, a timm model")
+    add("--teacher-path", default="", metavar="PATH",
+        help="the teacher's checkpoint (file or URL), or timm: for timm's weights")  # fmt: skip
+    add("--distillation-alpha", default=0.5, type=float, within="[0, 1]",
+        help="weight of the teacher in the loss")  # fmt: skip
+    add("--distillation-tau", default=1.0, type=float, within="(0, inf)",
+        help="temperature of soft distillation")  # fmt: skip
+    add("--finetune", default="", metavar="PATH", help="weights to start from (file or URL)")
     add("--attn-only", action="store_true", help="train the mixers and the head only")
-    # Data
-    add("--data-path", default="/datasets01/imagenet_full_size/061417/")
-    add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES))
-    add("--inat-category", default="name", choices=INAT_CATEGORIES)
-    add("--eval-crop-ratio", "--crop-pct", default=0.875, type=float, within="(0, 1]",
-        help="share of the shorter side that evaluation keeps")  # fmt: skip
-    add("--crop-mode", default=None, choices=("center", "squash", "border"), help="in evaluation")
-    add("--interpolation", default=None, choices=INTERPOLATIONS, help="in evaluation")
-    add("--mean", default=None, type=float, nargs=3, within="(-inf, inf)", help="of the channels")
-    add("--std", default=None, type=float, nargs=3, within="(0, inf)", help="of the channels")
-    add("--cache", action="store_true",
-        help="keep small images on the device and augment whole batches there")  # fmt: skip
-    add("--holdout", default=0, type=int, within="[0, inf)",
-        help="training images to leave out, and to evaluate on")  # fmt: skip
-    add("--num_workers", default=10, type=int, within="[0, inf)",
-        help="at most one per CPU core is started")  # fmt: skip
-    switch("pin-mem", True, "pinned host memory for faster copies to the GPU")
-    # Run
-    add("--output_dir", default="", help="folder for checkpoints and logs; empty for none")
+
+
+def _add_run(add: Add, _: Add) -> None:
+    add("--output_dir", default="", metavar="FOLDER", help="folder for checkpoints and logs")
     add("--overwrite", action="store_true", help="replace the run in --output_dir")
-    add("--resume", default="", help="checkpoint (file or URL), or auto: that of --output_dir")
+    add("--resume", default="", metavar="PATH",
+        help="checkpoint (file or URL), or auto: that of --output_dir")  # fmt: skip
+    add("--start_epoch", default=0, type=int, within="[0, inf)",
+        help="epoch to begin with; --resume sets it itself")  # fmt: skip
     add("--eval-interval", default=1, type=int, within="[1, inf)",
         help="epochs between evaluations, each of which ends with a checkpoint")  # fmt: skip
-    add("--start_epoch", default=0, type=int, within="[0, inf)")
     add("--eval", action="store_true", help="evaluate only")
     add("--use-ema", action="store_true", help="evaluate the moving average of --resume")
-    add("--dist-eval", action="store_true", help="accepted for DeiT's scripts: always on, exact")
-    add("--seed", default=0, type=int, within="[0, 4294967296)")
+
+
+def _add_device(add: Add, switch: Add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     switch("amp", True, "mixed precision on a GPU")
-    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    add(
-        "--deterministic",
-        action="store_true",
-        help="on GPUs: equal runs, resumed ones too, end with equal weights bit for bit; slower",
-    )
-    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
-    add("--channels-last", action="store_true")
-    add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
-    add("--world_size", default=1, type=int, within="[1, inf)",
-        help="accepted for DeiT's scripts: torchrun decides")  # fmt: skip
-    add("--dist_url", default="env://", help="how processes find each other")
-    return parser
+    add("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"),
+        help="the lower of the two precisions")  # fmt: skip
+    add("--deterministic", action="store_true",
+        help="on GPUs: equal runs end with equal weights bit for bit; slower")  # fmt: skip
+    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND",
+        help="compile the model, by inductor or the backend named")  # fmt: skip
+    add("--channels-last", action="store_true", help="memory format of the weights, for CNNs")
+    add("--dist_url", default="env://", metavar="URL", help="how processes find each other")
+
+
+def _add_ignored(add: Add, _: Add) -> None:
+    add("--dist-eval", action="store_true", help="evaluation is always distributed, and exact")
+    add("--distributed", action="store_true", help="torchrun decides")
+    add("--world_size", default=1, type=int, within="[1, inf)", help="torchrun decides")
+    add("--cooldown-epochs", default=10, type=int, within="[0, inf)",
+        help="timm counts them behind --epochs; training ends there")  # fmt: skip
+    add("--patience-epochs", default=10, type=int, within="[0, inf)",
+        help="of --sched plateau, which is refused")  # fmt: skip
+    add("--resplit", action="store_true", help="DeiT ignores it, too")
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments that are invalid without any I/O."""
+    """Raises UserError for arguments that are invalid without any I/O."""
     check_ranges(get_args_parser(), args)
     check_numbers(args)
     backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
     if args.torchcompile and args.torchcompile not in backends:
-        raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
+        raise UserError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
     check_model(args)
     if not args.eval:
         check_training(args)
     if args.use_ema and not (args.eval and args.resume):
-        raise ValueError("--use-ema goes with --eval --resume PATH.")
+        raise UserError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
-        raise ValueError("--resume auto needs the --output_dir of the run.")
+        raise UserError("--resume auto needs the --output_dir of the run.")
 
 
 def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -202,10 +287,10 @@ def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_no_other_run(args: argparse.Namespace) -> None:
-    """Raises ValueError if training would mix with another run in --output_dir."""
+    """Raises UserError if training would mix with another run in --output_dir."""
     found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
     if found and not (args.eval or args.overwrite or goes_on(args)):
-        raise ValueError(
+        raise UserError(
             f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
             "--resume auto, replace it by --overwrite, or choose another --output_dir."
         )
@@ -221,42 +306,33 @@ def goes_on(args: argparse.Namespace) -> bool:
     )
 
 
-def check_ranges(parser: "ArgumentParser", args: argparse.Namespace) -> None:
-    """Raises ValueError for the first number that is outside of its argument's interval."""
-    for name, interval in parser.intervals.items():
-        value = getattr(args, name)
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if number is not None and (wrong := outside(number, interval)):
-                raise ValueError(f"--{name} {wrong}.")
-
-
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises ValueError for too few or too many numbers, or those that contradict each other."""
+    """Raises UserError for too few or too many numbers, or those that contradict each other."""
     for name, (fewest, most) in HOW_MANY.items():
         count = len(getattr(args, name) or ()) or fewest
         if not fewest <= count <= most:
             wanted = fewest if count < fewest else most
-            raise ValueError(
+            raise UserError(
                 f"--{name} takes {WORDS[wanted]} numbers, not {WORDS.get(count, count)}."
             )
     for name in ("cutmix_minmax", "lr_noise"):
         if sorted(numbers := getattr(args, name) or []) != numbers:
-            raise ValueError(f"--{name} takes the lower number first, not {numbers}.")
+            raise UserError(f"--{name} takes the lower number first, not {numbers}.")
     if args.start_epoch >= args.epochs and not args.eval:
-        raise ValueError(
+        raise UserError(
             f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}."
         )
     if args.sched in ("step", "multistep") and args.decay_rate > 1:
-        raise ValueError(f"--decay_rate must be in (0, 1], not {args.decay_rate}.")
+        raise UserError(f"--decay_rate must be in (0, 1], not {args.decay_rate}.")
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments of training that exclude or need each other."""
+    """Raises UserError for arguments of training that exclude or need each other."""
     if args.sched == "plateau":
-        raise ValueError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
+        raise UserError("--sched plateau is deprecated in timm: use cosine, step or poly, say.")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if mixes and args.batch_size % 2:
-        raise ValueError(
+        raise UserError(
             f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
             "even, or use --mixup 0 --cutmix 0."
         )
@@ -264,9 +340,9 @@ def check_training(args: argparse.Namespace) -> None:
         check_cache(args)
     if args.distillation_type != "none":
         if args.cosub:
-            raise ValueError("--cosub and --distillation-type exclude each other: choose one.")
+            raise UserError("--cosub and --distillation-type exclude each other: choose one.")
         if not args.teacher_path:
-            raise ValueError(
+            raise UserError(
                 f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "
                 "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
             )
@@ -274,9 +350,9 @@ def check_training(args: argparse.Namespace) -> None:
 
 
 def check_cache(args: argparse.Namespace) -> None:
-    """Raises ValueError for what --cache, whose augmentation is for whole batches, cannot do."""
+    """Raises UserError for what --cache, whose augmentation is for whole batches, cannot do."""
     if args.input_size > SMALL_IMAGE:
-        raise ValueError(
+        raise UserError(
             f"--cache is for images of up to {SMALL_IMAGE} pixels, not {args.input_size}: lower "
             "--input-size or leave --cache out."
         )
@@ -286,7 +362,7 @@ def check_cache(args: argparse.Namespace) -> None:
     refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "recount": args.recount > 1,
                "color_jitter": jitters}  # fmt: skip
     if wrong := [f"--{name}" for name, given in refused.items() if given]:
-        raise ValueError(
+        raise UserError(
             f"--cache has no {' and no '.join(wrong)}: leave one of them out"
             f"{' (--color-jitter 0)' if jitters else ''}."
         )
@@ -296,23 +372,24 @@ def check_cache(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for an unknown --model, or one that has no use for LION's arguments."""
+    """Raises UserError for an unknown --model, or one that has no use for LION's arguments."""
     models_timm.check_name(args.model)
-    check_order(args.order)
+    with as_user_error():
+        check_order(args.order)
     default = get_args_parser().get_default
     names = (*LION_ARGUMENTS, *OF_GATES, "plus")
     given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
-        raise ValueError(
+        raise UserError(
             f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
             "--model-kwargs."
         )
     if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
-        raise ValueError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
+        raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
     if args.sched == "none" and args.gate_lr_scale != 1:
-        raise ValueError("--sched none scales no rate: leave --gate_lr_scale out.")
+        raise UserError("--sched none scales no rate: leave --gate_lr_scale out.")
     if args.plus and not timm.is_model(plus_name(args.model)):
-        raise ValueError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
+        raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
 
 
 def plus_name(model: str) -> str:
@@ -323,13 +400,13 @@ def plus_name(model: str) -> str:
 def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
     """Tries the optimiser and the schedule on a small model: many need what is not there.
 
-    Raises ValueError that names the one which cannot be built or cannot make a step.
+    Raises UserError that names the one which cannot be built or cannot make a step.
     """
     try:
         optimizer = optimizer_of_probe(args, device)
         optimizer.step()
     except Exception as error:  # each optimiser has its own ways to fail
-        raise ValueError(
+        raise UserError(
             f"--opt {args.opt} cannot run here with these arguments ({one_line(error)}): "
             "choose another, such as adamw."
         ) from error
@@ -340,7 +417,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
         if scheduler is not None:
             scheduler.step(0)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--sched {args.sched} cannot run with these arguments ({one_line(error)}): "
             "choose another, such as cosine."
         ) from error
@@ -349,7 +426,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
 def check_same_optimizer(
     args: argparse.Namespace, before: dict[str, Any], device: torch.device, source: str
 ) -> None:
-    """Raises ValueError if the optimiser cannot go on from its state under other arguments.
+    """Raises UserError if the optimiser cannot go on from its state under other arguments.
 
     `before` are those of the checkpoint read from `source`. Tried on a small model: each optimiser
     keeps what its arguments ask for, and weight decay decides how the weights are grouped.
@@ -361,7 +438,7 @@ def check_same_optimizer(
         checkpoint.load_optimizer(optimizer, earlier.state_dict())
         optimizer.step()
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--opt {args.opt} cannot go on from {source} with these arguments "
             f"({one_line(error)}): give --momentum, --opt-betas and --weight-decay of its run."
         ) from error
@@ -377,61 +454,3 @@ def optimizer_of_probe(args: argparse.Namespace, device: torch.device) -> torch.
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Accepts `--foo-bar` and `--foo_bar` alike, and knows which numbers an argument takes.
-
-    `within="[0, 1)"` in `add_argument` is the interval of its numbers, kept in `intervals` for
-    `check_ranges`. What it parses has `given`, the names of the arguments that were given.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.intervals: dict[str, str] = {}
-        super().__init__(*args, **kwargs)
-        # argparse itself takes -1e-4 and -inf for options.
-        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$)")
-
-    def add_argument(
-        self, *names: str, within: str | None = None, **kwargs: Any
-    ) -> argparse.Action:
-        for name in [n for n in names if n.startswith("--")]:
-            other = "--" + name[2:].replace("-", "_")
-            dashed = "--" + name[2:].replace("_", "-")
-            names += tuple(n for n in (other, dashed) if n not in names)
-        if within:
-            described = (kwargs.get("help"), f"in {within}")
-            kwargs["help"] = ", ".join(part for part in described if part)
-        action = super().add_argument(*names, **kwargs)
-        if within:
-            self.intervals[action.dest] = within
-        return action
-
-    def add_switch(self, name: str, default: bool, help: str) -> None:
-        """`--name` and `--no-name`."""
-        dest = name.replace("-", "_")
-        self.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=help)
-        self.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default)
-
-    def parse_known_args(self, args=None, namespace=None):
-        parsed, rest = super().parse_known_args(args, namespace)
-        # A default is only set where there is no value yet, so what stays absent was not given.
-        absent = object()
-        blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
-        super().parse_known_args(args, blank)
-        parsed.given = [name for name, value in vars(blank).items() if value is not absent]
-        return parsed, rest
-
-
-class KeyValues(ParseKwargs):
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if "=" not in value]
-        if wrong:
-            parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
-        super().__call__(parser, namespace, values, option_string)
-
-
-def true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return text.lower() == "true"

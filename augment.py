@@ -12,6 +12,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
+from errors import UserError
+
 # Up to this size (CIFAR, Fashion-MNIST) an image is used whole, not cropped out of a larger one.
 SMALL_IMAGE = 32
 
@@ -29,7 +31,7 @@ NAME_TO_OP.update(Posterize=posterize_to_black, PosterizeIncreasing=posterize_to
 
 def build_train_transform(
     *,
-    input_size: int,
+    input_size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
     color_jitter: float = 0.3,
@@ -48,7 +50,7 @@ def build_train_transform(
     bytes; with random erasing, whose noise is normal, it is of normalised floats.
 
     Args:
-        input_size: pixels.
+        input_size: pixels of a square, or height and width.
         mean, std: per channel, for pixels in [0, 1].
         color_jitter: strength for brightness, contrast and saturation.
         aa: a policy that timm's `create_transform` knows.
@@ -59,7 +61,7 @@ def build_train_transform(
         simple_random_crop: DeiT III's crop: shorter side to `input_size`, padded random crop.
 
     Raises:
-        ValueError: `aa` or `remode` unknown to timm.
+        UserError: `aa` or `remode` unknown to timm.
     """
     if three_augment:
         aa, reprob = "3a", 0.0
@@ -70,7 +72,7 @@ def build_train_transform(
         crop_and_flip, policy, to_tensor = create_transform(
             input_size,
             is_training=True,
-            color_jitter=color_jitter or None,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None is taken
             auto_augment=aa,
             interpolation=interpolation,
             mean=tuple(mean),
@@ -82,11 +84,11 @@ def build_train_transform(
             separate=True,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"timm has no augmentation {aa!r} with erasing mode {remode!r}: "
             "use for instance 'rand-m9-mstd0.5-inc1' and 'pixel'."
         ) from error
-    if simple_random_crop or input_size <= SMALL_IMAGE:
+    if simple_random_crop or np.max(input_size) <= SMALL_IMAGE:
         mode = "bicubic" if interpolation == "random" else interpolation
         padding_mode = "reflect" if simple_random_crop else "constant"
         crop_and_flip.transforms[0] = transforms.Compose(

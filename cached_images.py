@@ -1,13 +1,15 @@
 """Small images that are decoded once and stay on the device as bytes, for fast training."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+from samplers import EpochSampler, ShardSampler
 
 BATCH = 1000  # images that a worker decodes at a time
 
@@ -29,10 +31,10 @@ class CachedLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         batch_size: int,
         *,
-        sampler: Iterable,
+        sampler: EpochSampler | ShardSampler,
         transform: Callable[[Tensor], Tensor],
         device: torch.device,
         keys: Sequence | None = None,

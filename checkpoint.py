@@ -18,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from errors import UserError
 from files import replacing
 from urls import cached, is_url, without_secrets
 
@@ -73,11 +74,11 @@ def load(source: str | Path) -> dict:
     Only tensors, plain values and `argparse.Namespace` (in files of DeiT) are accepted.
 
     Raises:
-        ValueError: `source` is missing, truncated, corrupt, or holds anything else.
+        UserError: `source` is missing, truncated, corrupt, or holds anything else.
     """
     if is_url(source):
         folder = Path(torch.hub.get_dir(), "checkpoints")
-        return cached(source, folder, partial(_load_file, source=without_secrets(source)))
+        return cached(str(source), folder, partial(_load_file, source=without_secrets(source)))
     return _load_file(Path(source), source)
 
 
@@ -85,7 +86,7 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
     """Load the newest readable checkpoint of a run, with its path; None if the run has none.
 
     Raises:
-        ValueError: there are checkpoints, but none is readable.
+        UserError: there are checkpoints, but none is readable.
     """
     current = Path(folder) / "checkpoint.pth"
     candidates = (current, _previous(current))
@@ -95,14 +96,14 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
     for path in candidates:
         try:
             checkpoint = load(path)
-        except ValueError as error:
+        except UserError as error:
             logger.warning("%s", error)
             problems.append(str(error))
         else:
             if problems:
                 logger.warning("falling back to the checkpoint before it, %s", path)
             return checkpoint, path
-    raise ValueError("\n".join([f"no checkpoint in {folder} is readable:", *problems]))
+    raise UserError("\n".join([f"no checkpoint in {folder} is readable:", *problems]))
 
 
 def discard(folder: str | Path) -> None:
@@ -116,7 +117,7 @@ def weights_of(checkpoint: dict, *, ema: bool = False, source: str | Path) -> di
     """The state dict in a checkpoint of this repository, DeiT or timm; a bare one is returned.
 
     Raises:
-        ValueError: `checkpoint`, read from `source`, does not hold these weights.
+        UserError: `checkpoint`, read from `source`, does not hold these weights.
     """
     keys = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
     candidates = [checkpoint.get(key) for key in keys]
@@ -126,7 +127,7 @@ def weights_of(checkpoint: dict, *, ema: bool = False, source: str | Path) -> di
         if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
             return state
     kind = "EMA weights" if ema else "model weights"
-    raise ValueError(f"{source} holds no {kind}, only: {', '.join(map(str, checkpoint))}")
+    raise UserError(f"{source} holds no {kind}, only: {', '.join(map(str, checkpoint))}")
 
 
 def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
@@ -135,7 +136,7 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     The name prefixes of DistributedDataParallel and torch.compile are dropped.
 
     Raises:
-        ValueError: the differences, listed, or weights that are not finite; the model is unchanged.
+        UserError: the differences, listed, or weights that are not finite; the model is unchanged.
     """
     state = _bare_names(state)
     found, wanted = _shapes(state), _shapes(model.state_dict())
@@ -152,9 +153,9 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
             f"{source} is of another model: {len(missing)} weights missing, {len(unexpected)} "
             f"unexpected, {len(reshaped)} of another shape; build the model with its settings"
         )
-        raise ValueError("\n".join([summary, *lines]))
+        raise UserError("\n".join([summary, *lines]))
     if names := list(_not_finite(state)):
-        raise ValueError(
+        raise UserError(
             f"{source} holds weights that are not finite ({_first(names)}): use an earlier "
             "checkpoint."
         )
@@ -196,7 +197,7 @@ def adapt_weights(
     it for this family. Returns a line for each kind of adaptation.
 
     Raises:
-        ValueError: a shared weight has another shape, listed, or nothing is shared.
+        UserError: a shared weight has another shape, listed, or nothing is shared.
     """
     own = model.state_dict()
     state = _names_of_timm(_bare_names(state), own)
@@ -208,7 +209,7 @@ def adapt_weights(
     notes += changes
     shared = {name: value for name, value in state.items() if name in own}
     if not shared:
-        raise ValueError(f"{source} shares no weight with the model: check --finetune and --model")
+        raise UserError(f"{source} shares no weight with the model: check --finetune and --model")
     for title, names in (
         ("not in the file, as initialised", [name for name in own if name not in state]),
         ("not in the model, left out", [name for name in state if name not in own]),
@@ -220,16 +221,16 @@ def adapt_weights(
     return notes
 
 
-def check_classes(saved: dict, classes: list[str], source: str | Path) -> None:
-    """Raises ValueError if a checkpoint, read from `source`, tells apart other classes."""
+def check_classes(saved: dict, classes: Sequence[str], source: str | Path) -> None:
+    """Raises UserError if a checkpoint, read from `source`, tells apart other classes."""
     if differing := differing_classes(saved, classes):
-        raise ValueError(
+        raise UserError(
             f"{source} is of other classes than the data ({differing}): use the data of its "
             "training, or --finetune to learn new classes."
         )
 
 
-def differing_classes(saved: dict, classes: list[str]) -> str:
+def differing_classes(saved: dict, classes: Sequence[str]) -> str:
     """How the classes that a checkpoint names differ from `classes`; "" if it names none."""
     named = saved.get("classes")
     if named is None or list(named) == list(classes):
@@ -336,7 +337,7 @@ def _fit_pos_embed(state: dict, model: nn.Module, source: str | Path) -> tuple[d
     Of an embedding that has no entries for prefix tokens (as DeiT III's) these are zeros; a model
     without such entries gets them added to the tokens themselves.
     """
-    saved, own = state["pos_embed"], model.pos_embed.detach()
+    saved, own = state["pos_embed"], model.state_dict()["pos_embed"]
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if saved.ndim != 3 or own.ndim != 3 or grid is None or own.shape[1] < grid[0] * grid[1]:
         return state, []
@@ -376,7 +377,7 @@ def _prefix_entries(length: int, tokens: int, grid: Sequence[int], source: str |
     for prefix in candidates:
         if length > prefix and math.isqrt(length - prefix) ** 2 == length - prefix:
             return prefix
-    raise ValueError(
+    raise UserError(
         f"The position embedding in {source} has {length - tokens} patches, no square "
         "grid to resample: use --input-size of its training"
     )
@@ -416,14 +417,14 @@ def _load_file(path: Path, source: str | Path) -> dict:
         checkpoint = _read(path)
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"cannot read the checkpoint {source}: {reason}") from error
+        raise UserError(f"cannot read the checkpoint {source}: {reason}") from error
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load the checkpoint {source}: it is truncated, corrupt, or holds objects "
             "other than weights and plain settings, which are refused because they could run code"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise UserError(f"{source} holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
     return checkpoint

@@ -40,7 +40,7 @@ def num_curves(order: str) -> int:
     """How many curves an order has, each with decays of its own."""
     if order == "Normal":
         return 1
-    return sum(len(views) for _, views in map(ORDERS.get, order.split("+")))
+    return sum(len(ORDERS[name][1]) for name in order.split("+"))
 
 
 def scan_curves(

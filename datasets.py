@@ -1,29 +1,25 @@
-"""Labelled images by data set name, and seeded augmentation."""
+"""Labelled images by data set name."""
 
 import gzip
 import json
 import logging
 import os
-import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils import data
-from torch.utils.data import ConcatDataset, DataLoader, Subset, get_worker_info
+from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, Flowers102
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from errors import UserError
 from files import inside
 from images import load_image
-from workers import ignore_signals  # noqa: F401  (for the loaders of these data sets)
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +41,17 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 Transform = Callable[[Image.Image], Any]
 
 
+class LabelledImages(Protocol):
+    """A data set with samples `(image, label)` and the names of the labels."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+    def __len__(self) -> int: ...
+
+
 # Hugging Face's libraries find this module in the place of their package `datasets`, and ask
 # whether a data set is an instance of these: none is, so they take it as PyTorch's.
 class Dataset:
@@ -62,7 +69,7 @@ def build_dataset(
     train: bool,
     transform: Transform | None = None,
     inat_category: str = "name",
-) -> tuple[data.Dataset, int]:
+) -> tuple[LabelledImages, int]:
     """The training or evaluation images of a data set, and its number of classes.
 
     Samples are `(image, label)`: an RGB PIL image, or what `transform` makes of it, and an int.
@@ -75,9 +82,10 @@ def build_dataset(
         inat_category: level of the taxonomy that the INAT labels name, one of `INAT_CATEGORIES`.
 
     Raises:
-        ValueError: unknown name, or data missing, incomplete or inconsistent.
+        UserError: unknown name, or data missing, incomplete or inconsistent.
     """
     root = Path(data_path).expanduser()
+    dataset: Any  # torchvision's do not declare what they are
     match ALIASES.get(name, name):
         case "IMNET":
             dataset = _image_folder(root, train, transform)
@@ -101,7 +109,7 @@ def build_dataset(
         case "DEMO":
             dataset = IdxImages(DEMO_FOLDER, train=train, transform=transform)
         case _:
-            raise ValueError(
+            raise UserError(
                 f"Unknown data set {name!r}: choose one of {', '.join((*DATASETS, *ALIASES))}."
             )
     return dataset, len(dataset.classes)
@@ -110,17 +118,18 @@ def build_dataset(
 class Split(Subset):
     """The held-out images of a training set, or the others: the same ones in every run.
 
-    Raises ValueError if as many or more are held out than there are.
+    Raises UserError if as many or more are held out than there are.
     """
 
-    def __init__(self, dataset: data.Dataset, count: int, *, held_out: bool) -> None:
+    def __init__(self, dataset: LabelledImages, count: int, *, held_out: bool) -> None:
         if count >= len(dataset):
-            raise ValueError(
+            raise UserError(
                 f"--holdout {count} leaves none of the {len(dataset)} training images: hold out "
                 "fewer."
             )
         order = np.random.default_rng(0).permutation(len(dataset))
-        super().__init__(dataset, np.sort(order[:count] if held_out else order[count:]).tolist())
+        chosen = np.sort(order[:count] if held_out else order[count:]).tolist()
+        super().__init__(cast(data.Dataset, dataset), chosen)
         self.classes = dataset.classes
 
 
@@ -150,7 +159,7 @@ class IdxImages(data.Dataset):
     """Fashion-MNIST as RGB images, from a folder with its IDX files, packed (.gz) or not.
 
     Raises:
-        ValueError: a file is missing or incomplete.
+        UserError: a file is missing or incomplete.
     """
 
     classes = FashionMNIST.classes
@@ -160,7 +169,7 @@ class IdxImages(data.Dataset):
         self.images = read_idx(_idx_file(folder, f"{split}-images-idx3-ubyte"))
         self.labels = read_idx(_idx_file(folder, f"{split}-labels-idx1-ubyte"))
         if len(self.images) != len(self.labels):
-            raise ValueError(
+            raise UserError(
                 f"The {split} files in {folder} hold {len(self.images)} images but "
                 f"{len(self.labels)} labels: download them again."
             )
@@ -185,7 +194,7 @@ def read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(content, ">u4", count=rank, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} is not a complete IDX file: download it again.") from error
+        raise UserError(f"{path} is not a complete IDX file: download it again.") from error
 
 
 def _idx_file(folder: Path, name: str) -> Path:
@@ -207,11 +216,11 @@ def _downloaded(dataset_class: type, root: Path, **kwargs) -> data.Dataset:
     try:
         return dataset_class(root, download=True, **kwargs)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{dataset_class.__name__} needs {error.name}: run pip install {error.name}."
         ) from error
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{dataset_class.__name__} is not complete in {root} and could not be downloaded "
             "to it: check the network and the folder, or put the files there yourself."
         ) from error
@@ -222,20 +231,20 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
     names = ("train",) if train else ("val", "validation", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise ValueError(
+        raise UserError(
             f"The data folder {root} has no folder {' or '.join(names)}: "
             "IMNET needs train/CLASS/IMAGE and val/CLASS/IMAGE."
         )
     classes, left_out = _class_folders(folder)
     if not classes:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no class folders: put the images of each class in a folder of its own."
         )
     samples = []
     for label, name in enumerate(classes):
         paths, others = _images_in(folder / name)
         if not paths:
-            raise ValueError(
+            raise UserError(
                 f"The class folder {folder / name} has no images{_listed(others)}: "
                 "fill it or remove it."
             )
@@ -248,9 +257,10 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
     return ImageList(samples, classes, transform)
 
 
-def _class_folders(folder: Path) -> tuple[list[str], Counter]:
+def _class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
     """Names of the folders in `folder` that are not hidden; how many files are in no such one."""
-    names, others = [], Counter()
+    names: list[str] = []
+    others: Counter[str] = Counter()
     for entry in os.scandir(folder):
         if not entry.is_dir():
             others["outside of class folders"] += 1
@@ -267,7 +277,8 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
     What is hidden, or in a hidden folder, is no image: `.ipynb_checkpoints` holds copies. Links to
     folders are followed, but each folder is read once, and none that holds the class folder itself.
     """
-    paths, others = [], Counter()
+    paths: list[str] = []
+    others: Counter[str] = Counter()
     above = (*folder.absolute().parents, *folder.resolve().parents)
     read = {_identity(parent) for parent in above}
     tree = []
@@ -304,7 +315,7 @@ def _listed(others: Counter) -> str:
 def _require_same_classes(train_folder: Path, folder: Path, classes: list[str]) -> None:
     differing = sorted(set(_class_folders(train_folder)[0]).symmetric_difference(classes))
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{train_folder} and {folder} must have the same class folders, but only one of "
             f"them has {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}."
         )
@@ -314,7 +325,7 @@ def _inaturalist(
     root: Path, year: int, train: bool, transform: Transform | None, level: str
 ) -> ImageList:
     if level not in INAT_CATEGORIES:
-        raise ValueError(
+        raise UserError(
             f"Unknown iNaturalist category {level!r}: choose one of {', '.join(INAT_CATEGORIES)}."
         )
     _require_folder(root)
@@ -328,7 +339,7 @@ def _inaturalist(
         path = {im["id"]: inside(root, im["file_name"], listing) for im in split["images"]}
         samples = [(path[a["image_id"]], label[a["category_id"]]) for a in split["annotations"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The json files in {root} do not fit together (key {error}): "
             f"use those of the iNaturalist {year} competition."
         ) from error
@@ -339,134 +350,11 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is missing or no json file: INAT needs the competition's json files there."
         ) from error
 
 
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
-        raise ValueError(f"The data folder {root} does not exist: check --data-path.")
-
-
-class SeededDataset(data.Dataset):
-    """Training samples whose augmentation depends on (seed, draw) alone.
-
-    Indexed by `(index, draw)` as `EpochSampler` yields them, so the stream of samples is the same
-    for any number of processes and workers. An image that cannot be read is replaced by the next
-    readable one, logged and counted.
-
-    Args:
-        dataset: yields (PIL image, label), and raises OSError for an unreadable image.
-        transform: may use the random states of Python, numpy and torch (CPU).
-        seed: non-negative int.
-        max_corrupt: different unreadable images to put up with.
-
-    Raises:
-        RuntimeError: on access, with more than `max_corrupt` unreadable images, or all of them.
-    """
-
-    def __init__(
-        self, dataset: data.Dataset, transform: Transform, *, seed: int, max_corrupt: int = 100
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.max_corrupt = min(max_corrupt, len(dataset) - 1)
-        # One flag an image: a file met in every epoch counts once, and no lock is needed.
-        self._corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-
-    @property
-    def corrupt_count(self) -> int:
-        """Different unreadable images met so far, by all workers of this process."""
-        return int(self._corrupt.sum())
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        index, draw = key
-        # A worker's random states serve nothing else; the training process needs its own.
-        with nullcontext() if get_worker_info() else _random_states_restored():
-            _seed_random_states(self.seed, draw)
-            image, label = self._readable(index)
-            return self.transform(image), label
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def _readable(self, index: int) -> tuple[Image.Image, int]:
-        while True:
-            try:
-                return self.dataset[index]
-            except OSError as error:
-                self._note_corrupt(index, error)
-            index = (index + 1) % len(self)
-
-    def _note_corrupt(self, index: int, error: OSError) -> None:
-        if not self._corrupt[index]:
-            self._corrupt[index] = True
-            logger.warning("Training goes on without image %d: %s", index, error)
-        if self.corrupt_count > self.max_corrupt:
-            raise RuntimeError(
-                f"{self.corrupt_count} of {len(self)} training images cannot be read, more than "
-                f"the {self.max_corrupt} allowed: mend the data set (last: {error})."
-            ) from error
-
-
-class DeviceLoader(DataLoader):
-    """Batches of images and labels, of which the images are moved to `device`.
-
-    Bytes become normalised floats there: the workers then write, and the training process
-    copies, a quarter as much.
-
-    Args:
-        device: of the images; labels stay on the CPU.
-        mean, std: per channel, for pixels in [0, 1].
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
-        **options: Any,
-    ) -> None:
-        super().__init__(*args, **options)
-        self.device = device
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # No generator: what starts an epoch draws random numbers, here and not at the first batch.
-        return map(self._on_device, super().__iter__())
-
-    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype is torch.uint8:
-            images = normalized(images, self.mean, self.std)
-        return images, labels
-
-
-def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bytes `[B, 3, H, W]` as floats; `mean` and `std` are for pixels in [0, 1]."""
-    return pixels.float().div_(255).sub_(mean).div_(std)
-
-
-def _seed_random_states(seed: int, draw: int) -> None:
-    words = np.random.SeedSequence((seed, draw)).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    # torch.manual_seed would also queue work for CUDA, with a stack trace for each call.
-    torch.default_generator.manual_seed(words[2])
-
-
-@contextmanager
-def _random_states_restored() -> Iterator[None]:
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(torch_state)
+        raise UserError(f"The data folder {root} does not exist: check --data-path.")

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import UserError
+
 PADDING = 4  # pixels that a crop may lie outside of the image on each side
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
@@ -40,7 +42,7 @@ class RandAugment:
     def parse(cls, policy: str) -> "RandAugment | None":
         """The policy that timm's words name, such as `rand-m9-mstd0.5-inc1`; None for `none`.
 
-        Raises ValueError for what is there for single images alone.
+        Raises UserError for what is there for single images alone.
         """
         if policy.lower() in ("none", ""):
             return None
@@ -48,7 +50,7 @@ class RandAugment:
         found = [re.fullmatch(r"(m|n|p|mstd|inc)(\d+\.?\d*)", section) for section in sections]
         given = {match[1]: float(match[2]) for match in found if match}
         if name != "rand" or None in found or given.get("inc") != 1:
-            raise ValueError(
+            raise UserError(
                 f"There is no augmentation {policy!r} for whole batches: use none, or rand with "
                 "-inc1 and any of -m, -n, -p and -mstd, such as rand-m9-mstd0.5-inc1."
             )
@@ -88,13 +90,13 @@ def build_device_transform(
 ) -> Callable[[Tensor], Tensor]:
     """Bytes `[B, 3, S, S]` -> augmented, normalised floats of the same shape, on `device`.
 
-    `aa`, `reprob` and `remode` are as in `augment.build_train_transform`. Raises ValueError for an
+    `aa`, `reprob` and `remode` are as in `augment.build_train_transform`. Raises UserError for an
     `aa` or a `remode` that is not there for whole batches.
     """
     policy = RandAugment.parse(aa)
     if remode not in FILLS:
-        raise ValueError(f"There is no --remode {remode}: use {' or '.join(FILLS)}.")
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+        raise UserError(f"There is no --remode {remode}: use {' or '.join(FILLS)}.")
+    centre, width = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     def transform(images: Tensor) -> Tensor:
         count, device = len(images), images.device
@@ -102,10 +104,10 @@ def build_device_transform(
         matrix = crop_and_flip(count, images.shape[-1], device)
         for operation, level, sign in layers:
             matrix = matrix @ geometry(operation, level, sign, images.shape[-1])
-        pixels = sample(images.float(), matrix, 255 * mean)
+        pixels = sample(images.float(), matrix, 255 * centre)
         for operation, level, sign in layers:
             pixels = colours(pixels, operation, level, sign)
-        return erase((pixels / 255 - mean) / std, reprob, FILLS[remode])
+        return erase((pixels / 255 - centre) / width, reprob, FILLS[remode])
 
     return transform
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import checkpoint
+from errors import UserError
 from journal import Mean, Progress
 from optimization import clip_gradients
 from processes import Interrupted, StopSignal, World
@@ -71,7 +72,7 @@ class Run:
     def restore(self, saved: dict[str, Any], source: str) -> None:
         """Goes on where `saved` was written; a file with weights alone restores these.
 
-        The schedule stays as it is: timm's are functions of the position. Raises ValueError if
+        The schedule stays as it is: timm's are functions of the position. Raises UserError if
         `saved` is of another model or optimiser.
         """
         checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
@@ -84,7 +85,7 @@ class Run:
         try:
             checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
         except (ValueError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
                 "and the arguments of its run, or start from its weights with --finetune."
             ) from error
@@ -98,7 +99,7 @@ class Run:
 def require_same(
     world: World, data: dict[str, Dataset], model: nn.Module, position: Position | None = None
 ) -> None:
-    """Raises ValueError if the processes found other images or weights, or stand elsewhere."""
+    """Raises UserError if the processes found other images or weights, or stand elsewhere."""
     if world.size == 1:
         return
     facts = {"their number of classes": len(next(iter(data.values())).classes)}

@@ -6,6 +6,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from errors import UserError
+
 
 @contextmanager
 def replacing(path: Path, mode: str = "x", **options: Any) -> Iterator[IO]:
@@ -30,10 +32,10 @@ def replacing(path: Path, mode: str = "x", **options: Any) -> Iterator[IO]:
 def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> str:
     """The path of a file that a list, read from `source`, names relative to `folder`.
 
-    Raises ValueError for a name that leads out of the folder.
+    Raises UserError for a name that leads out of the folder.
     """
     if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(
+        raise UserError(
             f"{source} names {name!r}, which is outside of its folder: mend the name, or get the "
             "data from a source that you trust."
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from errors import UserError
 from files import replacing
 from processes import World
 from urls import without_secrets
@@ -153,7 +154,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "args.yaml", **TEXT) as file:
             yaml.safe_dump(without_secrets(facts), file, sort_keys=False)
-        self._drop_from(first_epoch)
+        self._drop_from(first_epoch, self.folder / "log.txt")
         self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
     def write(self, stats: dict[str, Any], **speeds: float) -> None:
@@ -167,8 +168,7 @@ class Journal:
                 self.board.add_scalar(name.replace("_", "/", 1), value, stats[self.clock])
         self.board.flush()
 
-    def _drop_from(self, epoch: int) -> None:
-        log = self.folder / "log.txt"
+    def _drop_from(self, epoch: int, log: Path) -> None:
         if not log.exists():
             return
         text = log.read_text(encoding="utf-8", errors="backslashreplace")
@@ -186,13 +186,13 @@ class Journal:
 
 
 def require_writable(folder: Path, world: World, argument: str = "--output_dir") -> None:
-    """Raises ValueError on all processes if the main one cannot write to `folder`.
+    """Raises UserError on all processes if the main one cannot write to `folder`.
 
     What is made to find out is removed again. `argument` is the user's name of the folder.
     """
     problem = _obstacle(folder) if world.is_main else None
     if problem := world.gather(problem)[0]:
-        raise ValueError(f"{argument} {folder} {problem}")
+        raise UserError(f"{argument} {folder} {problem}")
 
 
 def _obstacle(folder: Path) -> str | None:

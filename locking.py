@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from errors import UserError
 from processes import World
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def only_run_in(folder: Path, world: World, argument: str = "--output_dir") -> I
     """Keeps other runs out of `folder` while the block lasts, or until the main process dies.
 
     What is made for it is removed again: the lock, and folders where nothing else is left.
-    `argument` is the user's name of the folder. Raises ValueError on all processes if another run,
+    `argument` is the user's name of the folder. Raises UserError on all processes if another run,
     which is named, stays in it.
     """
     made, lock, problem = [], None, None
@@ -35,7 +36,7 @@ def only_run_in(folder: Path, world: World, argument: str = "--output_dir") -> I
         lock, problem = _take(folder / NAME)
     try:
         if problem := world.gather(problem)[0]:
-            raise ValueError(f"{argument} {folder} {problem}")
+            raise UserError(f"{argument} {folder} {problem}")
         yield
     finally:
         if lock is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import checkpoint
 import models_timm
 import preprocessing
+from errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +87,16 @@ class DistillationLoss(nn.Module):
         if kind not in ("none", "soft", "hard"):
             raise ValueError(f"Unknown distillation type {kind!r}: choose none, soft or hard.")
         self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
-        self.teacher = teacher.eval().requires_grad_(False) if teacher else None
+        self.teacher = None
+        if kind != "none":
+            if teacher is None:
+                raise ValueError(f"Distillation of type {kind} needs a teacher.")
+            self.teacher = teacher.eval().requires_grad_(False)
 
     def forward(
         self, samples: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor
     ) -> Tensor:
-        if self.kind == "none":
+        if self.teacher is None:
             return self.base(outputs, targets)
         if not isinstance(outputs, tuple):
             raise ValueError(
@@ -118,6 +123,9 @@ class MatchInput(nn.Module):
     height and width, None for any.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         teacher: nn.Module,
@@ -130,11 +138,12 @@ class MatchInput(nn.Module):
     ) -> None:
         super().__init__()
         self.teacher, self.size = teacher, (size, size) if isinstance(size, int) else size
-        mean, std, teacher_mean, teacher_std = (
+        centre, width, teacher_centre, teacher_width = (
             torch.tensor(values).view(3, 1, 1) for values in (mean, std, teacher_mean, teacher_std)
         )
-        self.register_buffer("scale", std / teacher_std, persistent=False)
-        self.register_buffer("shift", (mean - teacher_mean) / teacher_std, persistent=False)
+        shift = (centre - teacher_centre) / teacher_width
+        self.register_buffer("scale", width / teacher_width, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, samples: Tensor) -> Tensor:
         samples = samples * self.scale + self.shift
@@ -159,7 +168,7 @@ def load_teacher(
     converted to the normalisation and size that the checkpoint was trained with, else to those of
     timm's weights; where neither tells, a teacher that takes any size sees the samples' own.
 
-    Raises ValueError for an unknown model, a file that is not of it, or other classes.
+    Raises UserError for an unknown model, a file that is not of it, or other classes.
     """
     models_timm.check_name(name, "teacher model")
     if path == "timm:":
@@ -183,14 +192,14 @@ def load_teacher(
 def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
     config = timm.get_pretrained_cfg(name)
     if config is None or config.num_classes != num_classes:
-        raise ValueError(
+        raise UserError(
             f"timm's {name} is not trained on these {num_classes} classes: "
             "name a checkpoint of your own by --teacher-path."
         )
     try:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises many types
-        raise ValueError(f"cannot get timm's weights of {name}: {error}") from error
+        raise UserError(f"cannot get timm's weights of {name}: {error}") from error
 
 
 def _teacher_of(
@@ -202,13 +211,13 @@ def _teacher_of(
 ) -> tuple[nn.Module, int | tuple[int, int]]:
     """The model with the weights of a file, built for the first of `sizes` that they fit."""
     weights = checkpoint.weights_of(saved, source=path)
-    problem = None
+    problems = []
     for size in sizes:
         teacher = models_timm.create(name, input_size=size, num_classes=num_classes)
         try:
             checkpoint.load_weights(teacher, weights, f"the teacher {path}")
-        except ValueError as error:
-            problem = problem or error
+        except UserError as error:
+            problems.append(error)
         else:
             return teacher, size
-    raise problem
+    raise problems[0]

@@ -2,12 +2,10 @@
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,10 +16,11 @@ import torch
 from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 import checkpoint
+import loaders
 import models_hydra  # noqa: F401  (these register the models)
 import models_lion  # noqa: F401
 import models_lion_plus  # noqa: F401
@@ -43,10 +42,9 @@ from arguments import (
     plus_name,
     shared_arguments,
 )
-from augment import build_batch_transform, build_eval_transform, build_train_transform
+from augment import build_batch_transform
 from cached_images import CachedLoader
-from datasets import DeviceLoader, SeededDataset, Split, build_dataset, ignore_signals, normalized
-from device_augment import build_device_transform
+from commands import run_command
 from engine import (
     Position,
     Run,
@@ -56,16 +54,19 @@ from engine import (
     train_and_save,
     train_one_epoch,
 )
+from errors import UserError
 from journal import Journal, provenance, require_writable, write_scores
+from loaders import ImageLoading
 from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
+from memory import peak_memory
 from optimization import MovingAverage, create_optimizer
 from parameter_groups import set_apart
 from preprocessing import Preprocessing
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Found, Rule
-from samplers import EpochSampler, ShardSampler
-from utils import make_deterministic, peak_memory, run_command, seed_everything
+from samplers import EpochSampler
+from utils import make_deterministic, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +78,14 @@ def choose_preprocessing(
 
     With `keep_size` the default of --input-size does not count.
     """
-    chosen, origin = None, args.model
-    if found:
-        chosen, origin = preprocessing.of_checkpoint(found[0], args.model, found[1]), found[1]
-    if chosen is None:
-        new = not (found or args.eval)
-        chosen = (preprocessing.of_new_training if new else preprocessing.of_model)(args.model)
-        origin = args.model
-    if "input_size" in args.given or not keep_size:
-        chosen = chosen.at(args.input_size)
     given = {key: name for key, name in PREPROCESSING_ARGUMENTS.items() if name in args.given}
-    chosen = replace(chosen, **{key: getattr(args, name) for key, name in given.items()})
+    chosen, origin = preprocessing.choose(
+        args.model,
+        found,
+        new_training=not args.eval,
+        size=args.input_size if "input_size" in args.given or not keep_size else None,
+        **{key: getattr(args, name) for key, name in given.items()},
+    )
     told = "".join(f", --{name}" for name in given.values())
     logger.info("Images: %s (by %s%s)", chosen, origin, told)
     return chosen
@@ -100,7 +98,7 @@ def build_model(
     if args.distillation_type != "none" and "distilled" not in name:
         name = models_timm.built_name(name, args.distillation_type)
         if not timm.is_model(name) or name == args.model:
-            raise ValueError(
+            raise UserError(
                 f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
                 "model."
             )
@@ -154,128 +152,52 @@ def label_smoothing(args: argparse.Namespace) -> float:
     return 0.0 if args.bce_loss else args.smoothing  # it would make every class present
 
 
-def train_transform(args: argparse.Namespace, images: Preprocessing) -> Callable:
+def image_loading(args: argparse.Namespace) -> ImageLoading:
+    return ImageLoading(
+        args.data_set,
+        args.data_path,
+        inat_category=args.inat_category,
+        holdout=args.holdout,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        cached=args.cache,
+    )
+
+
+def augmentation(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.no_aug:
-        return eval_transform(images)
+        return None
     given = "train_interpolation" in args.given
-    return build_train_transform(
-        input_size=images.size,
-        mean=images.mean,
-        std=images.std,
-        color_jitter=args.color_jitter,
-        aa=args.aa,
-        interpolation=args.train_interpolation if given else images.interpolation,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-        three_augment=args.ThreeAugment,
-        simple_random_crop=args.src,
-    )
-
-
-def eval_transform(images: Preprocessing) -> Callable:
-    return build_eval_transform(
-        input_size=images.size,
-        crop_ratio=images.crop_pct,
-        crop_mode=images.crop_mode,
-        interpolation=images.interpolation,
-    )
+    return {
+        "color_jitter": args.color_jitter,
+        "aa": args.aa,
+        "reprob": args.reprob,
+        "remode": args.remode,
+        "recount": args.recount,
+        "three_augment": args.ThreeAugment,
+        "simple_random_crop": args.src,
+        **({"interpolation": args.train_interpolation} if given else {}),
+    }
 
 
 def build_train_loader(
     args: argparse.Namespace, world: World, images: Preprocessing
-) -> tuple[DataLoader, list[str]]:
+) -> tuple[DataLoader | CachedLoader, list[str]]:
     """Batches for training, and the names of the classes."""
-    found = find_images(args, world, train=True)
-    sampler = EpochSampler(
-        len(found),
-        num_replicas=world.size,
-        rank=world.rank,
+    return loaders.build_train_loader(
+        image_loading(args),
+        world,
+        images,
+        augmentation=augmentation(args),
         repeats=3 if args.repeated_aug else 1,
         seed=args.seed,
+        accumulate=args.grad_accum_steps,
     )
-    if len(sampler) < args.batch_size * args.grad_accum_steps:
-        raise ValueError(
-            f"One step draws {args.batch_size * args.grad_accum_steps} images per process, but an "
-            f"epoch of {args.data_set} has only {len(sampler)}: lower --batch-size."
-        )
-    if args.cache:
-        return cached_train_loader(args, world, images, found, sampler), found.classes
-    dataset = SeededDataset(found, train_transform(args, images), seed=args.seed)
-    loader = DeviceLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
-                          **loader_options(args, world, images))  # fmt: skip
-    return loader, found.classes
-
-
-def build_eval_loader(args: argparse.Namespace, world: World, images: Preprocessing) -> DataLoader:
-    found = find_images(args, world, train=False, transform=eval_transform(images))
-    sampler = ShardSampler(len(found), num_replicas=world.size, rank=world.rank)
-    if args.cache:
-        return CachedLoader(found, int(1.5 * args.batch_size), sampler=sampler,
-                            transform=normalizing(world, images), device=world.device,
-                            **worker_options(args))  # fmt: skip
-    return DeviceLoader(found, int(1.5 * args.batch_size), sampler=sampler,
-                        **loader_options(args, world, images))  # fmt: skip
-
-
-def cached_train_loader(
-    args: argparse.Namespace,
-    world: World,
-    images: Preprocessing,
-    found: Dataset,
-    sampler: EpochSampler,
-) -> CachedLoader:
-    transform = normalizing(world, images)
-    if not args.no_aug:
-        transform = build_device_transform(
-            mean=images.mean, std=images.std, aa=args.aa, reprob=args.reprob, remode=args.remode,
-            device=world.device,
-        )  # fmt: skip
-    dataset = SeededDataset(found, eval_transform(images), seed=args.seed)
-    keys = [(index, index) for index in range(len(found))]
-    return CachedLoader(dataset, args.batch_size, sampler=sampler, transform=transform,
-                        device=world.device, keys=keys, drop_last=True,
-                        **worker_options(args))  # fmt: skip
-
-
-def normalizing(world: World, images: Preprocessing) -> Callable[[Tensor], Tensor]:
-    mean, std = (
-        torch.tensor(v, device=world.device).view(3, 1, 1) for v in (images.mean, images.std)
-    )
-    return partial(normalized, mean=mean, std=std)
-
-
-def find_images(args: argparse.Namespace, world: World, *, train: bool, **kwargs: Any) -> Dataset:
-    with world.main_first():
-        dataset, _ = build_dataset(
-            args.data_set,
-            args.data_path,
-            train=train or args.holdout > 0,
-            inat_category=args.inat_category,
-            **kwargs,
-        )
-    return Split(dataset, args.holdout, held_out=not train) if args.holdout else dataset
-
-
-def worker_options(args: argparse.Namespace) -> dict[str, Any]:
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    return {"num_workers": workers, "worker_init_fn": ignore_signals}
-
-
-def loader_options(args: argparse.Namespace, world: World, images: Preprocessing) -> dict[str, Any]:
-    options = worker_options(args)
-    return {
-        **options,
-        "persistent_workers": options["num_workers"] > 0,
-        "pin_memory": args.pin_mem and world.device.type == "cuda",
-        "device": world.device,
-        "mean": images.mean,
-        "std": images.std,
-    }
 
 
 def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> None:
-    """Restores a run; raises ValueError if it cannot go on with these arguments."""
+    """Restores a run; raises UserError if it cannot go on with these arguments."""
     saved, source = found
     before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args), **run.facts}))
     if "optimizer" in saved and "epoch" in saved:
@@ -283,7 +205,7 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
         resuming.check_settings(before, now, resuming.RULES, source, *kept)
         check_same_optimizer(args, before, world.device, source)
         if saved["epoch"] + 1 > args.epochs:
-            raise ValueError(
+            raise UserError(
                 f"{source} has {saved['epoch'] + 1} epochs behind it: raise --epochs {args.epochs}."
             )
     run.restore(saved, source)
@@ -349,9 +271,9 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     """Reads and checks all that --eval needs; the returned function does the work."""
     found = resuming.read(args.resume, args.output_dir)
     if args.resume and not found:
-        raise ValueError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
+        raise UserError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
     images = choose_preprocessing(args, found, keep_size=True)
-    loader = build_eval_loader(args, world, images)
+    loader = loaders.build_eval_loader(image_loading(args), world, images)
     classes = loader.dataset.classes
     if found:
         checkpoint.check_classes(found[0], classes, found[1])
@@ -401,7 +323,7 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
     basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
     images = choose_preprocessing(args, found or basis, keep_size=bool(found))
     train_loader, classes = build_train_loader(args, world, images)
-    eval_loader = build_eval_loader(args, world, images)
+    eval_loader = loaders.build_eval_loader(image_loading(args), world, images)
     if found:
         checkpoint.check_classes(found[0], classes, found[1])
     seed_everything(args.seed)

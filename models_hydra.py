@@ -43,7 +43,7 @@ class HydraMixer(nn.Module):
             raise ValueError(f"Hydra has no {', '.join(refused)}: leave it at its default.")
         if dim % num_heads:
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
-        placed = {"device": device, "dtype": dtype}
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, heads = 2 * dim, 2 * num_heads
         mixed = inner + 4 * state_size
         self.heads = heads
@@ -120,15 +120,17 @@ def _with_flipped(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"hydra_{size}_patch16_224": imagenet_cfg() for size in SIZES}
-    | {
-        f"hydra_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
-        for size in SIZES
+    {
+        **{f"hydra_{size}_patch16_224": imagenet_cfg() for size in SIZES},
+        **{
+            f"hydra_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
+            for size in SIZES
+        },
     }
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> Any:
     embed_dim, num_heads = SIZES[variant.split("_")[1]]
     defaults = {
         "patch_size": 16,

@@ -23,9 +23,9 @@ With positions counted along a curve, `M_ij = a_j ... a_(i-1)` for i > j, its mi
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def recurrence(
     following = steps.roll(-1, 0)
     # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
     # source, so all at once when gradients are wanted.
-    parts = [(steps, following)]
+    parts: Iterable[tuple[Tensor, Tensor]] = [(steps, following)]
     if not torch.is_grad_enabled() and not _varies(n):
         parts = zip(steps.split(16), following.split(16), strict=True)
     for tokens, after in parts:  # [T, S]
@@ -137,9 +137,9 @@ def chunk(
     else:
         scans = []
         for curve, decay in zip(curves.unbind(0), log_decay.unbind(0), strict=True):
-            along = (x.index_select(2, curve) for x in (q, k, v, decay))
+            q_c, k_c, v_c, decay_c = (x.index_select(2, curve) for x in (q, k, v, decay))
             parts = None if documents is None else documents.index_select(1, curve)
-            scan = _chunk_scan(*along, parts, chunk_size)
+            scan = _chunk_scan(q_c, k_c, v_c, decay_c, parts, chunk_size)
             scans.append(scan.index_select(2, inverse(curve)))
         out = sum(scans[1:], scans[0]) / len(scans)
     return out[..., :-1], out[..., -1:]
@@ -166,7 +166,7 @@ def decay_mask(log_decay: Tensor, curves: Tensor | None = None) -> Tensor:
             sums = _running_sums(decay.index_select(2, curves[c]))
             x, y = (s.index_select(2, inverse(curves[c])) for s in sums)
         masks.append(_local_mask(x, y))
-    return sum(masks) / len(masks)
+    return sum(masks[1:], masks[0]) / len(masks)
 
 
 def _chunk_scan(
@@ -263,10 +263,10 @@ def _scan(
             return state, read.clone()  # the operator wants outputs of their own
 
         # Copies, as the operator compiles `step`, and guards on views break the next export.
-        state, *inputs = (x.clone() for x in (state, *(x.movedim(2, 0) for x in inputs)))
+        tensors = [x.clone() for x in (state, *(x.movedim(2, 0) for x in inputs))]
         if torch.onnx.is_in_onnx_export():  # which cannot convert the gradient of the operator
-            state, *inputs = (x.detach() for x in (state, *inputs))
-        state, reads = scan(separate, state, tuple(inputs), reverse=reverse)
+            tensors = [x.detach() for x in tensors]
+        state, reads = scan(separate, tensors[0], tuple(tensors[1:]), reverse=reverse)
         return state, reads.movedim(0, 2)
     along = list(zip(*(x.unbind(2) for x in inputs), strict=True))
     reads = []
@@ -365,7 +365,7 @@ def lion_attention(
         log_decay = log_decay[None]
     leaves = (q, k, v) if log_decay is None else (q, k, v, log_decay)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
-    options = {"format": format, "normalise": normalise, "eps": eps}
+    options: dict[str, Any] = {"format": format, "normalise": normalise, "eps": eps}
     if v.shape == q.shape and _has_kernel(format, q.device, q.dtype, q.shape[3], trained):
         tensors = (q, k, v, log_decay, curves, valid, documents)
         return _attend_by_kernel(*tensors, scale=scale, **options)
@@ -488,7 +488,7 @@ def _check_masks(
     batch, n, heads, _ = q.shape
     scans = len(curves) if curves is not None and curves.dim() == 2 else 1
     without = " without curves" if curves is None else ""
-    decays = (batch, n, heads)
+    decays: tuple[int, ...] = (batch, n, heads)
     if log_decay is not None and (log_decay.dim() != 3 or scans != 1):
         decays = (max(scans, 1), *decays)
     for name, tensor, shape, dtypes in (
@@ -526,7 +526,11 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Selective": normalized_silu,
 }
 SPREAD_GATES_STD = 0.006  # of gates' weights whose biases start apart, against timm's 0.02
-FEATURE_NAMES = {elu_plus_one: "elu", normalized_silu: "silu", None: "none"}  # in the kernels
+FEATURE_NAMES: dict[Callable[[Tensor], Tensor] | None, str] = {  # in the kernels
+    elu_plus_one: "elu",
+    normalized_silu: "silu",
+    None: "none",
+}
 
 
 class LionAttention(nn.Module):
@@ -573,7 +577,7 @@ class LionAttention(nn.Module):
         _check_choice("decay_init", decay_init, DECAY_INITS)
         if dim % num_heads:
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
-        placed = {"device": device, "dtype": dtype}
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.mask_type = mask_type
@@ -829,6 +833,7 @@ class LionVisionTransformer(VisionTransformer):
     """
 
     block_class = LionBlock
+    blocks: Any  # of block_class
 
     def __init__(
         self,
@@ -856,7 +861,8 @@ class LionVisionTransformer(VisionTransformer):
         mixer = {"mask_type": mask_type, "order": order, "format": format,
                  "chunk_size": chunk_size, "decay_init": decay_init,
                  **(more_of_mixer or {})}  # fmt: skip
-        super().__init__(**options, block_fn=partial(self.block_class, mixer=mixer))
+        block_fn: Any = partial(self.block_class, mixer=mixer)
+        super().__init__(**options, block_fn=block_fn)
         for block in self.blocks:
             block.attn.num_prefix_tokens = self.num_prefix_tokens
         if options.get("patch_drop_rate"):
@@ -922,7 +928,8 @@ class LionVisionTransformer(VisionTransformer):
         **kwargs: Any,
     ) -> Any:
         _check_no_mask(attn_mask, is_causal)
-        return super().forward_intermediates(x, *args, attn_mask=self._curves_for(x), **kwargs)
+        options = {**kwargs, "attn_mask": self._curves_for(x)}
+        return super().forward_intermediates(x, *args, **options)
 
     def _curves_for(self, x: Tensor) -> Tensor | None:
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
@@ -965,14 +972,15 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
     def __init__(self, *args: Any, reg_tokens: int = 0, weight_init: str = "", **kwargs: Any):
         _check_choice("weight_init", weight_init, WEIGHT_INITS)
         super().__init__(*args, reg_tokens=1 + reg_tokens, weight_init="skip", **kwargs)
-        tokens = self.reg_token.detach().split((1, reg_tokens), dim=1)
+        both = cast(Tensor, self.reg_token)
+        tokens = both.detach().split((1, reg_tokens), dim=1)
         self.dist_token = nn.Parameter(tokens[0].clone())  # the name of DeiT's checkpoints
         self.reg_token = nn.Parameter(tokens[1].clone()) if reg_tokens else None
         self.num_reg_tokens = reg_tokens
         self.distilled_training = False
         _check_classifies_pooled(self.num_classes, self.global_pool)
         self._reset_head_dist()
-        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        self.weight_init_mode = cast(Any, "reset" if weight_init == "skip" else weight_init)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
@@ -996,7 +1004,7 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         groups = super().group_matcher(coarse)
         return {**groups, "stem": groups["stem"] + "|dist_token"}
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         if not self.global_pool:
             return super().forward_head(x, pre_logits)
         place = int(self.has_class_token)
@@ -1018,7 +1026,7 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         x = torch.cat([*prefix, x.flatten(1, -2)], dim=1)
         if self.pos_embed is None:
             return x
-        position = self.pos_embed
+        position: Tensor = self.pos_embed
         if self.dynamic_img_size:
             embedded = 0 if self.no_embed_class else self.num_prefix_tokens
             own_grid = self.patch_embed.grid_size
@@ -1059,17 +1067,22 @@ def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 
 default_cfgs = generate_default_cfgs(
-    {f"lion_{size}_patch16_224": imagenet_cfg() for size in SIZES}
-    | {
-        f"lion_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
-        for size in SIZES
+    {
+        **{f"lion_{size}_patch16_224": imagenet_cfg() for size in SIZES},
+        **{
+            f"lion_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
+            for size in SIZES
+        },
     }
 )
 
 
+Model = TypeVar("Model", bound=LionVisionTransformer)
+
+
 def create_variant(
-    model_class: type[LionVisionTransformer], variant: str, pretrained: bool, **kwargs: Any
-) -> LionVisionTransformer:
+    model_class: type[Model], variant: str, pretrained: bool, **kwargs: Any
+) -> Model:
     """The model that is registered as `variant`, whose name holds one of `SIZES`."""
     embed_dim, num_heads = next(SIZES[size] for size in SIZES if f"_{size}_" in variant)
     defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
@@ -1083,7 +1096,7 @@ def create_variant(
     )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> LionVisionTransformer:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> Any:
     distilled = "distilled" in variant
     model_class = LionVisionTransformerDistilled if distilled else LionVisionTransformer
     return create_variant(model_class, variant, pretrained, **kwargs)

@@ -37,7 +37,7 @@ class LionPlusAttention(LionAttention):
 
     def __init__(self, dim: int, num_heads: int, *, plus: Sequence[str] = (), **kwargs: Any):
         super().__init__(dim, num_heads, **kwargs)
-        placed = {name: kwargs.get(name) for name in ("device", "dtype")}
+        placed: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.rotates = "rope" in plus
         if self.rotates and self.head_dim % 4:
             raise ValueError(f"rope needs heads of a multiple of 4 wide, not {self.head_dim}.")
@@ -45,17 +45,19 @@ class LionPlusAttention(LionAttention):
         self.conv = conv() if "conv" in plus else None
         self.gate = nn.Linear(dim, dim, **placed) if "gate" in plus else None
         self.grid: tuple[int, int] | None = None
-        self.angles: Tensor | None = None
+        self.angles: Any = None
 
     def _has_kernel(self, x: Tensor) -> bool:
         return not self.rotates and super()._has_kernel(x)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, normalise: bool | None = None
+    ) -> Tensor:
         if not self.rotates:
-            return super()._attend(q, k, v, *masks)
+            return super()._attend(q, k, v, *masks, normalise=normalise)
         attend = partial(super()._attend, normalise=False)
         numerator = attend(self._rotated(q), self._rotated(k), v, *masks)
-        if not self.normalise:
+        if not (self.normalise if normalise is None else normalise):
             return numerator
         denominator = attend(q, k, torch.ones_like(v[..., :1]), *masks)
         return numerator / (denominator + self.eps)
@@ -97,7 +99,7 @@ class LionPlusVisionTransformer(LionVisionTransformer):
         angles = None
         if mixers[0].rotates:
             sines_and_cosines = build_rotary_pos_embed(
-                grid, dim=mixers[0].head_dim, in_pixels=False, device=x.device
+                list(grid), dim=mixers[0].head_dim, in_pixels=False, device=x.device
             )
             angles = torch.cat(sines_and_cosines, -1)
         for mixer in mixers:

@@ -41,11 +41,10 @@ class MaskedSoftmaxAttention(LionAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        log_decay: Tensor | None,
-        curves: Tensor | None,
-        valid: Tensor | None,
-        documents: Tensor | None,
+        *masks: Tensor | None,
+        normalise: bool | None = None,
     ) -> Tensor:
+        log_decay, curves, valid, documents = masks
         if valid is not None or documents is not None:
             raise ValueError("Masked softmax knows no padding and no documents: give neither.")
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))

@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import nn
 
+from errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # Arguments that some families do not have, and the command line's names for them.
@@ -21,16 +23,16 @@ OPTIONAL = {
 
 
 def check_name(name: str, kind: str = "model") -> None:
-    """Raises ValueError, with the names that are meant most likely, if timm has no such model."""
+    """Raises UserError, with the names that are meant most likely, if timm has no such model."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         close = similar(architecture)
         hint = f": did you mean {' or '.join(close)}?" if close else "; see timm.list_models()."
-        raise ValueError(f"There is no {kind} {name!r}{hint}")
+        raise UserError(f"There is no {kind} {name!r}{hint}")
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in known:
         hint = f": it has {', '.join(known)}." if known else f": use {architecture}."
-        raise ValueError(f"timm has no weights {tag!r} of the {kind} {architecture}{hint}")
+        raise UserError(f"timm has no weights {tag!r} of the {kind} {architecture}{hint}")
 
 
 def similar(name: str) -> list[str]:
@@ -64,7 +66,7 @@ def create(
     does not have are left out, which is told unless they are 0.
 
     Raises:
-        ValueError: the model cannot be built with these options, has not one of those that are
+        UserError: the model cannot be built with these options, has not one of those that are
             `required`, or is not for images of this size.
     """
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
@@ -74,11 +76,11 @@ def create(
             return timm.create_model(name, **options)
         except Exception as error:  # every family checks its arguments in ways of its own
             unknown = _unknown_option(error, options)
-            if unknown in required and options[unknown]:
-                raise ValueError(f"{name} has no {OPTIONAL[unknown]}: leave it out.") from error
+            if unknown and unknown in required and options[unknown]:
+                raise UserError(f"{name} has no {OPTIONAL[unknown]}: leave it out.") from error
             if unknown is None or not _can_do_without(name, unknown, options[unknown]):
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise ValueError(
+                raise UserError(
                     f"{name} cannot be built with these arguments ({reason}): "
                     "check --model-kwargs and --input-size."
                 ) from error
@@ -90,20 +92,20 @@ def create(
 def require_logits(
     model: nn.Module, name: str, num_classes: int, input_size: tuple[int, int, int]
 ) -> None:
-    """Raises ValueError if `model`, called `name`, makes no logits `[B, num_classes]` of images."""
+    """Raises UserError if `model`, called `name`, makes no logits `[B, num_classes]` of images."""
     training, device = model.training, next(model.parameters()).device
     try:
         logits = model.eval()(torch.zeros(2, *input_size, device=device))
     except Exception as error:  # every family has its own reasons
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"{name} cannot read images of {'x'.join(map(str, input_size[1:]))} pixels ({reason}): "
             "use another --input-size."
         ) from error
     model.train(training)
     shape = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     if shape != [2, num_classes]:
-        raise ValueError(
+        raise UserError(
             f"{name} is no classifier of the {num_classes} classes of the data: its output for 2 "
             f"images is {shape}. Choose one, without num_classes in --model-kwargs."
         )
@@ -118,5 +120,5 @@ def _unknown_option(error: Exception, options: dict[str, Any]) -> str | None:
 
 def _can_do_without(name: str, option: str, value: Any) -> bool:
     """Only the size matters: a model of one fixed size takes images of no other."""
-    own = timm.get_pretrained_cfg_value(name, "input_size")
-    return option != "img_size" or value in (own[-1], tuple(own[1:]))
+    own = timm.get_pretrained_cfg_value(name, "input_size") or ()
+    return option != "img_size" or value in (*own[-1:], tuple(own[1:]))

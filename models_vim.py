@@ -109,7 +109,7 @@ class VimBlock(nn.Module):
         refused = [n for n in ("qk_norm", "attn_drop", "init_values") if unused.get(n)]
         if refused:
             raise ValueError(f"Vim has no {', '.join(refused)}: leave it at its default.")
-        placed = {"device": device, "dtype": dtype}
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = norm_layer(dim, **placed)
         self.attn = VimMixer(
             dim, num_prefix_tokens=num_prefix_tokens, proj_drop=proj_drop, **placed
@@ -141,15 +141,17 @@ class VimVisionTransformerDistilled(VisionTransformerDistilled):
 
 
 default_cfgs = generate_default_cfgs(
-    {f"vim_{size}_patch16_224": imagenet_cfg() for size in SIZES}
-    | {
-        f"vim_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
-        for size in SIZES
+    {
+        **{f"vim_{size}_patch16_224": imagenet_cfg() for size in SIZES},
+        **{
+            f"vim_{size}_distilled_patch16_224": imagenet_cfg(classifier=("head", "head_dist"))
+            for size in SIZES
+        },
     }
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> Any:
     distilled = "distilled" in variant
     prefix = kwargs.get("class_token", True) + kwargs.get("reg_tokens", 0) + distilled
     defaults = {

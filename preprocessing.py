@@ -8,6 +8,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from augment import effective_crop
+from errors import UserError
 
 # Trained from scratch as DeiT does it, whatever timm's own weights of them were trained with.
 TRAINED_AS_DEIT = ("lion_", "hydra_", "vim_", "vit_", "deit")
@@ -60,6 +61,33 @@ class Preprocessing:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+def choose(
+    model: str,
+    found: tuple[dict[str, Any], str] | None,
+    *,
+    new_training: bool,
+    size: int | None,
+    **given: Any,
+) -> tuple[Preprocessing, str]:
+    """That of a checkpoint, where it is `found`, else of a model; and whose it is.
+
+    Args:
+        found: a checkpoint, and where it was read.
+        new_training: where no checkpoint is found, the model's is that of a training from scratch.
+        size: pixels of a square to take instead.
+        given: fields to take instead.
+    """
+    chosen = of_checkpoint(found[0], model, found[1]) if found else None
+    if found and chosen:
+        origin = found[1]
+    else:
+        origin = model
+        chosen = of_new_training(model) if new_training and not found else of_model(model)
+    if size is not None:
+        chosen = chosen.at(size)
+    return replace(chosen, **given), origin
+
+
 def of_model(name: str) -> Preprocessing:
     """That of timm's weights of a model (its `pretrained_cfg`)."""
     config = timm.get_pretrained_cfg(name)
@@ -80,11 +108,11 @@ def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Prepr
     as those of timm's train.py do.
 
     Raises:
-        ValueError: `data_config` is not what main.py writes.
+        UserError: `data_config` is not what main.py writes.
     """
     if "data_config" in saved:
         if set(saved["data_config"]) != set(Preprocessing.__dataclass_fields__):
-            raise ValueError(f"The data_config in {source} is not one that main.py writes.")
+            raise UserError(f"The data_config in {source} is not one that main.py writes.")
         return Preprocessing(**saved["data_config"])
     args = saved.get("args")
     if not isinstance(args, dict):

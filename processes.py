@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
+
 POLL = 0.02  # seconds between two looks at what others have told
 PATIENCE = 10.0  # seconds for the others to end, once a process has failed
 MEETING = 1800.0  # seconds in which all processes have to start
@@ -39,7 +41,8 @@ class Peers:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
-        self.rank, self.size, self.store = rank, size, store
+        self.rank, self.size = rank, size
+        self.store: Any = store  # torch declares text alone, but takes bytes, too
         self._rounds = 0
         self._ended = threading.Event()
 
@@ -61,7 +64,7 @@ class Peers:
         return [pickle.loads(self.store.get(key)) for key in keys]
 
     def agree(self, facts: dict[str, Any], remedy: str) -> None:
-        """Raises ValueError, on all processes, if they do not have the same `facts`."""
+        """Raises UserError, on all processes, if they do not have the same `facts`."""
         everywhere = self.gather((socket.gethostname(), facts))
         names = dict.fromkeys(name for _, theirs in everywhere for name in theirs)
         differing = []
@@ -73,7 +76,7 @@ class Peers:
                 sides = "; ".join(f"{_listed(who)}: {value}" for value, who in ranks.items())
                 differing.append(f"{name} ({sides})")
         if differing:
-            raise ValueError(f"The processes differ in {', '.join(differing)}: {remedy}.")
+            raise UserError(f"The processes differ in {', '.join(differing)}: {remedy}.")
 
     def failure(self) -> int | None:
         """The exit code of a process that has failed, None if there is none."""
@@ -113,10 +116,11 @@ class Peers:
         except Exception as error:
             code = self.failure()  # else the error is but the lost connection to that process
             if code is None:
-                self.store.set("failed", code := "1")
+                code = 1
+                self.store.set("failed", str(code))
                 traceback.print_exc()
                 print(f"{command}: error: {self}: {error!r}", file=sys.stderr, flush=True)
-            sys.exit(int(code))
+            sys.exit(code)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -187,7 +191,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """`values` reduced over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values, op)
@@ -230,7 +234,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 def launched_as() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun tells them; 0 and 1 without it.
 
-    Raises ValueError if some of its variables are set and others are not, as when a shell still has
+    Raises UserError if some of its variables are set and others are not, as when a shell still has
     those of another job, or if they are no rank.
     """
     found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
@@ -238,7 +242,7 @@ def launched_as() -> tuple[int, int]:
         return 0, 1
     missing = [name for name in LAUNCHER if name not in found]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"The environment has {' and '.join(found)}, but not {' and '.join(missing)}: start "
             f"with torchrun, which sets all, or unset {' '.join(found)}."
         )
@@ -248,14 +252,14 @@ def launched_as() -> tuple[int, int]:
         rank = size = local = -1
     if not 0 <= local <= rank < size:
         given = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise ValueError(f"The environment has {given}, which is no rank: start with torchrun.")
+        raise UserError(f"The environment has {given}, which is no rank: start with torchrun.")
     return rank, size
 
 
 def meet(dist_url: str = "env://") -> Peers:
     """Meets the processes that torchrun started.
 
-    Raises ValueError if its variables are incomplete, or if the processes do not find each other.
+    Raises UserError if its variables are incomplete, or if the processes do not find each other.
     """
     rank, size = launched_as()
     if size == 1:
@@ -268,7 +272,7 @@ def meet(dist_url: str = "env://") -> Peers:
         return Peers(rank, size, dist.PrefixStore(_attempt(store, rank, size), store))
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"Rank {rank} on {socket.gethostname()} cannot meet the others at --dist_url "
             f"{dist_url} ({reason}): use env:// with torchrun."
         ) from error
@@ -303,16 +307,14 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
 def init_distributed(device: str = "auto", peers: Peers | None = None) -> World:
     """The processes of a run, or `peers`, over NCCL on GPUs and gloo on CPUs.
 
-    `device` is `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`. Raises ValueError if it
+    `device` is `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`. Raises UserError if it
     is not there.
     """
     peers = peers or meet()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {device} needs a CUDA GPU and none was found: use --device cpu."
-        )
+        raise UserError(f"--device {device} needs a CUDA GPU and none was found: use --device cpu.")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -320,11 +322,11 @@ def init_distributed(device: str = "auto", peers: Peers | None = None) -> World:
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"There is no device {device!r}: use --device auto, cpu, cuda or cuda:N."
         ) from error
     if world.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"Not made for {device!r}: use --device auto, cpu, cuda or cuda:N.")
+        raise UserError(f"Not made for {device!r}: use --device auto, cpu, cuda or cuda:N.")
     if world.size > 1:
         peers.gather(None)  # all have found their devices
         cuda = world.device.type == "cuda"

@@ -8,6 +8,7 @@ from typing import Any
 import checkpoint
 import models_timm
 import preprocessing
+from errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,14 @@ def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
 def check_settings(
     saved: dict[str, Any], now: dict[str, Any], rules: dict[str, Rule], source: str, *kept: Rule
 ) -> None:
-    """Raises ValueError where a setting whose rule is among `kept` differs from a checkpoint's.
+    """Raises UserError where a setting whose rule is among `kept` differs from a checkpoint's.
 
     Settings that only one of them has are not compared.
     """
     for rule in kept:
         if differing := differences(saved, now, rules, rule):
             reasons = "; ".join(differing)
-            raise ValueError(REFUSALS[rule].format(source=source, differences=reasons))
+            raise UserError(REFUSALS[rule].format(source=source, differences=reasons))
 
 
 def tell_changes(

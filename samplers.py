@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from errors import UserError
+
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """Training order: yields `(index, draw)`, one shuffled order per epoch shared by all processes.
@@ -26,7 +28,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: non-negative int.
 
     Raises:
-        ValueError: fewer images than processes.
+        UserError: fewer images than processes.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: int = 0,
     ) -> None:
         if length < num_replicas:
-            raise ValueError(
+            raise UserError(
                 f"The training set has {length} images for {num_replicas} processes: "
                 "use fewer processes or more images."
             )

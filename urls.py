@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from errors import UserError
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 30.0  # seconds that a server may be silent
@@ -54,7 +56,7 @@ def cached(url: str, folder: Path, read: Callable[[Path], Content]) -> Content:
     downloaded again.
 
     Raises:
-        ValueError: `url` cannot be downloaded, or `read` refuses what it holds.
+        UserError: `url` cannot be downloaded, or `read` refuses what it holds.
     """
     name = Path(urlsplit(url).path).name
     hashed = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
@@ -66,7 +68,7 @@ def cached(url: str, folder: Path, read: Callable[[Path], Content]) -> Content:
         try:
             _check_digest(path, digest)
             return read(path)
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             logger.warning("%s is downloaded again, as the copy %s is damaged: %s",
                            without_secrets(url), path, error)  # fmt: skip
     try:
@@ -79,7 +81,7 @@ def cached(url: str, folder: Path, read: Callable[[Path], Content]) -> Content:
             os.replace(new, path)
     except (OSError, http.client.HTTPException) as error:
         problem = f"cannot download {without_secrets(url)}: {_reason(error)}"
-        raise ValueError(problem) from error
+        raise UserError(problem) from error
     return content
 
 

@@ -39,5 +39,6 @@ def end_with_parent() -> None:
 
 
 def _wait_for_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    if parent := multiprocessing.parent_process():
+        wait([parent.sentinel])
     os._exit(1)

@@ -17,17 +17,19 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from commands import run_command
 from engine import autocast
+from errors import UserError, as_user_error
 from journal import provenance
+from memory import peak_memory
 from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
 from processes import Peers, init_distributed
-from utils import peak_memory, run_command
 from workers import end_with_parent
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")  # of softmax on GPUs
@@ -56,14 +58,15 @@ class Case:
 
 
 def make_cases(paths: list[str], values: list[str], lengths: list[int], tokens: int) -> list[Case]:
-    """Raises ValueError for bad settings."""
+    """Raises UserError for bad settings."""
     cases = []
     for length, path in product(lengths, paths):
         given = {"data": "unused", **override(read_yaml(path), values), "length": length}
         settings = typed(Settings, given, path)
         settings.check()
         options = check(LionBertConfig.__annotations__, settings.model, "the section model")
-        config = LionBertConfig(**{**options, "max_position_embeddings": length})
+        with as_user_error():
+            config = LionBertConfig(**{**options, "max_position_embeddings": length})
         device = init_distributed(settings.device).device
         kernels = BACKENDS if (config.mixer, device.type) == ("softmax", "cuda") else (None,)
         case = Case(Path(path).stem, settings, config, max(tokens // length, 1))
@@ -94,7 +97,8 @@ def _training(case: Case, device: torch.device) -> Callable[[], None]:
     """A function that takes one step."""
     torch.manual_seed(0)
     settings, dtype = case.settings, amp_dtype(case.settings, device)
-    model = LionBertForMaskedLM(case.config).to(device).train()
+    model = LionBertForMaskedLM(case.config).train()
+    nn.Module.to(model, device)
     if settings.compile:
         model.lion.compile()
     optimizer = build_optimizer(settings, model, device)
@@ -150,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         values = [word for word in args.configs if "=" in word]
         paths = [word for word in args.configs if "=" not in word]
         if not paths or min(args.tokens, args.threads, *args.lengths) < 1:
-            raise ValueError("Give a config, and at least 1 token, thread and length.")
+            raise UserError("Give a config, and at least 1 token, thread and length.")
         cases = make_cases(paths, values, args.lengths, args.tokens)
 
         def work() -> None:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from errors import UserError
+
 logger = logging.getLogger(__name__)
 
 KINDS = ("txt", "json", "jsonl", "parquet")
@@ -28,7 +30,7 @@ class Documents:
     """Iterates over the documents of a file.
 
     `seen` and `skipped` count what there was and what was no text; the first few of these are
-    logged if `tell`. Raises ValueError, at the end, if they were more than the share `max_skipped`,
+    logged if `tell`. Raises UserError, at the end, if they were more than the share `max_skipped`,
     and where the file cannot be read.
     """
 
@@ -50,7 +52,7 @@ class Documents:
         if self.tell and self.skipped > _MAX_TOLD:
             logger.warning("Skipped %d documents of %s in all.", self.skipped, self.path)
         if self.skipped > self.max_skipped * self.seen:
-            raise ValueError(
+            raise UserError(
                 f"{first}, and in all {self.skipped} of {self.seen} documents are no text: mend "
                 "the file, or raise --max-skipped."
             )
@@ -86,17 +88,20 @@ def _values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             lines = enumerate(file, start=1)
             yield from _paragraphs(lines) if kind_of(path) == "txt" else _objects(lines, field)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read the text {path}: {error}") from error
+        raise UserError(f"cannot read the text {path}: {error}") from error
 
 
 def _opened(path: Path) -> IO[str]:
     """Lines end at line feeds alone; bytes that are no UTF-8 become surrogates."""
-    options = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
+    options: dict[str, Any] = {
+        "encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"
+    }  # fmt: skip
     return gzip.open(path, "rt", **options) if path.suffix == ".gz" else path.open(**options)
 
 
 def _paragraphs(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, str]]:
-    paragraph, start = [], 0
+    paragraph: list[str] = []
+    start = 0
     for number, line in lines:
         if line.strip():
             start = start if paragraph else number
@@ -123,7 +128,7 @@ def _rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow: pip install pyarrow.") from error
+        raise UserError(f"{path} needs pyarrow: pip install pyarrow.") from error
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(columns=[field]):
@@ -131,7 +136,7 @@ def _rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"Row {number}", _of_arrow(scalar)
     except (ArrowException, KeyError, OSError) as error:
-        raise ValueError(f"cannot read {field!r} of {path}: {error}") from error
+        raise UserError(f"cannot read {field!r} of {path}: {error}") from error
 
 
 def _of_arrow(scalar: Any) -> Any:
@@ -164,7 +169,7 @@ def c4_sources(span: str, output: Path) -> list[Source]:
     except ValueError:
         numbers = range(0)
     if not numbers or numbers[0] < 0 or numbers[-1] >= C4_FILES:
-        raise ValueError(f"--c4 takes FIRST-LAST of 0 to {C4_FILES - 1}, not {span!r}.")
+        raise UserError(f"--c4 takes FIRST-LAST of 0 to {C4_FILES - 1}, not {span!r}.")
     names = [f"en/c4-train.{number:05d}-of-{C4_FILES:05d}.json.gz" for number in numbers]
     folder = output / ".download"
     return [Source(name, "", partial(_c4_file, name, folder)) for name in names]
@@ -180,7 +185,7 @@ def _c4_file(name: str, folder: Path) -> Iterator[Path]:
             "allenai/c4", name, repo_type="dataset", local_dir=folder
         )
     except Exception as error:  # of HTTP, of the hub, of the disk
-        raise ValueError(f"cannot download {name} of allenai/c4: {error}") from error
+        raise UserError(f"cannot download {name} of allenai/c4: {error}") from error
     try:
         yield Path(path)
     finally:

@@ -1,7 +1,8 @@
 """The encoder: BERT's configuration, embeddings and post-norm blocks around a mixer."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -58,10 +59,12 @@ class LionBertConfig(PreTrainedConfig):
             self.position_embeddings = self.mixer in ORDER_BLIND
         super().__post_init__(**kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Adds what `from_pretrained(..., trust_remote_code=True)` needs, and a model card."""
         self.auto_map = {auto: f"{LOADER}.{name}" for auto, name in self.saved_classes.items()}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
         names = {name: auto for auto, name in self.saved_classes.items()}
         auto = names.get((self.architectures or [""])[0], "AutoModel")
         write_card(Path(save_directory), names, mixer=self.mixer, auto=auto)
@@ -138,15 +141,16 @@ class LionBertPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             initialization.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                initialization.zeros_(module.bias)
-            if getattr(module, "padding_idx", None) is not None:
-                initialization.zeros_(module.weight[module.padding_idx])
+            bias, padding = getattr(module, "bias", None), getattr(module, "padding_idx", None)
+            if bias is not None:
+                initialization.zeros_(bias)
+            if padding is not None:
+                initialization.zeros_(module.weight[padding])
         elif isinstance(module, nn.LayerNorm):
             initialization.ones_(module.weight)
             initialization.zeros_(module.bias)
         elif isinstance(module, LionAttention) and module.mask_type == "Decay":
-            initialization.normal_(module.a_i)
+            initialization.normal_(cast(Tensor, module.a_i))
         elif isinstance(module, HydraMixer):
             initialization.copy_(module.dt_bias, draw_step_bias(module.heads))
             initialization.zeros_(module.A_log)
@@ -165,8 +169,8 @@ class LionBertModel(LionBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.words
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.words = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.words = cast(nn.Embedding, value)
 
     @can_return_tuple
     def forward(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -27,7 +27,9 @@ from transformers import (
 from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
+from commands import run_command, setup_logging
 from engine import LOG_INTERVAL, autocast
+from errors import UserError
 from files import replacing
 from journal import require_writable, to_json
 from locking import only_run_in
@@ -37,7 +39,7 @@ from mlm.settings import check_ranges, override, read_yaml, settings_parser, typ
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples, Task, read_examples, score
 from processes import Peers, World, init_distributed
-from utils import run_command, seed_everything, setup_logging
+from utils import seed_everything
 from workers import end_with_parent
 
 WARMUP_SHARE = 0.06
@@ -116,11 +118,13 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
     train = read_examples(folder, task.train, task, None)
     seed_everything(job.seed)
     if before:
-        model = AutoModelForSequenceClassification.from_pretrained(job.folder).to(device)
+        model = AutoModelForSequenceClassification.from_pretrained(job.folder)
+        nn.Module.to(model, device)
         tokenizer = load_tokenizer(job.folder)
     else:
         model, tokenizer = _load(job, train.classes)
-        _train(model.to(device), job, train, tokenizer, device, dtype)
+        nn.Module.to(model, device)
+        _train(model, job, train, tokenizer, device, dtype)
         result.unlink(missing_ok=True)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         export(model, tokenizer, job.folder)
@@ -253,7 +257,7 @@ def predict(
 
 # ------------------------------------------------------------------------------------- all jobs
 
-_device: torch.device | None = None  # of this process of the pool
+_device = torch.device("cpu")  # of this process of the pool
 
 
 def _take_device(free: Any) -> None:
@@ -280,7 +284,7 @@ def run_jobs(jobs: list[Job], devices: list[str]) -> list[dict[str, float]]:
     free = context.Queue()
     for device in devices:
         free.put(torch.device(device))
-    results = {}
+    results: dict[tuple[str, int], dict[str, float]] = {}
     with ProcessPoolExecutor(len(devices), context, _take_device, (free,)) as pool:
         for second in (False, True):
             turn = [job for job in jobs if bool(job.task.start) is second]
@@ -306,7 +310,7 @@ def table(jobs: list[Job], scores: list[dict[str, float]]) -> tuple[str, dict[st
 
 
 def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
-    """Raises ValueError for what can be told to be wrong before any training."""
+    """Raises UserError for what can be told to be wrong before any training."""
     check_model(model, settings.length)
     tasks = {
         name: typed(Task, values, f"the task {name} of {source}")
@@ -324,7 +328,7 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
         start = model
         if task.start:
             if task.start not in tasks or tasks[task.start].start:
-                raise ValueError(
+                raise UserError(
                     f"{name} starts from {task.start}, which must be a task of its own without a "
                     f"start: add it, or give tasks.{name}.start=null."
                 )
@@ -339,24 +343,24 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
 
 
 def check_model(model: str, length: int) -> None:
-    """Raises ValueError if there is no encoder for `length` tokens, or of another vocabulary."""
+    """Raises UserError if there is no encoder for `length` tokens, or of another vocabulary."""
     weights = Path(model, "model.safetensors")
     if not weights.exists():
-        raise ValueError(f"There is no model in {model}: give the folder model of a pre-training.")
+        raise UserError(f"There is no model in {model}: give the folder model of a pre-training.")
     words = len(load_tokenizer(Path(model)))
     try:
         config = AutoConfig.from_pretrained(model)
         with safe_open(weights, "pt"):
             pass
     except Exception as error:  # of any kind: the files may hold anything
-        raise ValueError(f"cannot load the model in {model}: {error}") from error
+        raise UserError(f"cannot load the model in {model}: {error}") from error
     if config.vocab_size != words:
-        raise ValueError(
+        raise UserError(
             f"The model in {model} has a vocabulary of {config.vocab_size} words and its tokeniser "
             f"one of {words}: they do not belong together."
         )
     if getattr(config, "position_embeddings", True) and length > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"length {length} is more than the {config.max_position_embeddings} positions of the "
             f"model in {model}: give a lower length."
         )
@@ -383,16 +387,16 @@ def main(arguments: list[str] | None = None) -> None:
         values = override(read_yaml(args.config), args.settings)
         known = values.get("tasks")
         if not (known and isinstance(known, dict)):
-            raise ValueError(f"{args.config} has no section tasks with a task.")
+            raise UserError(f"{args.config} has no section tasks with a task.")
         chosen = args.tasks.split(",") if args.tasks else known
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise ValueError(f"{args.config} has no task {', '.join(unknown)}.")
+            raise UserError(f"{args.config} has no task {', '.join(unknown)}.")
         values["tasks"] = {name: known[name] for name in chosen}
         settings = typed(Settings, values, args.config)
         check_ranges(settings, {"length": "[1, inf)", "lr": "(0, inf)"})
         if not settings.output:
-            raise ValueError("output must name a folder: the models are saved there.")
+            raise UserError("output must name a folder: the models are saved there.")
         jobs = build_jobs(settings, args.config, args.model)
         devices = devices_for(settings.device)
         this_process = World(rank=0, size=1, device=torch.device(devices[0]))

@@ -48,13 +48,13 @@ class SoftmaxAttention(nn.Module):
 class HydraAttention(HydraMixer):
     """Hydra's mixer, to which every document is handed alone, in a row of its own."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # of the masks it takes these two
         self, x: Tensor, *, valid: Tensor | None = None, documents: Tensor | None = None
     ) -> Tensor:
         if valid is None and documents is None:
             return super().forward(x)
         if valid is None:
-            valid = torch.ones_like(documents, dtype=torch.bool)
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         column = positions(valid, documents)[valid]
         row = (column == 0).cumsum(0) - 1
         filled = valid.new_zeros(int((column == 0).sum()), x.shape[1])

@@ -5,6 +5,8 @@ width. Every model takes padding (`attention_mask`, on either side) and packed d
 (`document_ids`): a sequence padded, packed with others or alone gives the same result.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,12 +60,16 @@ def classification_loss(
     labels = labels.reshape(wanted)
     if single:
         total = F.cross_entropy(logits.reshape(-1, size), labels.reshape(-1), reduction="sum")
-        count = (labels != -100).sum().clamp(min=1)
+        count: Tensor | int = (labels != -100).sum().clamp(min=1)
     else:
         regression = problem_type == "regression"
         loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
         total, count = loss(logits, labels.float(), reduction="sum"), labels.numel()
     return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+
+def _num_labels(config: LionBertConfig) -> int:
+    return cast(int, config.num_labels)  # transformers declares None, too, but sets it
 
 
 class LionBertHead(LionBertPreTrainedModel):
@@ -127,9 +133,9 @@ class LionBertForMaskedLM(LionBertHead):
             output_hidden_states, output_attentions, return_dict=True,
         )  # fmt: skip
         x = encoded.last_hidden_state
-        if targets_only and labels is None:
-            raise ValueError("targets_only needs labels.")
         if targets_only:
+            if labels is None:
+                raise ValueError("targets_only needs labels.")
             x, labels = x[labels != -100], labels[labels != -100]
         logits, loss = self.head(x), None
         if labels is not None:
@@ -144,7 +150,7 @@ class LionBertForSequenceClassification(LionBertHead):
         super().__init__(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, num_logits or config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, num_logits or _num_labels(config))
         self.post_init()
 
     @can_return_tuple
@@ -204,7 +210,10 @@ class LionBertForMultipleChoice(LionBertForSequenceClassification):
         output_attentions: bool | None = None,
     ) -> MultipleChoiceModelOutput:
         """Logits `[B, K]` of the K choices `[B, K, N]`; `labels` `[B]` number the right ones."""
-        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("Give input_ids or inputs_embeds: one of the two.")
+        choices = given.shape[1]
         flat = [
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, document_ids, position_ids,
@@ -223,7 +232,7 @@ class LionBertForTokenClassification(LionBertHead):
     def __init__(self, config: LionBertConfig):
         super().__init__(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, _num_labels(config))
         self.post_init()
 
     @can_return_tuple
@@ -290,7 +299,7 @@ class LionBertForQuestionAnswering(LionBertHead):
             for logits, place in ((start, start_positions), (end, end_positions)):
                 place = torch.where((place >= 0) & (place < count), place, -100)
                 losses.append(classification_loss(logits, place))
-            loss = sum(losses) / 2
+            loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start, end_logits=end, hidden_states=encoded.hidden_states
         )

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from commands import run_command
+from errors import UserError
 from files import replacing
+from intervals import outside
 from journal import require_writable
 from mlm.documents import KINDS, Documents, Source, c4_sources, kind_of, local_source
 from mlm.shards import digest_of, fingerprint_of, load_tokenizer, read_header, shard_writer
@@ -31,7 +35,6 @@ from mlm.vocabulary import (
     train_tokenizer,
 )
 from processes import World
-from utils import outside, run_command
 
 SPLITS = ("train", "eval")
 BATCH = 256  # documents that are tokenised side by side
@@ -103,7 +106,7 @@ def is_done(stem: str, output: Path) -> bool:
     try:
         for split in SPLITS:
             read_header(output / f"{split}-{stem}.bin", fingerprint)
-    except ValueError:
+    except UserError:
         return False
     return True
 
@@ -112,7 +115,7 @@ def write_manifest(
     output: Path, stems: list[str], sources: list[Source], words: int
 ) -> dict[str, dict]:
     fingerprint = fingerprint_of(output / "tokenizer")
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         names = [f"{split}-{stem}.bin" for stem in stems]
         counts = [read_header(output / name, fingerprint) for name in names]
@@ -136,21 +139,21 @@ def write_manifest(
 def build(args: argparse.Namespace) -> Callable[[], None]:
     """Checks the arguments; the returned function does the work."""
     if bool(args.files) == bool(args.c4):
-        raise ValueError("Give files of text, or --c4 FIRST-LAST: one of the two.")
+        raise UserError("Give files of text, or --c4 FIRST-LAST: one of the two.")
     for name, interval in (("eval_share", "[0, 1)"), ("max_skipped", "[0, 1]")):
         if wrong := outside(getattr(args, name), interval):
-            raise ValueError(f"--{name.replace('_', '-')} {wrong}.")
+            raise UserError(f"--{name.replace('_', '-')} {wrong}.")
     for path in args.files:
         if kind_of(path) not in KINDS:
-            raise ValueError(f"{path} is no .txt, .json, .jsonl (or these with .gz) or .parquet.")
+            raise UserError(f"{path} is no .txt, .json, .jsonl (or these with .gz) or .parquet.")
         if not path.is_file():
-            raise ValueError(f"The text {path} does not exist.")
+            raise UserError(f"The text {path} does not exist.")
     if args.train_tokenizer is not None and args.train_tokenizer <= len(WORDS):
-        raise ValueError(f"--train-tokenizer must be above {len(WORDS)}.")
+        raise UserError(f"--train-tokenizer must be above {len(WORDS)}.")
     if args.tokenizer and not args.tokenizer.exists():
-        raise ValueError(f"The tokeniser {args.tokenizer} does not exist.")
+        raise UserError(f"The tokeniser {args.tokenizer} does not exist.")
     if args.cased and args.tokenizer and args.tokenizer.suffix != ".txt":
-        raise ValueError(f"--cased is for vocab.txt: {args.tokenizer} itself says what it keeps.")
+        raise UserError(f"--cased is for vocab.txt: {args.tokenizer} itself says what it keeps.")
     require_writable(args.output, World(0, 1, torch.device("cpu")), "--output")
     if args.c4:
         return prepare(args, c4_sources(args.c4, args.output))

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import checkpoint
+from commands import run_command
 from engine import LOG_INTERVAL, StepCheck, autocast, require_finite, without_sync
+from errors import UserError, as_user_error
 from journal import Journal, Mean, Progress, provenance, require_writable
 from locking import only_run_in
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
@@ -29,7 +31,7 @@ from optimization import clip_gradients
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
-from utils import digest, make_deterministic, run_command, seed_everything
+from utils import digest, make_deterministic, seed_everything
 from workers import ignore_signals
 
 NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these
@@ -95,20 +97,20 @@ class Settings:
     overwrite: bool = setting("take the place of the run in output", False)
 
     def check(self) -> None:
-        """Raises ValueError for values that make no sense."""
+        """Raises UserError for values that make no sense."""
         check_ranges(self, RANGES)
         if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, not {len(self.betas)}.")
+            raise UserError(f"betas must be two numbers, not {len(self.betas)}.")
         if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision must be bf16 or fp32, not {self.precision!r}.")
+            raise UserError(f"precision must be bf16 or fp32, not {self.precision!r}.")
         if self.resume not in ("", "auto"):
-            raise ValueError(f"resume must be auto or nothing, not {self.resume!r}.")
+            raise UserError(f"resume must be auto or nothing, not {self.resume!r}.")
         if self.resume and not self.output:
-            raise ValueError("resume=auto needs the output of the run.")
+            raise UserError("resume=auto needs the output of the run.")
         parts = ("checkpoint.pth", "checkpoint.previous.pth", "model")
         taken = self.output and any(Path(self.output, part).exists() for part in parts)
         if taken and not (self.resume or self.overwrite):
-            raise ValueError(
+            raise UserError(
                 f"{self.output} holds another run: go on with it by resume=auto, replace it by "
                 "overwrite=true, or choose another output."
             )
@@ -123,26 +125,28 @@ class Settings:
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionBertForMaskedLM:
-    """Raises ValueError for an unknown key, a value of another type or another vocabulary."""
+    """Raises UserError for an unknown key, a value of another type or another vocabulary."""
     options = check(LionBertConfig.__annotations__, settings.model, "the section model")
     if options.setdefault("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
-        raise ValueError(
+        raise UserError(
             f"The model pads with {options['pad_token_id']} and the data's tokeniser with "
             f"{tokenizer.pad_token_id}: leave out pad_token_id."
         )
     words = options.setdefault("vocab_size", len(tokenizer))
     if words != len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"The model has a vocabulary of {words} words and the data one of {len(tokenizer)}: "
             "leave out vocab_size, or prepare the data with the model's tokeniser."
         )
-    config = LionBertConfig(**options)
+    with as_user_error():
+        config = LionBertConfig(**options)
     if config.position_embeddings and settings.length > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"length {settings.length} is more than the {config.max_position_embeddings} positions "
             "of the model: raise model.max_position_embeddings."
         )
-    return LionBertForMaskedLM(config)
+    with as_user_error():
+        return LionBertForMaskedLM(config)
 
 
 def build_optimizer(
@@ -206,7 +210,7 @@ class Pretraining:
         self.settings, self.world = settings, world
         per_pass = settings.micro_batch * world.size
         if settings.global_batch % per_pass:
-            raise ValueError(
+            raise UserError(
                 f"global_batch {settings.global_batch} is no multiple of {per_pass} (micro_batch "
                 f"{settings.micro_batch} x {world.size} processes)."
             )
@@ -227,7 +231,7 @@ class Pretraining:
         self._require_same()
 
     def _require_same(self) -> None:
-        """Raises ValueError if the processes found other data or weights, or stand elsewhere."""
+        """Raises UserError if the processes found other data or weights, or stand elsewhere."""
         if self.world.size == 1:
             return
         facts = {"their step": self.step, "their weights": digest(self.model)}
@@ -244,7 +248,7 @@ class Pretraining:
         check_settings(before, now, RULES, source, Rule.RUN)
         tell_changes(before, now, RULES, source)
         if saved.get("data", self.data) != self.data:
-            raise ValueError(
+            raise UserError(
                 f"{source} is of other text or another tokeniser than those in "
                 f"{self.settings.data}: give the data of its training, or another output."
             )

@@ -6,24 +6,25 @@ import difflib
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
-from utils import outside
+from errors import UserError
+from intervals import outside
 
 T = TypeVar("T")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Raises ValueError if the file cannot be read or is no mapping."""
+    """Raises UserError if the file cannot be read or is no mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(getattr(error, "strerror", None) or error).replace("\n", " ")
-        raise ValueError(f"cannot read the settings {path}: {reason}") from error
+        raise UserError(f"cannot read the settings {path}: {reason}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"The settings {path} are no mapping of keys to values.")
+        raise UserError(f"The settings {path} are no mapping of keys to values.")
     return content
 
 
@@ -33,14 +34,18 @@ def override(settings: dict[str, Any], arguments: Sequence[str]) -> dict[str, An
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
-            raise ValueError(f"Settings are given as key=value, not {argument!r}.")
+            raise UserError(f"Settings are given as key=value, not {argument!r}.")
         *sections, key = name.split(".")
         place = settings
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ValueError(f"{section} in {argument!r} is no section of settings.")
-        place[key] = yaml.safe_load(text)
+                raise UserError(f"{section} in {argument!r} is no section of settings.")
+        try:
+            place[key] = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"The value in {argument!r} is no YAML: {reason}") from error
     return settings
 
 
@@ -88,7 +93,7 @@ def _shown_default(field: dataclasses.Field) -> str:
 
 def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
     """The dataclass `kind` from `values`: known keys and values of their types only."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
     checked = check(get_type_hints(kind), values, source)
     required = (dataclasses.MISSING, dataclasses.MISSING)
     missing = [
@@ -97,7 +102,7 @@ def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
         if (field.default, field.default_factory) == required and checked.get(name, "") == ""
     ]
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}: give {missing[0]}=VALUE.")
+        raise UserError(f"{source} lacks {', '.join(missing)}: give {missing[0]}=VALUE.")
     return kind(**checked)
 
 
@@ -105,12 +110,12 @@ def check(hints: dict[str, Any], values: dict[str, Any], source: str) -> dict[st
     """`values` as the types that `hints` give their keys."""
     for key in values:
         if key not in hints:
-            raise ValueError(f"Unknown key {key!r} in {source}{_suggestion(key, hints)}")
+            raise UserError(f"Unknown key {key!r} in {source}{_suggestion(key, hints)}")
     return {key: _convert(value, hints[key], key, source) for key, value in values.items()}
 
 
 def check_ranges(settings: object, intervals: dict[str, str], place: str = "") -> None:
-    """Raises ValueError for a number, or one in a list, that is outside of its interval.
+    """Raises UserError for a number, or one in a list, that is outside of its interval.
 
     `place` says, behind a setting's name, where it stands.
     """
@@ -118,9 +123,9 @@ def check_ranges(settings: object, intervals: dict[str, str], place: str = "") -
         value = getattr(settings, name)
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int | float):
-                raise ValueError(f"{name}{place} must hold numbers, not {number!r}.")
+                raise UserError(f"{name}{place} must hold numbers, not {number!r}.")
             if wrong := outside(number, interval):
-                raise ValueError(f"{name}{place} {wrong}.")
+                raise UserError(f"{name}{place} {wrong}.")
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:
@@ -129,8 +134,8 @@ def _suggestion(key: str, known: Iterable[str]) -> str:
 
 
 def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
-    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [get_origin(kind) or kind for kind in kinds]
+    hints = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in hints]
     if float in kinds and not isinstance(value, bool) and value is not None:
         try:  # YAML takes 1e-5, without a point, for a word
             return int(value) if int in kinds and int(value) == float(value) else float(value)
@@ -143,4 +148,4 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
     elif value is None and str in kinds:  # as in output=
         return ""
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{key} in {source} must be {names}, not {value!r}.")
+    raise UserError(f"{key} in {source} must be {names}, not {value!r}.")

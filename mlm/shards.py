@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from errors import UserError
 from files import inside, replacing
 
 HEADER = struct.Struct("<8s32sQQB7x")  # magic, SHA-256 of the tokeniser, documents, tokens, bytes
@@ -50,24 +51,24 @@ def shard_writer(path: Path, fingerprint: str, vocab: int) -> Iterator[Callable[
 def read_header(path: Path, fingerprint: str) -> tuple[int, int, int]:
     """Documents, tokens and bytes per token of a shard that is whole and of this tokeniser.
 
-    Raises ValueError if it is not.
+    Raises UserError if it is not.
     """
     try:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
     except OSError as error:
-        raise ValueError(f"cannot read the shard {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the shard {path}: {error.strerror}") from error
     if len(header) < HEADER.size or header[:8] != MAGIC:
-        raise ValueError(f"{path} is no token shard, or cut off: prepare the text again.")
+        raise UserError(f"{path} is no token shard, or cut off: prepare the text again.")
     _, written_by, documents, tokens, width = HEADER.unpack(header)
     if written_by.hex() != fingerprint:
-        raise ValueError(
+        raise UserError(
             f"The shard {path} was written with another tokeniser than that of its folder: "
             "prepare the text again."
         )
     expected, size = HEADER.size + tokens * width, path.stat().st_size
     if size != expected:
-        raise ValueError(
+        raise UserError(
             f"The shard {path} is truncated or damaged ({size} bytes, not {expected}): "
             "prepare the text again."
         )
@@ -79,20 +80,20 @@ def fingerprint_of(folder: Path) -> str:
     try:
         return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"There is no tokeniser in {folder}: {error.strerror}.") from error
+        raise UserError(f"There is no tokeniser in {folder}: {error.strerror}.") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokeniser in a folder; ValueError if it lacks BERT's special tokens."""
+    """The tokeniser in a folder; UserError if it lacks BERT's special tokens."""
     fingerprint_of(folder)  # a folder that is not there would be looked for on the hub
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"cannot load the tokeniser in {folder}: {error}") from error
+        raise UserError(f"cannot load the tokeniser in {folder}: {error}") from error
     _look_up_special_tokens(tokenizer)
     missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, f"{name}_id") is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"The tokeniser in {folder} has no {', '.join(missing)}: name them in "
             "tokenizer_config.json."
         )
@@ -110,16 +111,16 @@ def _look_up_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _require_ids(words: dict[str, int], folder: Path) -> None:
-    """Raises ValueError if words do not have the numbers from 0 on, one each."""
-    named = {}
+    """Raises UserError if words do not have the numbers from 0 on, one each."""
+    named: dict[int, str] = {}
     for word, number in sorted(words.items()):
         if number >= len(words):
-            raise ValueError(
+            raise UserError(
                 f"The tokeniser in {folder} gives {word!r} the id {number}, beyond its vocabulary "
                 f"of {len(words)} words: number these from 0 to {len(words) - 1}."
             )
         if number in named:
-            raise ValueError(
+            raise UserError(
                 f"The tokeniser in {folder} gives the id {number} to two words, {named[number]!r} "
                 f"and {word!r}: number them apart."
             )
@@ -129,7 +130,7 @@ def _require_ids(words: dict[str, int], folder: Path) -> None:
 class Corpus:
     """Windows of `length` tokens of one split of a prepared folder.
 
-    Raises ValueError if the folder is not whole.
+    Raises UserError if the folder is not whole.
     """
 
     def __init__(self, folder: str | Path, split: str, length: int) -> None:
@@ -146,7 +147,7 @@ class Corpus:
                 )
         self.ends = np.cumsum([len(shard) // length for shard in self.shards])
         if not self.shards:
-            raise ValueError(
+            raise UserError(
                 f"The {split} split of {folder} has no window of {length} tokens: "
                 "prepare more text, or lower the length."
             )
@@ -168,13 +169,13 @@ class Corpus:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError if the folder was not prepared to the end, or names files outside of it."""
+    """Raises UserError if the folder was not prepared to the end, or names files outside of it."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         names = [str(name) for split in manifest["splits"].values() for name in split["shards"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
-        raise ValueError(
+        raise UserError(
             f"cannot read {folder}/manifest.json: {reason}; make the folder with "
             "python -m mlm.prepare."
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from errors import UserError
 from mlm.fields import setting
 from mlm.settings import check_ranges
 
@@ -44,37 +45,37 @@ class Task:
     precision: str = setting("bf16 or fp32, on a GPU", "bf16")
 
     def check(self, name: str) -> None:
-        """Raises ValueError for values that make no sense."""
+        """Raises UserError for values that make no sense."""
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:
-            raise ValueError(
+            raise UserError(
                 f"Unknown metrics {unknown} of {name}: choose from {', '.join(METRICS)}."
             )
         if self.regression and set(self.metrics) - set(REGRESSION):
-            raise ValueError(
+            raise UserError(
                 f"metrics of {name} mix those of values and those of classes: give one kind."
             )
         if len(self.text) not in (1, 2):
-            raise ValueError(f"{name} must have one or two text columns, not {len(self.text)}.")
+            raise UserError(f"{name} must have one or two text columns, not {len(self.text)}.")
         if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision of {name} must be bf16 or fp32, not {self.precision!r}.")
+            raise UserError(f"precision of {name} must be bf16 or fp32, not {self.precision!r}.")
         if min(len(self.eval), len(self.seeds)) < 1:
-            raise ValueError(f"eval and seeds of {name} must not be empty.")
+            raise UserError(f"eval and seeds of {name} must not be empty.")
         for what, values in (("seeds", self.seeds), ("eval", [Path(f).stem for f in self.eval])):
             if len(set(values)) < len(values):
-                raise ValueError(f"{what} of {name} must differ in their names, not {values}.")
+                raise UserError(f"{what} of {name} must differ in their names, not {values}.")
         check_ranges(self, RANGES, f" of {name}")
 
     def check_labels(self, examples: "Examples", path: Path) -> None:
-        """Raises ValueError for labels of a file that the metrics, or training, make nothing of."""
+        """Raises UserError for labels of a file that the metrics, or training, make nothing of."""
         if self.regression:
             if len(set(examples.labels)) < 2:
-                raise ValueError(f"{path} has no two different labels, without which there is no "
+                raise UserError(f"{path} has no two different labels, without which there is no "
                                  "correlation.")  # fmt: skip
         elif len(examples.classes) < 2:
-            raise ValueError(f"{path} has examples of one class alone, {examples.classes[0]!r}.")
+            raise UserError(f"{path} has examples of one class alone, {examples.classes[0]!r}.")
         elif "f1" in self.metrics and len(examples.classes) > 2:
-            raise ValueError(
+            raise UserError(
                 f"f1 is a metric of two classes, and {path} has {len(examples.classes)} "
                 f"({', '.join(examples.classes[:5])}): choose accuracy or matthews."
             )
@@ -96,19 +97,19 @@ class Examples:
 def read_examples(folder: Path, name: str, task: Task, classes: list[str] | None) -> Examples:
     """The examples of a TSV file; `classes` None takes the labels in it for the classes.
 
-    Raises ValueError if a column or value is missing or wrong.
+    Raises UserError if a column or value is missing or wrong.
     """
     path = folder / name
     header, rows = _read_rows(path, task.header)
     missing = [column for column in (*task.text, task.label) if column not in header]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path} has no column {', '.join(map(repr, missing))}, only: {', '.join(header)}."
         )
     places, place = [header.index(column) for column in task.text], header.index(task.label)
     whole = [row for row in rows if len(row) > max(*places, place)]
     if len(whole) < LEAST_WHOLE * len(rows) or not whole:
-        raise ValueError(
+        raise UserError(
             f"{path} has {len(whole)} whole examples in {len(rows)} rows: the others have too few "
             "columns."
         )
@@ -121,7 +122,7 @@ def read_examples(folder: Path, name: str, task: Task, classes: list[str] | None
     classes = sorted(set(labels)) if classes is None else classes
     unknown = sorted(set(labels) - set(classes))
     if unknown:
-        raise ValueError(f"{path} has labels that the training file lacks: {', '.join(unknown)}.")
+        raise UserError(f"{path} has labels that the training file lacks: {', '.join(unknown)}.")
     return Examples(texts, [classes.index(label) for label in labels], classes)
 
 
@@ -132,11 +133,11 @@ def _read_rows(path: Path, header: list[str]) -> tuple[list[str], list[list[str]
             rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read the examples {path}: {reason}") from error
+        raise UserError(f"cannot read the examples {path}: {reason}") from error
     if header:
         return header, rows
     if not rows:
-        raise ValueError(f"{path} is empty.")
+        raise UserError(f"{path} is empty.")
     return rows[0], rows[1:]
 
 
@@ -146,7 +147,7 @@ def _number(label: str, path: Path) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{path} has the label {label!r}, which is no finite number.")
+        raise UserError(f"{path} has the label {label!r}, which is no finite number.")
     return number
 
 

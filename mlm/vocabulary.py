@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import WordPieceTrainer
 from transformers import PreTrainedTokenizerFast
 
+from errors import UserError
 from mlm.shards import SPECIAL_TOKENS, load_tokenizer
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # as SPECIAL_TOKENS
@@ -37,7 +38,7 @@ def train_tokenizer(
 def read_tokenizer(path: Path, *, lowercase: bool) -> PreTrainedTokenizerFast:
     """The tokeniser of a vocab.txt, tokenizer.json or a folder, without its limits of length.
 
-    Raises ValueError for a vocabulary that would have text misread.
+    Raises UserError for a vocabulary that would have text misread.
     """
     if path.is_dir() or path.name == "tokenizer.json":
         tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
@@ -51,13 +52,13 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
         words = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the vocabulary {path}: {error}") from error
+        raise UserError(f"cannot read the vocabulary {path}: {error}") from error
     words = [word.removesuffix("\r") for word in words]
     if missing := [word for word in WORDS if word not in words]:
-        raise ValueError(f"The vocabulary {path} lacks {', '.join(missing)}.")
+        raise UserError(f"The vocabulary {path} lacks {', '.join(missing)}.")
     word, count = Counter(words).most_common(1)[0]
     if count > 1:
-        raise ValueError(
+        raise UserError(
             f"The vocabulary {path} has the word {word!r} {count} times: take out all but the one "
             "whose line number the model knows."
         )
@@ -65,13 +66,13 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _require_case(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
-    """Raises ValueError if words can never be met, for text is lowercased and they are not."""
+    """Raises UserError if words can never be met, for text is lowercased and they are not."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is None or normalizer.normalize_str("A") != "a":
         return
     words = filter(re.compile("(##|▁|Ġ)?[A-Za-z]+").fullmatch, tokenizer.get_vocab())
     if cased := sorted(word for word in words if word != word.lower()):
-        raise ValueError(
+        raise UserError(
             f"The vocabulary {source} is cased ({', '.join(cased[:3])}, ...), but text is "
             "lowercased: give --cased with a vocab.txt, or turn off lowercase in tokenizer.json."
         )

@@ -32,6 +32,7 @@ import yaml  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import main as training  # noqa: E402
+from errors import UserError, as_user_error  # noqa: E402
 from processes import StopSignal  # noqa: E402
 from scripts.plot_log import COLOURS, read_log  # noqa: E402
 
@@ -56,7 +57,8 @@ class Run:
 
     @property
     def log(self) -> list[dict]:
-        return read_log(self.folder / "log.txt") if (self.folder / "log.txt").exists() else []
+        with as_user_error():
+            return read_log(self.folder / "log.txt") if (self.folder / "log.txt").exists() else []
 
     @property
     def leases(self) -> list[dict]:
@@ -102,22 +104,22 @@ def read_recipe(
     its values, each of which makes a model of its own.
 
     Raises:
-        ValueError: the recipe or an argument of main.py in it is wrong, or a folder holds a run
+        UserError: the recipe or an argument of main.py in it is wrong, or a folder holds a run
             with other arguments.
     """
     try:
         recipe = yaml.safe_load(path.read_text())
         table = {str(name): shlex.split(text) for name, text in recipe["models"].items()}
         common, own_seeds = shlex.split(recipe["arguments"]), recipe["seeds"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
             f"{path} is no recipe ({' '.join(str(error).split())}): it needs arguments, seeds and "
             "models."
         ) from error
     if unknown := [name for name in models if name not in table]:
-        raise ValueError(f"{path} has no model {unknown[0]}: it has {', '.join(table)}.")
+        raise UserError(f"{path} has no model {unknown[0]}: it has {', '.join(table)}.")
     if wrong := [name for name in table if not re.fullmatch(r"[\w.+-]+", name)]:
-        raise ValueError(f"The model {wrong[0]!r} is no name of a folder: rename it in {path}.")
+        raise UserError(f"The model {wrong[0]!r} is no name of a folder: rename it in {path}.")
     variants = [(f",{vary[0]}={v}", (f"--{vary[0]}", v)) for v in vary[1:]] or [("", ())]
     runs = []
     chosen = itertools.product(seeds or own_seeds, models or table, variants)
@@ -135,7 +137,7 @@ def read_recipe(
 def check_same_arguments(run: Run) -> None:
     file = run.folder / "arguments.txt"
     if file.exists() and file.read_text() != shlex.join(run.arguments):
-        raise ValueError(
+        raise UserError(
             f"{run.folder} holds a run with other arguments ({file.name}): choose another --output "
             "or remove it."
         )
@@ -291,10 +293,10 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 def report(runs: Sequence[Run], output: Path) -> None:
-    """Writes comparison.md and comparison.png. Raises ValueError if no run is finished."""
+    """Writes comparison.md and comparison.png. Raises UserError if no run is finished."""
     finished = [run for run in runs if run.is_finished]
     if not finished:
-        raise ValueError(f"{output} holds no finished run of this recipe yet.")
+        raise UserError(f"{output} holds no finished run of this recipe yet.")
     facts = yaml.safe_load((finished[0].folder / "args.yaml").read_text())
     at_once = sorted({lease["at_once"] for run in finished for lease in run.leases})
     conditions = [
@@ -335,13 +337,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args, more = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     try:
         if args.concurrent < 1 or not args.minutes > 0:
-            raise ValueError("--concurrent must be at least 1, and --minutes above 0.")
+            raise UserError("--concurrent must be at least 1, and --minutes above 0.")
         runs = read_recipe(args.recipe, args.output, models=args.models, seeds=args.seeds,
                            more=more, vary=args.vary)  # fmt: skip
         if args.report:
             report(runs, args.output)
             return
-    except ValueError as error:
+    except UserError as error:
         parser.exit(2, f"compare.py: error: {error}\n")
     scheduler = Scheduler(
         runs,

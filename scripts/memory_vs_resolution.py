@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from memory import peak_memory
 from models_lion import FORMATS
 from processes import init_distributed
 from scripts.comparison import (
@@ -36,7 +37,6 @@ from scripts.comparison import (
     weight_bytes,
     write,
 )
-from utils import peak_memory
 
 logger = logging.getLogger(__name__)
 LIONS = [label for label in MODELS if label.startswith("LION")]

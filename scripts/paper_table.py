@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from memory import peak_memory
 from processes import init_distributed
 from scripts.comparison import (
     EXPLICIT,
@@ -38,7 +39,6 @@ from scripts.comparison import (
     working_backends,
     write,
 )
-from utils import peak_memory
 
 WARM_UP = 3
 # Top-1 on ImageNet and the time of training divided by ViT's, on an A100 without FlashAttention.

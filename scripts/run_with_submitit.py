@@ -13,20 +13,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main as training  # noqa: E402
-from arguments import check_ranges  # noqa: E402
+import main as training
+from argument_parser import check_ranges
+from errors import UserError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = training.get_args_parser()
     parser.prog = "run_with_submitit.py"
-    add = parser.add_argument
+    add, _ = parser.in_group("Slurm job")
     add("--ngpus", default=8, type=int, within="[1, inf)", help="GPUs of each node")
-    add("--nodes", default=2, type=int, within="[1, inf)")
-    add("--timeout", default=2800, type=int, within="[1, inf)", help="minutes")
-    add("--job_dir", default="jobs/%j", help="logs and run; %%j: job number")
-    add("--partition", default=None)
-    add("--comment", default=None)
+    add("--nodes", default=2, type=int, within="[1, inf)", help="machines of the job")
+    add("--timeout", default=2800, type=int, within="[1, inf)", help="minutes of the job")
+    add("--job_dir", default="jobs/%j", metavar="FOLDER", help="logs and run; %%j: job number")
+    add("--partition", default=None, otherwise="Slurm's", help="partition to ask for")
+    add("--comment", default=None, help="comment of the job")
     return parser
 
 
@@ -74,7 +75,7 @@ def submit(args: argparse.Namespace):
     except ModuleNotFoundError:
         print("run_with_submitit.py: error: run pip install submitit first.", file=sys.stderr)
         sys.exit(2)
-    except ValueError as error:
+    except UserError as error:
         print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     optional = {"slurm_partition": args.partition, "slurm_comment": args.comment}

@@ -24,8 +24,8 @@ import torch
 from torchvision.datasets import FakeData
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
-import checkpoint  # noqa: E402
-from mlm import prepare  # noqa: E402
+import checkpoint
+from mlm import prepare
 
 RUN_IMAGES = (
     "main.py", "--data-path", "{data}/images", "--output_dir", "{run}", "--resume", "auto",

@@ -6,4 +6,5 @@ source scripts/environment.sh
 
 ruff check
 ruff format --check
+mypy
 python -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -36,7 +36,7 @@ def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
                  if p.is_constexpr or values[p.name] is None}  # fmt: skip
     signature = {k: "constexpr" if k in constants else type_of(values[k]) for k in names}
     sixteen = [i for i, k in enumerate(names) if k not in constants and (
-        isinstance(values[k], Tensor) or isinstance(values[k], int) and values[k] % 16 == 0
+        isinstance(values[k], Tensor) or (isinstance(values[k], int) and values[k] % 16 == 0)
     )]  # fmt: skip
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]]
                                                       for i in sixteen})  # fmt: skip

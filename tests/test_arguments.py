@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import runpy
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import timm.optim
 import torch
 from helpers import ROOT, TINY, refused
 
-from arguments import check_args, check_optimizer, get_args_parser
+from argument_parser import ArgumentParser
+from arguments import LION_ARGUMENTS, OF_GATES, check_args, check_optimizer, get_args_parser
+from intervals import in_words
 
 # Of every argument that takes numbers: some at the ends of what it takes, and some beyond.
 NUMBERS = {
@@ -135,13 +138,15 @@ def test_a_bad_number_ends_the_command(name, run, data_path, tmp_path):
 
 
 def test_every_optimiser_runs_or_is_refused_by_name():
-    refused_names = set()
+    reasons = {}
     for name in timm.optim.list_optimizers():
         try:
             check_optimizer(parse("opt", name), torch.device("cpu"))
         except ValueError as error:
-            assert str(error).startswith(f"--opt {name} cannot run here with these arguments (")
-            refused_names.add(name)
+            reasons[name] = str(error)
+    for name, reason in reasons.items():
+        assert reason.startswith(f"--opt {name} cannot run here with these arguments (")
+    refused_names = set(reasons)
     assert {"adahessian", "fusedlamb", "fusedsgd", "bnblion"} <= refused_names
     assert not {"adamw", "sgd", "momentum", "lamb", "lion", "muon", "adan"} & refused_names
 
@@ -224,3 +229,66 @@ def test_unknown_models_suggest_those_of_their_family(option, name, meant, run, 
     family = name.lower().replace("-", "_").split("_")[0]
     if family in ("lion", "hydra", "deit3"):
         assert all(model.startswith(family) for model in suggested)
+
+
+# The help
+
+
+def shown() -> dict[str, list[str]]:
+    """Of every option that --help prints, by its first name: the paragraphs about it."""
+    found = {}
+    for part in re.split(r"\n  (?=-)", get_args_parser().format_help())[1:]:
+        found.setdefault(part.split()[0].rstrip(","), []).append(" ".join(part.split()))
+    return found
+
+
+def test_the_help_prints_every_option_once_with_its_default():
+    first = {dest: names[0] for dest, names in get_args_parser().names.items()}
+    named = {first[action.dest]: action for action in actions()}
+    printed = {name: texts for name, texts in shown().items() if name != "-h"}
+    assert set(printed) == set(named)
+    for name, (text, *others) in printed.items():
+        starts = [part.split()[0].replace("_", "-") for part in text.split(", ")]
+        spellings = [word for word in starts if word.startswith("--")]
+        assert not others and len(spellings) == len(set(spellings)), f"{name} is printed twice"
+        told, _, default = named[name].help.removesuffix(")").rpartition(" (default: ")
+        assert len(told.split(",")[0]) > 2, f"{name} has no words"
+        assert default not in ("", "None", "True", "False"), name
+        assert f"(default: {default})" in text
+
+
+def test_the_default_of_a_number_is_told_as_it_is():
+    numbers = [action for action in actions() if type(action.default) in (int, float)]
+    for action in numbers:
+        number = f"{action.default:g}"
+        assert f"(default: {number}" in action.help or "else the model's" in action.help
+
+
+def test_the_help_is_in_groups_lions_first():
+    groups = [g for g in get_args_parser()._action_groups if g._group_actions]
+    assert [group.title for group in groups][:2] == ["options", "LION"]
+    assert [action.dest for action in groups[0]._group_actions] == ["help"]
+    lions = {action.dest for action in groups[1]._group_actions}
+    assert lions == {*LION_ARGUMENTS, *OF_GATES, "plus"}
+
+
+def test_an_option_without_a_word_is_refused():
+    add, switch = ArgumentParser("x").in_group("a group")
+    for missing in (lambda: add("--a"), lambda: switch("b", True)):
+        with pytest.raises(TypeError, match="help"):
+            missing()
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [("[1, inf)", "at least 1"), ("(0, inf)", "above 0"), ("(0, 1]", "in (0, 1]"),
+     ("(-inf, inf)", "")],
+)  # fmt: skip
+def test_intervals_in_words(interval, words):
+    assert in_words(interval) == words
+
+
+@pytest.mark.parametrize("word", ["--pin-mem", "--pin_mem", "--no-pin-mem", "--no_pin_mem"])
+def test_a_switch(word):
+    args = get_args_parser().parse_args([word])
+    assert args.pin_mem is ("no" not in word) and args.given == ["pin_mem"]

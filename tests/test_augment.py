@@ -171,3 +171,9 @@ def test_cosub_repeats_the_mixed_samples_only(mixup, batch):
     samples, targets = transform(*batch)
     assert samples.shape[0] == 12 and samples[:6].equal(samples[6:])
     assert targets.shape[0] == 6
+
+
+@pytest.mark.parametrize("size", [(16, 24), (40, 48)])
+def test_training_images_need_not_be_square(size):
+    transform = build_train_transform(input_size=size, **NORM)
+    assert transform(Image.new("RGB", (60, 50))).shape == (3, *size)

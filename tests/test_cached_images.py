@@ -46,8 +46,8 @@ def test_batches_are_those_of_the_sampler_and_decoded_once():
         drawn = [index for index, _ in sampler]
         seen = [(images[:, 0, 0, 0].tolist(), labels.tolist()) for images, labels in batches]
         assert len(seen) == len(batches) == 6
-        assert sum((images for images, _ in seen), []) == drawn[:48]
-        assert sum((labels for _, labels in seen), []) == [index % 2 for index in drawn[:48]]
+        assert [i for images, _ in seen for i in images] == drawn[:48]
+        assert [i for _, labels in seen for i in labels] == [index % 2 for index in drawn[:48]]
     assert set(dataset.decoded) == {1}
 
 
@@ -146,16 +146,16 @@ def test_held_out_images_are_not_trained_on(data_path):
     )
     world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
     world.main_first = main.World(0, 1, world.device).main_first
-    kept, held = (main.find_images(args, world, train=train) for train in (True, False))
+    kept, held = (main.image_loading(args).find(world, train=train) for train in (True, False))
     assert (len(kept), len(held)) == (100, 20)
     assert kept.classes == held.classes == ["class0", "class1", "class2"]
     every = [image.tobytes() for part in (kept, held) for image, _ in part]
     args.holdout = 0
     assert sorted(every) == sorted(
-        image.tobytes() for image, _ in main.find_images(args, world, train=True)
+        image.tobytes() for image, _ in main.image_loading(args).find(world, train=True)
     )
     args.holdout, args.seed = 20, 5
-    again = main.find_images(args, world, train=False)
+    again = main.image_loading(args).find(world, train=False)
     assert again.indices == held.indices != list(range(20))
 
 

@@ -319,7 +319,7 @@ def test_load_weights_lists_the_differences():
         "1.weight": torch.ones(2, 2),
         "2.bias": torch.ones(5),
     }
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="^run.pth is of another model: ") as raised:
         checkpoint.load_weights(model, wrong, "run.pth")
     summary, *lines = str(raised.value).splitlines()
     assert summary.startswith(
@@ -337,7 +337,7 @@ def test_load_weights_lists_the_differences():
 def test_load_weights_cuts_a_long_list():
     extra = {f"blocks.{i}.attn.a_i": torch.ones(3) for i in range(32)}
     model = nn.Linear(3, 2)
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="^run.pth is of another model: ") as raised:
         checkpoint.load_weights(model, model.state_dict() | extra, "run.pth")
     lines = str(raised.value).splitlines()
     assert len(lines) == 22 and lines[-1] == "... and 12 more"

@@ -138,6 +138,6 @@ def test_folders_whose_names_are_no_utf8(run, tmp_path):
 def test_scores_replace_others_only_when_they_are_whole(tmp_path):
     write_scores(tmp_path, {"acc1": 1}, ["a"], [[1, 1]])
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
         write_scores(tmp_path, {"acc1": 1}, ["a"], [[1, 1], [1, 1]])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

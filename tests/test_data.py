@@ -23,15 +23,10 @@ from torchvision.transforms.functional import normalize
 
 import datasets
 from augment import build_train_transform
-from datasets import (
-    ALIASES,
-    DATASETS,
-    DeviceLoader,
-    SeededDataset,
-    build_dataset,
-    ignore_signals,
-)
+from datasets import ALIASES, DATASETS, build_dataset
+from loaders import DeviceLoader, SeededDataset
 from samplers import EpochSampler
+from workers import ignore_signals
 
 AUGMENTATION = {"input_size": 28, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 

@@ -71,9 +71,14 @@ def test_a_link_made_meanwhile_is_an_error(tmp_path, monkeypatch):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write("new")
-        raise RuntimeError
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write("new")
+            raise RuntimeError("no space is left")
+
+    with pytest.raises(RuntimeError, match="no space is left"):
+        fail()
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 

@@ -208,8 +208,8 @@ def test_a_file_of_another_size_or_of_nothing_shared():
         adapt_weights(model(), model(embed_dim=48).state_dict(), "file")
     with pytest.raises(ValueError, match="file shares no weight with the model"):
         adapt_weights(model(), {"conv.weight": torch.zeros(1)}, "file")
+    state = {**model(pos_emb=True).state_dict(), "pos_embed": torch.zeros(1, 18, 24)}
     with pytest.raises(ValueError, match="17 patches, no square grid"):
-        state = {**model(pos_emb=True).state_dict(), "pos_embed": torch.zeros(1, 18, 24)}
         adapt_weights(model(pos_emb=True), state, "file")
 
 

@@ -136,7 +136,7 @@ def test_without_feature_map(mask, plan):
 
 
 def test_strided_input():
-    projected, decay, curves, grad = make_inputs("Decay", "S", 30)
+    projected, decay, curves, _ = make_inputs("Decay", "S", 30)
     wider = torch.cat([projected, torch.full((2, 30, 8), torch.nan, device=DEVICE)], 2)
     options = {"heads": 2, "dim": 16, "scans": 2}
     expected = lion_kernels.mix(projected, decay, curves, **options)

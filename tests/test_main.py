@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.utils import parameters_to_vector
 
 import checkpoint
+import loaders
 import main
 
 # Arguments
@@ -398,8 +399,8 @@ def test_augmentation_arguments_arrive(data_path, run, monkeypatch):
 
         return noting
 
-    for name in ("build_train_transform", "build_batch_transform"):
-        monkeypatch.setattr(main, name, note(getattr(main, name)))
+    for module, name in ((loaders, "build_train_transform"), (main, "build_batch_transform")):
+        monkeypatch.setattr(module, name, note(getattr(module, name)))
     wanted = dict(
         color_jitter=0.1, aa="original", train_interpolation="bilinear", reprob=0.5,
         remode="const", recount=2, mixup=0.3, cutmix=0.4, mixup_prob=0.5, mixup_switch_prob=0.6,

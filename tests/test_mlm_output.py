@@ -99,9 +99,10 @@ def test_a_model_folder_is_whole_at_every_kill(corpus, tmp_path):
 def test_resuming_renews_a_model_that_is_behind_its_checkpoint(
     number, corpus, ending, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         killed_at_save(patch, number)
-        call(corpus, tmp_path)
+        with pytest.raises(Killed):
+            call(corpus, tmp_path)
     saved = checkpoint.load(tmp_path / "checkpoint.pth")["model"]
     if number == 2:  # the last one: nothing is left to be trained
         stale = AutoModelForMaskedLM.from_pretrained(tmp_path / "model").state_dict()
@@ -118,9 +119,10 @@ def test_resuming_renews_a_model_that_is_behind_its_checkpoint(
 def test_overwriting_leaves_nothing_to_be_resumed_by_mistake(corpus, ending, tmp_path, monkeypatch):
     assert ending(call, corpus, tmp_path).code == 0
     before = checkpoint.load(tmp_path / "checkpoint.pth")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         killed_at_save(patch, 1, before=True)
-        call(corpus, tmp_path, overwrite="true", seed=3)
+        with pytest.raises(Killed):
+            call(corpus, tmp_path, overwrite="true", seed=3)
     assert not list(tmp_path.glob("checkpoint*")) and not (tmp_path / "model").exists()
     ended = ending(call, corpus, tmp_path, resume="auto")
     assert ended.code == 0 and "Step: [0/4]" in ended.out.replace("  ", " ")

@@ -156,9 +156,10 @@ def test_an_evaluation_that_fails_costs_no_step(call, whole, corpus, ending, tmp
             raise OSError("a shard cannot be read")
         return evaluate(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="a shard cannot be read"):
+    with monkeypatch.context() as patch:
         patch.setattr(pretrain.Pretraining, "evaluate", failing)
-        short(corpus, tmp_path, save_every=100)
+        with pytest.raises(OSError, match="a shard cannot be read"):
+            short(corpus, tmp_path, save_every=100)
     assert checkpoint.load(tmp_path / "checkpoint.pth")["step"] == 4 * call
     assert ending(short, corpus, tmp_path, resume="auto").code == 0
     assert_same_run(tmp_path, whole)
@@ -172,9 +173,10 @@ def test_a_kill_after_an_evaluation_logs_it_once(whole, corpus, ending, tmp_path
             raise OSError("the power fails")
         return step(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="the power fails"):
+    with monkeypatch.context() as patch:
         patch.setattr(pretrain.Pretraining, "_train_step", dying)
-        short(corpus, tmp_path)
+        with pytest.raises(OSError, match="the power fails"):
+            short(corpus, tmp_path)
     assert [record["step"] for record in records(tmp_path)] == [4, 8]
     # As two processes would have saved it.
     saved = checkpoint.load(tmp_path / "checkpoint.pth")

@@ -1,6 +1,7 @@
 """The installed package loads saved models anywhere, and stands in no other package's way."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT
+from packaging.requirements import Requirement
 from transformers import AutoModelForMaskedLM
 
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
+from scripts.lowest import lowest
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
          "intermediate_size": 16}  # fmt: skip
@@ -67,17 +71,33 @@ def run(code: str, *arguments: object, cwd: Path, path: list[Path], **variables:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """Where `pip install .` puts the package, without its dependencies."""
-    folder = tmp_path_factory.mktemp("install")
-    left = shutil.ignore_patterns(".*", "__pycache__", "build", "outputs", "*.egg-info", "tests")
-    shutil.copytree(ROOT, folder / "source", ignore=left, symlinks=True)
+def install(*arguments: object) -> None:
+    """`pip install` without dependencies and network."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
-               "--no-build-isolation", "--target", folder / "site", folder / "source"]  # fmt: skip
+               "--no-build-isolation", *map(str, arguments)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "source"
+    left = shutil.ignore_patterns(".*", "__pycache__", "build", "outputs", "*.egg-info", "tests")
+    return shutil.copytree(ROOT, folder, ignore=left, symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def site(source, tmp_path_factory) -> Path:
+    """Where `pip install .` puts the package."""
+    folder = tmp_path_factory.mktemp("install") / "site"
+    install("--target", folder, source)
+    return folder
+
+
+def requirements(*names: str) -> list[Requirement]:
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    stripped = [line.partition("#")[0].strip() for line in lines]
+    return [Requirement(line) for line in stripped if line]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +115,49 @@ def test_the_models_alone_are_installed(site):
                                        "models_vim", "state_space"}  # fmt: skip
     parts = {path.stem for path in (site / "mlm").glob("*.py")}
     assert parts == {"__init__", "card", "encoder", "fields", "mixers", "modeling"}
+
+
+def test_an_editable_install_shows_the_same_modules(source, tmp_path):
+    install("--prefix", tmp_path, "--editable", source)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    code = """
+import importlib.util, site, sys
+site.addsitedir(sys.argv[1])
+names = ("models_lion", "mlm.modeling", "lion_kernels", "datasets", "utils", "errors", "main")
+print(*[name for name in names if importlib.util.find_spec(name)])
+"""
+    done = run(code, site, cwd=tmp_path, path=[])
+    assert done.stdout.split() == ["models_lion", "mlm.modeling", "lion_kernels"], done.stderr
+
+
+def test_the_extras_are_the_requirements(site):
+    (facts,) = site.glob("*.dist-info/METADATA")
+    needed = re.findall("^Requires-Dist: (.*)$", facts.read_text(), re.M)
+    found = {"": set(), "mlm": set(), "dev": set()}
+    for line in needed:
+        text, _, extra = line.partition("; extra == ")
+        found[extra.strip("\"'")].add(str(Requirement(text)))
+    both = ("requirements.txt", "mlm/requirements.txt")
+    assert found["mlm"] == {str(each) for each in requirements("mlm/requirements.txt")}
+    assert found["dev"] == {str(each) for each in requirements(*both)}
+    assert found[""] < found["dev"], "the models need what training needs, and no other version"
+
+
+def test_the_lowest_versions():
+    lines = ["torch>=2.11", "transformers>=5.17,<6", "", "# tools", "ruff~=0.17.6  # note"]
+    assert lowest(lines) == ["torch==2.11", "transformers==5.17", "ruff==0.17.6"]
+    for name in ("requirements.txt", "mlm/requirements.txt"):
+        pinned = lowest((ROOT / name).read_text().splitlines())
+        assert len(pinned) == len(requirements(name)), "each has a lower bound"
+
+
+def test_the_workflow_runs_the_tests_on_every_python():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
+    matrix = job["strategy"]["matrix"]
+    assert matrix["python"] == ["3.11", "3.12", "3.13"]
+    assert matrix["include"] == [{"python": "3.11", "versions": "lowest"}]
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
 def test_a_saved_model_is_loaded_with_the_package_alone(site, saved, tmp_path):

@@ -10,7 +10,7 @@ from helpers import TINY
 from timm.data import create_transform
 
 import checkpoint
-import datasets
+import loaders
 import preprocessing
 from losses import load_teacher
 from preprocessing import Preprocessing
@@ -27,15 +27,15 @@ OF_OWN = Preprocessing((3, 48, 48), "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 @pytest.fixture
 def made(monkeypatch):
     """What loaders of evaluation are built with: each one's transform and normalisation."""
-    loaders = []
-    init = datasets.DeviceLoader.__init__
+    noted = []
+    init = loaders.DeviceLoader.__init__
 
     def noting(self, dataset, *args, **kwargs):
         init(self, dataset, *args, **kwargs)
-        loaders.append((dataset, tuple(kwargs["mean"]), tuple(kwargs["std"])))
+        noted.append((dataset, tuple(kwargs["mean"]), tuple(kwargs["std"])))
 
-    monkeypatch.setattr(datasets.DeviceLoader, "__init__", noting)
-    return loaders
+    monkeypatch.setattr(loaders.DeviceLoader, "__init__", noting)
+    return noted
 
 
 def evaluated(made, run, *arguments: object) -> Preprocessing:

@@ -134,9 +134,10 @@ def test_an_evaluation_that_fails_costs_no_epoch(
     call, run, whole, data_path, tmp_path, monkeypatch
 ):
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="an image cannot be read"):
+    with monkeypatch.context() as patch:
         call_in_evaluation(patch, call, fail)
-        run(*arguments)
+        with pytest.raises(OSError, match="an image cannot be read"):
+            run(*arguments)
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
     assert (saved["epoch"] + 1, saved["step"]) == ((call - 1) // 2, STEPS)
     assert run(*arguments, "--resume", "auto").code == 0

@@ -62,9 +62,10 @@ def places(data_path, tmp_path_factory) -> dict[str, Path]:
     shared = (*LIT, "--data-path", data_path)
     call_main(*shared, "--output_dir", root / "run")
     call_main(*shared, *GATED, "--output_dir", root / "gated")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch:
         signal_in_step(patch, 2)
-        call_main(*shared, "--output_dir", root / "stopped")
+        with pytest.raises(SystemExit):
+            call_main(*shared, "--output_dir", root / "stopped")
     shutil.copytree(data_path, root / "copy")
     teacher = timm.create_model("test_resnet", num_classes=3).state_dict()
     torch.save({"model": teacher}, root / "teacher.pth")

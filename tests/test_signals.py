@@ -15,8 +15,8 @@ from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step
 
 import checkpoint
 import main
-from datasets import ignore_signals
 from processes import STOP_SIGNALS
+from workers import ignore_signals
 
 SHORT = (*TINY, "--batch-size", "24", "--epochs", "2", "--model-ema-decay", "0.9")
 STEPS = 5

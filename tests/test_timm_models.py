@@ -36,7 +36,7 @@ SMALL = (
     *("mini", "050", "35", "b0", "m0", "s0", "18", "lite", "t0", "88m", "base", "b"),
 )
 # Families of large models only: fewer blocks do.
-SHORTER = dict.fromkeys(("deepseek_vit", "gemma4_vit", "qwen3_vit"), {"depth": 1})
+SHORTER = {name: {"depth": 1} for name in ("deepseek_vit", "gemma4_vit", "qwen3_vit")}
 # Families that do not take images of 128 pixels, though their configuration fixes no size.
 WHOLE = ("byoanet", "deepseek_vit")
 

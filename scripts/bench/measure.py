@@ -20,9 +20,9 @@ from statistics import median
 
 import torch
 
+from memory import peak_memory
 from scripts.bench.cases import BACKWARD, PATCH, SOFTMAX, Case
 from scripts.bench.steps import Step, images, prepare
-from utils import peak_memory
 
 TURN = 0.02  # seconds that a turn takes at least: short cases get several iterations
 OUT_OF_MEMORY, UNAVAILABLE, OUT_OF_TIME = "out of memory", "not available", "no time left"

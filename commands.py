@@ -1,0 +1,64 @@
+"""How commands run, log, and report errors."""
+
+import io
+import logging
+import sys
+from collections.abc import Callable
+
+from errors import UserError
+from processes import Peers, meet
+from urls import without_secrets
+
+
+class DiscreetFormatter(logging.Formatter):
+    """Plain lines, in which URLs have no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
+def setup_logging(is_main: bool) -> None:
+    """Plain lines on standard output: all from the main process, only warnings from the others."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(DiscreetFormatter("%(message)s"))
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def run_command(
+    name: str, build: Callable[[Peers], Callable[[], None]], dist_url: str = "env://"
+) -> None:
+    """Runs a command: `build(peers)` reads and checks everything, what it returns does the work.
+
+    A UserError of `build` is one sentence on standard error, from the main process or from each
+    whose error is another, and exit code 2. A FloatingPointError of the work is one sentence, too,
+    with exit code 1; every other error keeps its traceback. An error of one process ends all.
+    """
+
+    def tell(problem: str) -> None:
+        print(without_secrets(f"{name}: error: {problem}"), file=sys.stderr, flush=True)
+
+    try:
+        peers = meet(dist_url)
+        setup_logging(peers.rank == 0)
+    except UserError as error:
+        tell(str(error))
+        sys.exit(2)
+    with peers.together(name):
+        try:
+            work = build(peers)
+            peers.settle()
+        except UserError as error:
+            if peers.rank == 0:
+                tell(str(error))
+            if not peers.settle(str(error)):
+                tell(f"{peers}: {error}")
+            sys.exit(2)
+        try:
+            work()
+        except FloatingPointError as error:
+            tell(str(error))
+            sys.exit(1)

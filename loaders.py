@@ -1,0 +1,305 @@
+"""Loaders of labelled images for training, whose augmentation is seeded, and for evaluation."""
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from augment import build_eval_transform, build_train_transform
+from cached_images import CachedLoader
+from datasets import LabelledImages, Split, Transform, build_dataset
+from device_augment import build_device_transform
+from errors import UserError
+from preprocessing import Preprocessing
+from processes import World
+from samplers import EpochSampler, ShardSampler
+from workers import ignore_signals
+
+logger = logging.getLogger(__name__)
+
+
+class SeededDataset(Dataset):
+    """Training samples whose augmentation depends on (seed, draw) alone.
+
+    Indexed by `(index, draw)` as `EpochSampler` yields them, so the stream of samples is the same
+    for any number of processes and workers. An image that cannot be read is replaced by the next
+    readable one, logged and counted.
+
+    Args:
+        dataset: yields (PIL image, label), and raises OSError for an unreadable image.
+        transform: may use the random states of Python, numpy and torch (CPU).
+        seed: non-negative int.
+        max_corrupt: different unreadable images to put up with.
+
+    Raises:
+        RuntimeError: on access, with more than `max_corrupt` unreadable images, or all of them.
+    """
+
+    def __init__(
+        self, dataset: LabelledImages, transform: Transform, *, seed: int, max_corrupt: int = 100
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.max_corrupt = min(max_corrupt, len(dataset) - 1)
+        # One flag an image: a file met in every epoch counts once, and no lock is needed.
+        self._corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    @property
+    def corrupt_count(self) -> int:
+        """Different unreadable images met so far, by all workers of this process."""
+        return int(self._corrupt.sum())
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        index, draw = key
+        # A worker's random states serve nothing else; the training process needs its own.
+        with nullcontext() if get_worker_info() else _random_states_restored():
+            _seed_random_states(self.seed, draw)
+            image, label = self._readable(index)
+            return self.transform(image), label
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _readable(self, index: int) -> tuple[Image.Image, int]:
+        while True:
+            try:
+                return self.dataset[index]
+            except OSError as error:
+                self._note_corrupt(index, error)
+            index = (index + 1) % len(self)
+
+    def _note_corrupt(self, index: int, error: OSError) -> None:
+        if not self._corrupt[index]:
+            self._corrupt[index] = True
+            logger.warning("Training goes on without image %d: %s", index, error)
+        if self.corrupt_count > self.max_corrupt:
+            raise RuntimeError(
+                f"{self.corrupt_count} of {len(self)} training images cannot be read, more than "
+                f"the {self.max_corrupt} allowed: mend the data set (last: {error})."
+            ) from error
+
+
+class DeviceLoader(DataLoader):
+    """Batches of images and labels, of which the images are moved to `device`.
+
+    Bytes become normalised floats there: the workers then write, and the training process
+    copies, a quarter as much.
+
+    Args:
+        device: of the images; labels stay on the CPU.
+        mean, std: per channel, for pixels in [0, 1].
+    """
+
+    dataset: Any
+    sampler: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self.device = device
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        # No generator: what starts an epoch draws random numbers, here and not at the first batch.
+        return map(self._on_device, super().__iter__())
+
+    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype is torch.uint8:
+            images = normalized(images, self.mean, self.std)
+        return images, labels
+
+
+def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Bytes `[B, 3, H, W]` as floats; `mean` and `std` are for pixels in [0, 1]."""
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class ImageLoading:
+    """Where images come from and how they are read, in training and evaluation alike.
+
+    Attributes:
+        data_set, data_path, inat_category: as `datasets.build_dataset` takes them.
+        holdout: training images that are left out of training and evaluated on.
+        batch_size: images of a training batch; evaluation takes half as many again.
+        num_workers: processes that load images, of which there is at most one per CPU core.
+        pin_memory: use pinned host memory where the device is a GPU.
+        cached: keep all images on the device, and augment whole batches there.
+    """
+
+    data_set: str
+    data_path: str
+    inat_category: str = "name"
+    holdout: int = 0
+    batch_size: int = 64
+    num_workers: int = 0
+    pin_memory: bool = False
+    cached: bool = False
+
+    def find(
+        self, world: World, *, train: bool, transform: Transform | None = None
+    ) -> LabelledImages:
+        """The images of training or of evaluation."""
+        with world.main_first():
+            dataset, _ = build_dataset(
+                self.data_set,
+                self.data_path,
+                train=train or self.holdout > 0,
+                inat_category=self.inat_category,
+                transform=transform,
+            )
+        return Split(dataset, self.holdout, held_out=not train) if self.holdout else dataset
+
+    def worker_options(self) -> dict[str, Any]:
+        workers = min(self.num_workers, os.cpu_count() or 1)
+        return {"num_workers": workers, "worker_init_fn": ignore_signals}
+
+    def loader_options(self, world: World, images: Preprocessing) -> dict[str, Any]:
+        options = self.worker_options()
+        return {
+            **options,
+            "persistent_workers": options["num_workers"] > 0,
+            "pin_memory": self.pin_memory and world.device.type == "cuda",
+            "device": world.device,
+            "mean": images.mean,
+            "std": images.std,
+        }
+
+
+def build_train_loader(
+    loading: ImageLoading,
+    world: World,
+    images: Preprocessing,
+    *,
+    augmentation: dict[str, Any] | None,
+    repeats: int = 1,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> tuple[DeviceLoader | CachedLoader, Sequence[str]]:
+    """Batches for training, and the names of the classes.
+
+    Args:
+        augmentation: of `augment.build_train_transform`; None shows the images as evaluation does.
+        repeats: draws of each image.
+        accumulate: batches of an optimiser step.
+
+    Raises:
+        UserError: data that is missing, or of less images than a step draws.
+    """
+    found = loading.find(world, train=True)
+    sampler = EpochSampler(
+        len(found), num_replicas=world.size, rank=world.rank, repeats=repeats, seed=seed
+    )
+    if len(sampler) < loading.batch_size * accumulate:
+        raise UserError(
+            f"One step draws {loading.batch_size * accumulate} images per process, but an epoch of "
+            f"{loading.data_set} has only {len(sampler)}: lower --batch-size."
+        )
+    if loading.cached:
+        cached = _cached_train_loader(loading, world, images, found, sampler, augmentation, seed)
+        return cached, found.classes
+    transform = _train_transform(images, augmentation)
+    dataset = SeededDataset(found, transform, seed=seed)
+    loader = DeviceLoader(dataset, loading.batch_size, sampler=sampler, drop_last=True,
+                          **loading.loader_options(world, images))  # fmt: skip
+    return loader, found.classes
+
+
+def build_eval_loader(
+    loading: ImageLoading, world: World, images: Preprocessing
+) -> DeviceLoader | CachedLoader:
+    """Batches for evaluation, of this process's share of the images."""
+    found = loading.find(world, train=False, transform=_eval_transform(images))
+    sampler = ShardSampler(len(found), num_replicas=world.size, rank=world.rank)
+    batch_size = int(1.5 * loading.batch_size)
+    if loading.cached:
+        return CachedLoader(found, batch_size, sampler=sampler, device=world.device,
+                            transform=_normalizing(world.device, images),
+                            **loading.worker_options())  # fmt: skip
+    return DeviceLoader(found, batch_size, sampler=sampler,
+                        **loading.loader_options(world, images))  # fmt: skip
+
+
+def _cached_train_loader(
+    loading: ImageLoading,
+    world: World,
+    images: Preprocessing,
+    found: LabelledImages,
+    sampler: EpochSampler,
+    augmentation: dict[str, Any] | None,
+    seed: int,
+) -> CachedLoader:
+    transform = _normalizing(world.device, images)
+    if augmentation is not None:
+        known = {name: augmentation[name] for name in ("aa", "reprob", "remode")}
+        transform = build_device_transform(
+            mean=images.mean, std=images.std, device=world.device, **known
+        )
+    dataset = SeededDataset(found, _eval_transform(images), seed=seed)
+    keys = [(index, index) for index in range(len(found))]
+    return CachedLoader(dataset, loading.batch_size, sampler=sampler, transform=transform,
+                        device=world.device, keys=keys, drop_last=True,
+                        **loading.worker_options())  # fmt: skip
+
+
+def _train_transform(images: Preprocessing, augmentation: dict[str, Any] | None) -> Transform:
+    if augmentation is None:
+        return _eval_transform(images)
+    options = {"interpolation": images.interpolation, **augmentation}
+    return build_train_transform(
+        input_size=images.size, mean=images.mean, std=images.std, **options
+    )
+
+
+def _eval_transform(images: Preprocessing) -> Transform:
+    return build_eval_transform(
+        input_size=images.size,
+        crop_ratio=images.crop_pct,
+        crop_mode=images.crop_mode,
+        interpolation=images.interpolation,
+    )
+
+
+def _normalizing(device: torch.device, images: Preprocessing) -> Callable[[Tensor], Tensor]:
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (images.mean, images.std))
+    return partial(normalized, mean=mean, std=std)
+
+
+def _seed_random_states(seed: int, draw: int) -> None:
+    words = np.random.SeedSequence((seed, draw)).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    # torch.manual_seed would also queue work for CUDA, with a stack trace for each call.
+    torch.default_generator.manual_seed(words[2])
+
+
+@contextmanager
+def _random_states_restored() -> Iterator[None]:
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)

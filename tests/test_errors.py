@@ -1,0 +1,86 @@
+"""What users did wrong is told in a sentence; what is wrong in the program keeps its traceback."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, TINY, refused
+
+import loaders
+from errors import UserError, as_user_error
+from mlm import pretrain
+
+CONFIG = str(ROOT / "mlm" / "configs" / "lion-s-base.yaml")
+COMMAND = """
+from errors import UserError
+from commands import run_command
+
+def build(peers):
+    raise {kind}("invalid literal")
+
+run_command("command", build)
+"""
+
+
+def fail(*_: object, **__: object) -> None:
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "first", "last"),
+    [
+        ("UserError", 2, "command: error: invalid literal", "command: error: invalid literal"),
+        ("ValueError", 1, "Traceback (most recent call last):", "ValueError: invalid literal"),
+    ],
+)
+def test_the_ends_of_a_command(kind, code, first, last):
+    done = subprocess.run([sys.executable, "-c", COMMAND.format(kind=kind)], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert (done.returncode, lines[0], lines[-1]) == (code, first, last), done.stderr
+
+
+@pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
+def test_a_bug_in_the_set_up_is_not_the_users(evaluation, run, data_path, monkeypatch):
+    monkeypatch.setattr(loaders, "build_eval_loader", fail)
+    with pytest.raises(ValueError, match="^a bug$"):
+        run(*TINY, "--data-path", data_path, *evaluation)
+
+
+def test_a_bug_in_the_set_up_of_pretraining(ending, corpus, monkeypatch):
+    monkeypatch.setattr(pretrain, "build_loaders", fail)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    model = [f"model.{name}={value}" for name, value in small.items()]
+    with pytest.raises(ValueError, match="^a bug$"):
+        ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", *model])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.mixer=nonsense", "Unknown mixer 'nonsense': choose one of"),
+        ("lr=[1", r"The value in 'lr=\[1' is no YAML: "),
+        ("lr=2020-13-45", "The value in 'lr=2020-13-45' is no YAML: month must be in 1..12"),
+    ],
+)
+def test_bad_settings(setting, message, ending, corpus):
+    ended = ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", setting])
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert re.search(message, ended.err)
+
+
+def test_a_librarys_refusal_of_an_order_is_the_users(run, data_path):
+    refused(run(*TINY, "--data-path", data_path, "--order", "nonsense"), "Unknown order 'nonsense'")
+
+
+def test_only_value_errors_of_a_library_become_the_users():
+    with pytest.raises(UserError, match="^no such order$") as caught, as_user_error():
+        raise ValueError("no such order")
+    assert caught.value.__cause__ is not None
+    with pytest.raises(TypeError), as_user_error():
+        raise TypeError
+    with pytest.raises(UserError) as caught, as_user_error():
+        raise UserError("as it is")
+    assert caught.value.__cause__ is None
