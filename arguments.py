@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ParseKwargs
@@ -21,6 +21,7 @@ from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
 from models_lion_plus import PLUS
+from optimization import create_optimizer
 from utils import outside
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
@@ -371,7 +372,7 @@ def optimizer_of_probe(args: argparse.Namespace, device: torch.device) -> torch.
     probe = nn.Linear(2, 2, device=device)
     probe(torch.ones(1, 2, device=device)).sum().backward()
     options = {**optimizer_kwargs(args), "layer_decay": None}  # that is the model's
-    return create_optimizer_v2(probe, **options)
+    return create_optimizer(probe, device, **options)
 
 
 def one_line(error: Exception) -> str:

@@ -168,9 +168,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         ValueError, KeyError: it is the state of another kind of optimiser.
     """
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
-        group.update(hyperparameters)
+    saved = state["param_groups"]
+    # Before the state, for `fused` decides where it is held.
+    groups = [{**theirs, **mine} for theirs, mine in zip(saved, own, strict=False)]
+    optimizer.load_state_dict({**state, "param_groups": groups + saved[len(groups) :]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = _laid_out_like(parameter, value)
+
+
+def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the strides of `parameter`, which fused optimisers ask for."""
+    if value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def adapt_weights(

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 import checkpoint
 from journal import Mean, Progress
+from optimization import clip_gradients
 from processes import Interrupted, StopSignal, World
 from urls import without_secrets
 from utils import digest, fingerprint, seed_everything
@@ -217,7 +218,7 @@ def train_one_epoch(
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        norm = clip_gradients(parameters, clip_grad)
         lr = optimizer.param_groups[0]["lr"]
         where, look = f"epoch {epoch}, step {step}", progress.due(step)
         stopping = check(loss, norm, look=look, where=where, lr=lr, scaler=scaler)

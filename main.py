@@ -15,10 +15,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,6 +59,7 @@ from engine import (
 from journal import Journal, provenance, require_writable, write_scores
 from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
+from optimization import MovingAverage, create_optimizer
 from parameter_groups import set_apart
 from preprocessing import Preprocessing
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
@@ -308,7 +308,7 @@ def build_run(
     ema = None
     if args.model_ema:
         device = "cpu" if args.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
+        ema = MovingAverage(model, decay=args.model_ema_decay, device=device)
     batch = args.batch_size * world.size * args.grad_accum_steps
     lr = args.lr if args.unscale_lr else args.lr * batch / 512
     logger.info(
@@ -319,7 +319,7 @@ def build_run(
     if args.attn_only:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".attn." in name or name.startswith(("head", "pos_embed"))
-    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), "lr": lr})
+    optimizer = create_optimizer(model, world.device, **{**optimizer_kwargs(args), "lr": lr})
     if args.gate_lr_scale != 1 or args.gate_weight_decay is not None:
         set_apart(optimizer, model.decay_parameters(), lr_scale=args.gate_lr_scale,
                   weight_decay=args.gate_weight_decay)  # fmt: skip

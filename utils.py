@@ -104,7 +104,20 @@ def seed_everything(*entropy: int) -> None:
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
     random.seed(words[0])
     np.random.seed(words[1])
-    torch.manual_seed(words[2])
+    seed_torch(words[2])
+
+
+def seed_torch(seed: int) -> None:
+    """Seeds the CPU and the current GPU.
+
+    `torch.manual_seed` also prepares seeds of kinds of devices that are not in use, with a stack
+    trace for each, and takes ten times as long.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    elif torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)  # once it is initialised
 
 
 def make_deterministic() -> None:

@@ -1,6 +1,5 @@
 """Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
 
-import math
 import os
 import shutil
 import sys
@@ -26,6 +25,7 @@ from mlm.fields import setting
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import Corpus, data_digest, load_tokenizer
+from optimization import clip_gradients
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
@@ -249,7 +249,7 @@ class Pretraining:
                 f"{self.settings.data}: give the data of its training, or another output."
             )
         checkpoint.load_weights(self.model, saved["model"], source)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
         self.restored = True
 
@@ -368,7 +368,7 @@ class Pretraining:
                     loss = model(**part, num_items_in_batch=asked, targets_only=True).loss
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+        norm = clip_gradients(list(self.model.parameters()), None)
         stopping = check(total, norm, look=look, where=f"step {self.step}", lr=self._lr())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -143,7 +143,7 @@ def _rank(rank: int, size: int, folder: Path, function: Callable, arguments: Seq
 
 def signal_in_step(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """This process receives a signal in the given optimiser step of main.py, counted from 1."""
-    update, calls = main.ModelEmaV3.update, []
+    update, calls = main.MovingAverage.update, []
 
     def counted(*args, **kwargs):
         calls.append(None)
@@ -151,7 +151,7 @@ def signal_in_step(patch: pytest.MonkeyPatch, step: int, number: int = signal.SI
             os.kill(os.getpid(), number)
         return update(*args, **kwargs)
 
-    patch.setattr(main.ModelEmaV3, "update", counted)
+    patch.setattr(main.MovingAverage, "update", counted)
 
 
 def torchrun(module: str, *arguments: Any) -> list[str]:

@@ -173,7 +173,7 @@ def test_a_moving_average_that_is_not_finite_ends_the_run(run, data_path, tmp_pa
     def update(self, model):
         next(self.module.parameters()).data.fill_(math.nan)
 
-    monkeypatch.setattr(main.ModelEmaV3, "update", update)
+    monkeypatch.setattr(main.MovingAverage, "update", update)
     ended = run(*arguments, "--epochs", "2", "--resume", "auto")
     assert ended.code == 1 and ended.err.startswith("main.py: error: The")
     for name in ("checkpoint.pth", "best_checkpoint.pth", "log.txt"):

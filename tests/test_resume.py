@@ -66,9 +66,9 @@ def signal_at(monkeypatch, owner: object, name: str, call: int, number: signal.S
 @pytest.mark.parametrize(
     ("owner", "name", "call", "epoch", "step", "number", "workers"),
     [
-        (main.ModelEmaV3, "update", 4, 0, 5, signal.SIGTERM, (0, 2)),
-        (main.ModelEmaV3, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
-        (main.ModelEmaV3, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
+        (main.MovingAverage, "update", 4, 0, 5, signal.SIGTERM, (0, 2)),
+        (main.MovingAverage, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
+        (main.MovingAverage, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
         (main, "evaluate", 3, 1, STEPS, signal.SIGTERM, (2, 0)),
         (main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
         (main.checkpoint, "save", 2, 1, 1, signal.SIGTERM, (0, 0)),
@@ -173,7 +173,7 @@ def stopped_rank(rank: int, folder: Path, call: int, *arguments: object) -> None
 
 
 def test_a_stopped_run_without_a_folder_promises_nothing(run, data_path, monkeypatch):
-    signal_at(monkeypatch, main.ModelEmaV3, "update", 4, signal.SIGTERM)
+    signal_at(monkeypatch, main.MovingAverage, "update", 4, signal.SIGTERM)
     ended = run(*RECIPE, "--data-path", data_path)
     assert ended.code == 143
     assert "Stopped at epoch 0, step 5: not saved, without --output_dir\n" in ended.out
@@ -245,7 +245,7 @@ def test_an_epoch_ends_with_the_steps_it_began_with(run, data_path, tmp_path, mo
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run", "--resume",
                  "auto")  # fmt: skip
     with monkeypatch.context() as patch:
-        signal_at(patch, main.ModelEmaV3, "update", 4, signal.SIGTERM)
+        signal_at(patch, main.MovingAverage, "update", 4, signal.SIGTERM)
         run(*arguments)
     refused = r"main\.py: error: .*checkpoint\.pth was saved in the middle of an epoch, .*\({}\)\."
     ended = run(*arguments, "--batch-size", "16", "--seed", "3")

@@ -32,7 +32,7 @@ def whole(data_path, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_run_saves_and_its_workers_survive(number, whole, run, data_path, tmp_path, monkeypatch):
     """Slurm and terminals signal the workers of the loader, too."""
-    update, calls = main.ModelEmaV3.update, []
+    update, calls = main.MovingAverage.update, []
 
     def counted(*args, **kwargs):
         calls.append(None)
@@ -43,7 +43,7 @@ def test_a_run_saves_and_its_workers_survive(number, whole, run, data_path, tmp_
 
     arguments = (*SHORT, "--data-path", data_path, "--output_dir", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(main.ModelEmaV3, "update", counted)
+        patch.setattr(main.MovingAverage, "update", counted)
         ended = run(*arguments, "--num_workers", "1")
     assert (ended.code, ended.err) == (128 + number, "")
     assert "Stopped at epoch 0, step 2: go on by --resume auto\n" in ended.out

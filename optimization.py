@@ -1,0 +1,56 @@
+"""What changes the weights: fused optimisers, their moving average, and one optimiser step."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # whose step can be one kernel
+
+
+def create_optimizer(
+    model: nn.Module, device: torch.device, *, opt: str, **options: Any
+) -> torch.optim.Optimizer:
+    """timm's optimiser of this name for a model, fused where it can be on a GPU."""
+    if device.type == "cuda" and can_be_fused(opt):
+        options["fused"] = True
+    return create_optimizer_v2(model, opt=opt, **options)
+
+
+def can_be_fused(opt: str) -> bool:
+    """Whether timm's optimiser of this name, `lookahead_` before it or not, has a fused step.
+
+    Raises ValueError where there is none of this name.
+    """
+    return get_optimizer_class(opt.lower().split("_")[-1], bind_defaults=False) in FUSED
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of a model, whose tensors are looked up once and not in every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pairs: dict[bool, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:  # the average is on another device
+            super().apply_update_(model, decay)
+            return
+        if not self._pairs:
+            average, weights = (m.state_dict(keep_vars=True) for m in (self.module, model))
+            for floating in (True, False):
+                names = [n for n, t in average.items() if t.is_floating_point() is floating]
+                self._pairs[floating] = [average[n] for n in names], [weights[n] for n in names]
+        torch._foreach_lerp_(*self._pairs[True], weight=1 - decay)
+        if self._pairs[False][0]:
+            torch._foreach_copy_(*self._pairs[False])
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Norm of all gradients, before they are scaled so that it is at most `max_norm`, if given."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
