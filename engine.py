@@ -3,12 +3,10 @@
 import logging
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
@@ -17,18 +15,16 @@ from torch.utils.data import Dataset
 import checkpoint
 from errors import UserError
 from journal import Mean, Progress
-from optimization import clip_gradients
+from optimizer_step import OptimizerStep
 from processes import Interrupted, StopSignal, World
 from urls import without_secrets
-from utils import digest, fingerprint, seed_everything
+from utils import digest, fingerprint
 
 logger = logging.getLogger(__name__)
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LOG_INTERVAL = 10  # steps between two lines; on a GPU the host waits for the device only then
 METERS = ("lr", "loss", "grad_norm")
-# A GradScaler begins at 2**16 and halves its scale with each step that it skips: 32 in a row.
-LEAST_SCALE = 2.0**-16
 
 
 @dataclass
@@ -112,57 +108,6 @@ def require_same(
     world.peers.agree(facts, "give them the same data and checkpoints")
 
 
-def looks_every_step(device: torch.device) -> bool:
-    """On a GPU a look makes the host wait for the device."""
-    return device.type == "cpu"
-
-
-class StepCheck:
-    """All processes together see whether their steps are finite, and whether to stop.
-
-    Called before each optimiser step, it looks there on the CPU; on a GPU only where `look` says
-    so, then at all steps since the last look. No checkpoint may be written without one.
-    """
-
-    def __init__(self, world: World, stop: StopSignal | None, advice: str) -> None:
-        self.world, self.stop, self.advice = world, stop, advice
-        self.every_step = looks_every_step(world.device)
-        self.broken = torch.zeros((), dtype=torch.bool, device=world.device)
-
-    def __call__(
-        self,
-        loss: Tensor,
-        norm: Tensor,
-        *,
-        look: bool,
-        where: str,
-        lr: float,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> bool:
-        """Whether any process was told to stop, as far as it looks.
-
-        A `scaler` that is enabled skips steps whose gradient norm is not finite by itself. Raises
-        FloatingPointError, naming `where` it is, on all processes if any is not finite.
-        """
-        told = bool(self.stop)  # in every step, for then it listens anew
-        scaled = scaler is not None and scaler.is_enabled()
-        self.broken |= ~loss.isfinite() if scaled else ~(loss.isfinite() & norm.isfinite())
-        if not (look or self.every_step):
-            return False
-        collapsed = scaled and scaler.get_scale() <= LEAST_SCALE
-        flags = torch.stack([self.broken, *map(self.broken.new_tensor, (told, collapsed))]).int()
-        broken, stopping, collapsed = self.world.reduce(flags, dist.ReduceOp.MAX).tolist()
-        if broken or collapsed:
-            problem = f"Loss {loss.item()} or gradient norm {norm.item()} is not finite"
-            if collapsed:
-                problem = f"Gradients are not finite at a loss scale of {scaler.get_scale():.3g}"
-            raise FloatingPointError(
-                f"{problem} ({where}, rank {self.world.rank}, learning rate {lr:.3g}); the last "
-                f"checkpoint is untouched. {self.advice}"
-            )
-        return bool(stopping)
-
-
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
@@ -173,6 +118,7 @@ def train_one_epoch(
     world: World,
     steps: int,
     images_per_step: int,
+    epochs: int | None = None,
     set_lr: Callable[[int, int], None],
     batch_transform: BatchTransform,
     scaler: torch.amp.GradScaler,
@@ -183,70 +129,66 @@ def train_one_epoch(
     train_mode: bool = True,
     seed: int = 0,
     stop: StopSignal | None = None,
-) -> tuple[dict[str, float], float]:
-    """What is left of the `steps` of an epoch; returns means over the epoch and images/s.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What is left of the `steps` of an epoch; returns means over the epoch, and speeds.
 
     A step takes `accumulate` batches of `loader`, which starts at `position`; `position` is moved
-    on. `set_lr(epoch, step)` comes before each step, `after_step()` after it.
+    on. `set_lr(epoch, step)` comes before each step, `after_step()` after it. The time left is
+    that of all `epochs` of the run, if they are given.
 
     Raises Interrupted after a step when `stop` was signalled to any process, and
     FloatingPointError, on all processes together, when a loss or gradient norm is not finite: on
     the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps, and before it leaves.
     """
     model.train(train_mode)
-    device, epoch = world.device, position.epoch
+    epoch = position.epoch
     saved = position.meters[world.rank] if position.meters else {}
-    meters = {name: Mean(device, *saved.get(name, ())) for name in METERS}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    meters = {name: Mean(*saved.get(name, ())) for name in METERS}
     progress = Progress(
         f"Epoch: [{epoch}]", steps, images_per_step,
         start=position.step, interval=LOG_INTERVAL, show=world.is_main,
+        steps_after=steps * (epochs - epoch - 1) if epochs else 0,
     )  # fmt: skip
-    check = StepCheck(world, stop, "Try a lower --lr, --clip-grad 1 or --no-amp.")
-    batches = iter(loader)
-    stopping = False
-    while position.step < steps and not stopping:
+    take_step = OptimizerStep(
+        model, optimizer, world, seed=seed, accumulate=accumulate, clip_grad=clip_grad,
+        scaler=scaler, stop=stop, advice="Try a lower --lr, --clip-grad 1 or --no-amp.",
+    )  # fmt: skip
+
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        samples, targets = (x.to(world.device, non_blocking=True) for x in batch)
+        samples, targets = batch_transform(samples, targets)
+        with autocast(world.device, amp_dtype):
+            return criterion(samples, model(samples), targets) / accumulate
+
+    batches = progress.waiting_for(loader)
+    while position.step < steps and not take_step.stopping:
         step = position.step
-        seed_everything(seed, epoch, step, world.rank)
         set_lr(epoch, step)
-        loss = torch.zeros((), device=device)
-        for part in range(accumulate):
-            samples, targets = (x.to(device, non_blocking=True) for x in next(batches))
-            samples, targets = batch_transform(samples, targets)
-            with without_sync(model) if part < accumulate - 1 else nullcontext():
-                with autocast(device, amp_dtype):
-                    part_loss = criterion(samples, model(samples), targets) / accumulate
-                scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
-        scaler.unscale_(optimizer)
-        norm = clip_gradients(parameters, clip_grad)
-        lr = optimizer.param_groups[0]["lr"]
-        where, look = f"epoch {epoch}, step {step}", progress.due(step)
-        stopping = check(loss, norm, look=look, where=where, lr=lr, scaler=scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        lr, look = optimizer.param_groups[0]["lr"], progress.due(step)
+        readings = take_step(batches, loss_of, look=look, epoch=epoch, step=step)
+        meters["lr"].update(lr)
+        for loss, norm in readings:
+            meters["loss"].update(loss)
+            meters["grad_norm"].update(norm)
         after_step()
-        for name, value in zip(METERS, (lr, loss, norm), strict=True):
-            meters[name].update(value)
-        shown = {"lr": lr, "loss": loss, "grad_norm": norm} if progress.due(step) else {}
-        progress.update(step, **shown)
+        progress.update(step, **({"lr": lr, "loss": loss, "grad_norm": norm} if look else {}))
         position.step += 1
-    images_per_second = progress.close()
+    progress.close()
+    speeds = progress.lap(position.step, "images")
     if position.step == steps > progress.start and world.size > 1:
         distribute_bn(model, world.size)  # each process has averages of its own batches
     position.meters = world.gather({name: meter.state() for name, meter in meters.items()})
-    if stopping:
+    if take_step.stopping:
         raise Interrupted
-    return {name: meter.over(world) for name, meter in meters.items()}, images_per_second
+    return {name: meter.over(world) for name, meter in meters.items()}, speeds
 
 
 def train_and_save(
-    one_epoch: Callable[[], tuple[dict[str, float], float]],
+    one_epoch: Callable[[], tuple[dict[str, float], dict[str, float]]],
     position: Position,
     save: Callable[[], None],
     at_end: bool = True,
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], dict[str, float]]:
     """`one_epoch()`, saved when it is interrupted, and `at_end` so that an evaluation may fail.
 
     An epoch that had ended before is not saved again.
@@ -284,7 +226,7 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     per_step = math.ceil(images / max(len(loader), 1))
     progress = Progress("Test:", len(loader), per_step, interval=LOG_INTERVAL, show=world.is_main)
-    for step, (samples, targets) in enumerate(loader):
+    for step, (samples, targets) in enumerate(progress.waiting_for(loader)):
         if stop:
             break
         samples = samples.to(world.device, non_blocking=True)
@@ -326,7 +268,3 @@ def require_finite(loss: float) -> None:
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def without_sync(model: nn.Module) -> object:
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -31,31 +32,47 @@ logger = logging.getLogger(__name__)
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
 
 
+@dataclass
 class Mean:
-    """Running mean that stays on the device until it is read."""
+    """Running mean of numbers, in float64."""
 
-    def __init__(self, device: torch.device, total: float = 0.0, count: int = 0) -> None:
-        self.total = torch.tensor(total, dtype=torch.float64, device=device)
-        self.count = count
+    total: float = 0.0
+    count: int = 0
 
-    def update(self, value: Tensor | float) -> None:
+    def update(self, value: float) -> None:
         self.total += value
         self.count += 1
 
     def state(self) -> tuple[float, int]:
-        return self.total.item(), self.count
+        return self.total, self.count
 
     def over(self, world: World) -> float:
         """Mean over the updates of all processes."""
-        sums = torch.stack([self.total, torch.full_like(self.total, self.count)])
+        sums = torch.tensor([self.total, self.count], dtype=torch.float64, device=world.device)
         total, count = world.reduce(sums).tolist()
         return total / max(count, 1)
+
+
+class Mark(NamedTuple):
+    """A moment in training: steps done, and seconds since some moment, in all and for data."""
+
+    step: int
+    seconds: float
+    waited: float
+
+
+class Pace(NamedTuple):
+    """Images/s, or of what else a step has, and the share of time that waits for data."""
+
+    speed: float
+    waiting: float
 
 
 class Progress:
     """A bar with images/s and time left on a terminal, else a plain line every `interval` steps.
 
-    `images` counts the images, or what `unit` says, of one step over all processes.
+    `images` counts the images, or what `unit` says, of one step over all processes. `steps_after`
+    is how many steps of the run follow this bar's: then the time left of the run is shown, too.
     """
 
     def __init__(
@@ -68,11 +85,13 @@ class Progress:
         interval: int,
         show: bool,
         unit: str = "img",
+        steps_after: int = 0,
     ) -> None:
         self.header, self.steps, self.images, self.start = header, steps, images, start
-        self.interval, self.unit = interval, unit
-        self.began = time.perf_counter()
-        self.lap_start, self.lap_began = start, self.began
+        self.interval, self.unit, self.steps_after = interval, unit, steps_after
+        self.waited = self.pauses = 0.0
+        self.began = self.lap_began = self.shown = self._mark(start)
+        self.last = Pace(0.0, 0.0)
         self.bar = tqdm(
             desc=header,
             total=steps * images,
@@ -87,20 +106,40 @@ class Progress:
     def due(self, step: int) -> bool:
         return step % self.interval == 0 or step == self.steps - 1
 
+    def waiting_for(self, batches: Iterable) -> Iterator:
+        """`batches`, each of which the time counts until it is there.
+
+        Their iterator, which may draw random numbers, is made here and not at the first batch.
+        """
+        return self._timed(iter(batches))
+
+    def _timed(self, batches: Iterator) -> Iterator:
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
     def update(self, step: int, **values: Tensor | float) -> None:
         """Step `step` is done; `values` are shown if it is due."""
         self.bar.update(self.images)
         if not self.due(step):
             return
-        text = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
-        self.bar.set_postfix_str(text, refresh=False)
+        done = step + 1
+        self.last, self.shown = self._since(self.shown, done), self._mark(done)
+        values = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
+        waiting = f"data: {self.last.waiting:.0%}"
+        left = f" (run {self._time_of(self._run_left(done))})" if self.steps_after else ""
+        self.bar.set_postfix_str(f"{values}  {waiting}{left}", refresh=False)
         if self.bar.disable:
-            rate = (step + 1 - self.start) / self.seconds()
-            eta = timedelta(seconds=int((self.steps - step - 1) / rate))
+            speed = self.speed(done)
+            eta = self._time_of((self.steps - done) * self.images / speed)
             logger.info(
-                "%s  [%*d/%d]  eta: %s  %s  %s/s: %.1f",
-                self.header, len(str(self.steps)), step, self.steps, eta, text, self.unit,
-                rate * self.images,
+                "%s  [%*d/%d]  eta: %s%s  %s  %s/s: %.1f (mean %.1f)  %s",
+                self.header, len(str(self.steps)), step, self.steps, eta, left, values, self.unit,
+                self.last.speed, speed, waiting,
             )  # fmt: skip
 
     @contextmanager
@@ -108,29 +147,47 @@ class Progress:
         """The block's time does not count."""
         began = time.perf_counter()
         yield
-        pause = time.perf_counter() - began
-        self.began += pause
-        self.lap_began += pause
+        self.pauses += time.perf_counter() - began
 
     def seconds(self) -> float:
         """Since the start."""
-        return time.perf_counter() - self.began
+        return self._mark(self.start).seconds - self.began.seconds
 
     def speed(self, done: int) -> float:
         """Images/s since the start, after `done` steps."""
-        return (done - self.start) * self.images / self.seconds()
+        return self._since(self.began, done).speed
 
-    def lap(self, done: int) -> float:
-        """Images/s since the last lap, or the start, after `done` steps."""
-        now = time.perf_counter()
-        speed = (done - self.lap_start) * self.images / (now - self.lap_began)
-        self.lap_start, self.lap_began = done, now
-        return speed
+    def lap(self, done: int, name: str) -> dict[str, float]:
+        """Speeds since the last lap, or the start, after `done` steps, in `name` (images, say)."""
+        mean, self.lap_began = self._since(self.lap_began, done), self._mark(done)
+        speeds = {
+            f"{name}_per_second": mean.speed,
+            f"{name}_per_second_last": self.last.speed,  # of the last interval
+            "data_share": mean.waiting,
+        }
+        left = {"hours_left": self._run_left(done) / 3600} if done > self.start else {}
+        return speeds | left
 
-    def close(self) -> float:
-        """Ends the display; returns images/s since the start."""
+    def close(self) -> None:
+        """Ends the display."""
         self.bar.close()
-        return self.speed(self.steps)
+
+    def _run_left(self, done: int) -> float:
+        """Seconds until the end of the run, evaluations left out, after `done` steps."""
+        return (self.steps - done + self.steps_after) * self.images / self.speed(done)
+
+    def _mark(self, step: int) -> Mark:
+        return Mark(step, time.perf_counter() - self.pauses, self.waited)
+
+    def _since(self, mark: Mark, done: int) -> Pace:
+        now = self._mark(done)
+        seconds = now.seconds - mark.seconds
+        images = (done - mark.step) * self.images
+        return Pace(images / seconds, (now.waited - mark.waited) / seconds)
+
+    @staticmethod
+    def _time_of(seconds: float) -> timedelta:
+        return timedelta(seconds=int(seconds))
 
 
 class Journal:

@@ -408,11 +408,11 @@ def fit(
     began = time.perf_counter()
     while position.epoch < args.epochs:
         sampler.set_epoch(position.epoch, position.step * args.batch_size * args.grad_accum_steps)
-        left_of_epoch = partial(one_epoch, model, position=position, stop=stop)
+        left_of_epoch = partial(one_epoch, model, position=position, stop=stop, epochs=args.epochs)
         try:
             finished = position.epoch + 1
             due = finished % args.eval_interval == 0 or finished == args.epochs
-            train_stats, images_per_second = train_and_save(left_of_epoch, position, save, due)
+            train_stats, speeds = train_and_save(left_of_epoch, position, save, due)
             test_stats = evaluate_weights(args, world, run, eval_loader, stop) if due else {}
         except Interrupted:
             left = (
@@ -434,7 +434,7 @@ def fit(
         if folder and is_best:
             best = folder / "best_checkpoint.pth"
             checkpoint.save(run.state(vars(args)), best, keep_previous=False)
-        journal.write(stats, train_images_per_second=images_per_second)
+        journal.write(stats, **{f"train_{name}": value for name, value in speeds.items()})
         if due:
             save(keep_previous=False)  # last: a run killed in between evaluates again
     logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))

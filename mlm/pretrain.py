@@ -3,8 +3,8 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import checkpoint
 from commands import run_command
-from engine import LOG_INTERVAL, StepCheck, autocast, require_finite, without_sync
+from engine import LOG_INTERVAL, autocast, require_finite
 from errors import UserError, as_user_error
 from journal import Journal, Mean, Progress, provenance, require_writable
 from locking import only_run_in
@@ -27,7 +27,7 @@ from mlm.fields import setting
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import Corpus, data_digest, load_tokenizer
-from optimization import clip_gradients
+from optimizer_step import OptimizerStep, Reading
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
@@ -296,7 +296,11 @@ class Pretraining:
         folder = settings.output if world.is_main else None
         if settings.compile:
             self.model.lion.compile()
-        model, check = world.distributed(self.model), StepCheck(world, stop, "Try a lower lr.")
+        model = world.distributed(self.model)
+        take_step = OptimizerStep(
+            model, self.optimizer, world, seed=settings.seed, accumulate=self.accumulate,
+            stop=stop, advice="Try a lower lr.",
+        )  # fmt: skip
         meter = self._restored_meter()
         # An evaluation that is to be made up.
         outstanding = bool(meter.count) and self._line_due(self.step)
@@ -304,25 +308,27 @@ class Pretraining:
         tokens = settings.global_batch * settings.length
         progress = Progress("Step:", settings.steps, tokens, start=self.step, unit="tok",
                             interval=LOG_INTERVAL, show=world.is_main)  # fmt: skip
-        batches = iter(self.loader)
+        parts = self._parts_of_steps(progress.waiting_for(self.loader))
         try:
             while self.step < settings.steps or meter.count:
                 if not outstanding:
                     due = progress.due(self.step)
                     written = self._line_due(self.step + 1) or self._save_due(self.step + 1)
-                    loss, stopping = self._train_step(model, batches, check, due or written)
-                    meter.update(loss)
+                    for loss, _ in self._train_step(take_step, parts, look=due or written):
+                        meter.update(loss)
                     progress.update(self.step, **({"loss": loss, "lr": self._lr()} if due else {}))
                     self.step += 1
-                    if stopping:
+                    if take_step.stopping:
                         raise Interrupted
                     outstanding = self._line_due(self.step)
                     if outstanding or self._save_due(self.step):
                         with progress.paused():
                             self.save(meter)
                 if outstanding:
-                    journal.write(self._record(meter, progress, stop))
-                    meter, outstanding = Mean(world.device), False
+                    speeds = progress.lap(self.step, "tokens")
+                    with progress.paused():
+                        journal.write(self._record(meter, speeds, stop), **speeds)
+                    meter, outstanding = Mean(), False
                     if self.step == settings.steps:
                         self.save(meter)
         except Interrupted:
@@ -337,9 +343,9 @@ class Pretraining:
         """This process's share of the losses since the last evaluation."""
         saved, world = self.saved_meters, self.world
         if len(saved) in (0, world.size):
-            return Mean(world.device, *(saved[world.rank] if saved else ()))
+            return Mean(*(saved[world.rank] if saved else ()))
         totals, counts = zip(*saved, strict=True)  # of another number of processes
-        return Mean(world.device, sum(totals) / len(totals), counts[0])
+        return Mean(sum(totals) / len(totals), counts[0])
 
     def _line_due(self, step: int) -> bool:
         return step % self.settings.eval_every == 0 or step == self.settings.steps
@@ -350,54 +356,51 @@ class Pretraining:
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def _train_step(
-        self, model: nn.Module, batches: Any, check: StepCheck, look: bool
-    ) -> tuple[Tensor, bool]:
-        """One optimiser step; returns the loss times the processes, and whether to stop.
+    def _parts_of_steps(self, batches: Iterator[dict]) -> Iterator[tuple[dict, Tensor]]:
+        """Batches on the device, each with the masked tokens of a process's share of its step.
 
         The mean loss of all processes is over the masked tokens of the whole global batch.
         """
-        world, settings = self.world, self.settings
-        model.train()
-        seed_everything(settings.seed, self.step, world.rank)
+        while True:
+            parts = [self._moved(next(batches)) for _ in range(self.accumulate)]
+            asked = sum((part["labels"] >= 0).sum() for part in parts)
+            # Gradients are averaged over processes.
+            asked = self.world.reduce(asked).clamp(min=1) / self.world.size
+            yield from ((part, asked) for part in parts)
+
+    def _train_step(
+        self, take_step: OptimizerStep, parts: Iterator[tuple[dict, Tensor]], look: bool
+    ) -> list[Reading]:
+        """One step at its learning rate."""
+
+        def loss_of(part: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+            batch, asked = part
+            with autocast(self.world.device, self.dtype):
+                return take_step.model(**batch, num_items_in_batch=asked, targets_only=True).loss
+
+        take_step.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr_at(self.step)
-        parts = [self._moved(next(batches)) for _ in range(self.accumulate)]
-        asked = sum((part["labels"] >= 0).sum() for part in parts)
-        asked = world.reduce(asked).clamp(min=1) / world.size  # gradients are averaged over these
-        total = torch.zeros((), device=world.device)
-        for number, part in enumerate(parts, start=1):
-            with without_sync(model) if number < len(parts) else nullcontext():
-                with autocast(world.device, self.dtype):
-                    loss = model(**part, num_items_in_batch=asked, targets_only=True).loss
-                loss.backward()
-            total += loss.detach()
-        norm = clip_gradients(list(self.model.parameters()), None)
-        stopping = check(total, norm, look=look, where=f"step {self.step}", lr=self._lr())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, stopping
+            group["lr"] = self.settings.lr_at(self.step)
+        return take_step(parts, loss_of, look=look, step=self.step)
 
     def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
 
-    def _record(self, meter: Mean, progress: Progress, stop: StopSignal) -> dict[str, float]:
+    def _record(self, meter: Mean, speeds: dict[str, float], stop: StopSignal) -> dict[str, float]:
         """A line of log.txt: losses, accuracy, memory, and speed since the line before.
 
         Raises Interrupted on all processes together when `stop` was signalled to any.
         """
-        train_loss = meter.over(self.world)  # a GPU has done the steps then
-        speed, memory = progress.lap(self.step), 0
+        memory = 0
         if self.world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.world.device)
-        with progress.paused():
-            scores = self.evaluate(stop)
+        scores = self.evaluate(stop)
         record = {
             "step": self.step,
-            "train_loss": train_loss,
+            "train_loss": meter.over(self.world),
             "train_lr": self._lr(),
             **{f"eval_{name}": value for name, value in scores.items()},
-            "tokens_per_second": speed,
+            "tokens_per_second": speeds["tokens_per_second"],
             "peak_memory_gib": memory / 2**30,
         }
         if self.world.is_main:

@@ -8,8 +8,8 @@ from helpers import TINY, assert_same_run, refused
 from test_resume import signal_at
 
 import checkpoint
-import engine
 import main
+import optimizer_step
 from cached_images import CachedLoader
 from samplers import EpochSampler
 
@@ -84,7 +84,7 @@ def test_an_interrupted_run_equals_a_whole_one(interval, run, data_path, tmp_pat
     assert run(*options, "--output_dir", tmp_path / "whole").code == 0
     options = (*options, "--output_dir", tmp_path / "run")
     with monkeypatch.context() as patch:
-        signal_at(patch, engine, "seed_everything", 20, 15)
+        signal_at(patch, optimizer_step, "seed_everything", 20, 15)
         assert run(*options).code == 128 + 15
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
     assert (saved["epoch"], saved["step"]) == (0, 5)

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -11,23 +13,25 @@ from helpers import TINY
 from test_engine import CPU, StopAt, batches, score, small_model, train
 from test_mlm_pretrain import interrupted, short
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import checkpoint
-import engine
 import main
-from engine import LEAST_SCALE, Position
+import optimizer_step
+from engine import Position
 from journal import Journal, to_json, write_scores
 from mlm import glue, pretrain
 from mlm.shards import load_tokenizer
 from mlm.tasks import Examples
-from processes import World
+from optimizer_step import LEAST_SCALE
+from processes import Interrupted, World
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Steps are looked at only where it is asked for."""
-    monkeypatch.setattr(engine, "looks_every_step", lambda device: False)
+    monkeypatch.setattr(optimizer_step, "looks_every_step", lambda device: False)
 
 
 def break_gradients(model: nn.Module, *calls: int) -> nn.Module:
@@ -79,6 +83,62 @@ def test_a_signal_does_not_come_before_the_steps_were_looked_at(as_on_a_gpu):
     model, position = break_gradients(small_model(), 1), Position()
     with pytest.raises(FloatingPointError, match="is not finite .epoch 0, step 3"):
         train(model, position=position, stop=StopAt(2))
+
+
+class Operations(TorchDispatchMode):
+    """The operations of its block, each of which is a kernel or more on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.called[operation] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_of_steps(steps: int) -> Counter:
+    with Operations() as operations:
+        train(small_model(), steps=steps, loader=batches(CPU) * 4, clip_grad=1.0)
+    return operations.called
+
+
+def test_between_looks_the_host_reads_nothing(as_on_a_gpu):
+    """On a GPU it would wait there. Looks are at the steps 0 and 10, and at the last."""
+    read = torch.ops.aten._local_scalar_dense.default
+    assert operations_of_steps(9)[read] == operations_of_steps(3)[read]
+
+
+def test_a_step_has_few_operations_beside_those_of_the_model(as_on_a_gpu):
+    model, (samples, targets) = small_model(), batches(CPU)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    nn.functional.cross_entropy(model(samples), targets).backward()
+    optimizer.step()  # the first one makes the momentum
+    optimizer.zero_grad()
+    with Operations() as bare:
+        nn.functional.cross_entropy(model(samples), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    steps = (operations_of_steps(9) - operations_of_steps(3)).total() / 6
+    assert steps - bare.called.total() <= 11
+
+
+@pytest.mark.parametrize("calls", [0, 7])
+def test_means_are_those_of_all_steps_wherever_they_are_looked_at(calls, monkeypatch):
+    """Also where a run was interrupted in between, at a look."""
+    loader = batches(CPU) * 4
+    each, _ = train(small_model(), steps=13, loader=loader)
+    monkeypatch.setattr(optimizer_step, "looks_every_step", lambda device: False)
+    model, position = small_model(), Position()
+    with suppress(Interrupted):
+        train(model, position=position, steps=13, loader=loader, stop=StopAt(calls or math.inf))
+    if calls:
+        assert position.step == 11, "a signal is seen at the next look"
+        momentum = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, position=position, steps=13, loader=loader[11:], optimizer=momentum)
+    assert position.meters[0]["loss"][1] == 13
+    if not calls:
+        assert position.meters[0]["loss"][0] == each["loss"] * 13
 
 
 # Loss scaling

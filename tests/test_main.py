@@ -96,7 +96,8 @@ LINES = (
     r"learning rate 1\.56\de-05",
     r"number of params: \d+",
     r"Start training for 1 epochs",
-    r"Epoch: \[0\]  \[0/7\]  eta: .*  lr: .*  loss: .*  img/s: .*",
+    r"Epoch: \[0\]  \[0/7\]  eta: .*  lr: .*  loss: .*  "
+    r"img/s: \d+\.\d \(mean \d+\.\d\)  data: \d+%",
     rf"\* Acc@1 {ACCURACY} Acc@5 {ACCURACY} loss {ACCURACY}",
     r"Accuracy of the network on the 21 test images: \d+\.\d%",
     r"Max accuracy: \d+\.\d\d%",
@@ -203,7 +204,8 @@ def test_what_a_run_leaves(run, data_path, tmp_path):
     assert {"timm", "commit", "command"} <= facts.keys()
 
     board = EventAccumulator(str(folder)).Reload()
-    tags = {name.replace("_", "/", 1) for name in LOGGED[:-2]} | {"train/images_per_second"}
+    speeds = ("images_per_second", "images_per_second_last", "data_share", "hours_left")
+    tags = {name.replace("_", "/", 1) for name in LOGGED[:-2]} | {f"train/{s}" for s in speeds}
     assert set(board.Tags()["scalars"]) == tags
     ema = [(event.step, event.value) for event in board.Scalars("test/ema_loss")]
     assert ema == [(i, pytest.approx(epoch["test_ema_loss"])) for i, epoch in enumerate(log)]

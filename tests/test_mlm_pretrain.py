@@ -51,12 +51,12 @@ def interrupted(monkeypatch, call: int, method: str = "_train_step") -> None:
     """This process receives SIGTERM in the given call of a method, counted from 1."""
     original, calls = getattr(pretrain.Pretraining, method), 0
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(pretrain.Pretraining, method, counted)
 
@@ -168,10 +168,10 @@ def test_an_evaluation_that_fails_costs_no_step(call, whole, corpus, ending, tmp
 def test_a_kill_after_an_evaluation_logs_it_once(whole, corpus, ending, tmp_path, monkeypatch):
     step = pretrain.Pretraining._train_step
 
-    def dying(self, *args):
+    def dying(self, *args, **kwargs):
         if self.step == 8:
             raise OSError("the power fails")
-        return step(self, *args)
+        return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.Pretraining, "_train_step", dying)
@@ -215,12 +215,16 @@ def test_two_ranks_go_on_bit_for_bit(at, corpus, tmp_path):
 
 def test_what_a_run_shows_and_leaves(corpus, ending, tmp_path):
     output = ending(short, corpus, tmp_path, steps=21).out
-    eta = r"Step:  \[20/21\]  eta: 0:00:00  loss: \d+\.\d+  lr: \S+  tok/s: \d+\.\d"
-    assert re.search(eta, output) and re.search(r"Step 20: train_loss .* eval_accuracy", output)
+    eta = r"Step:  \[20/21\]  eta: 0:00:00  loss: \d+\.\d+  lr: \S+  "
+    pace = r"tok/s: \d+\.\d \(mean \d+\.\d\)  data: \d+%\n"
+    assert re.search(eta + pace, output)
+    assert re.search(r"Step 20: train_loss .* eval_accuracy", output)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 21]
     assert all(line["tokens_per_second"] > 0 for line in lines)
     events = EventAccumulator(str(tmp_path)).Reload()
+    paces = {"tokens/per_second_last", "data/share", "hours/left"}
+    assert paces < set(events.Tags()["scalars"])
     for name in ("train_loss", "eval_accuracy", "tokens_per_second"):
         scalars = events.Scalars(name.replace("_", "/", 1))
         logged = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
