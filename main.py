@@ -23,16 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
-import models_hydra  # noqa: F401  (these register the models)
-import models_lion  # noqa: F401
-import models_lion_plus  # noqa: F401
-import models_masked_softmax  # noqa: F401
 import models_timm
-import models_vim  # noqa: F401
 import preprocessing
 import resuming
 from arguments import (
-    LION_ARGUMENTS,
     PREPROCESSING_ARGUMENTS,
     RUN_FILES,
     check_args,
@@ -41,7 +35,6 @@ from arguments import (
     check_same_optimizer,
     get_args_parser,
     goes_on,
-    plus_name,
     shared_arguments,
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
@@ -62,6 +55,7 @@ from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
 from parameter_groups import set_apart
 from preprocessing import Preprocessing
+from pretrained import named_model
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Found, Rule
 from samplers import EpochSampler, ShardSampler
@@ -110,16 +104,13 @@ def build_model(
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
     }
-    if name.startswith("lion_"):
-        options |= {name: getattr(args, name) for name in LION_ARGUMENTS}
-    if args.plus:
-        name, options["plus"] = plus_name(name), args.plus
+    name, own = named_model(vars(args))
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
     model = models_timm.create(
         name,
         input_size=input_size,
         required=[option for option, argument in given.items() if argument in args.given],
-        **{**options, **args.model_kwargs},
+        **{**options, **own},
     )
     if args.distillation_type != "none":
         model.set_distilled_training()
