@@ -118,5 +118,6 @@ def _outputs(name: str, weights: Mapping[str, Any]) -> int:
 def _resize(model: nn.Module, size: int) -> None:
     try:
         model.set_input_size(img_size=size)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"The model takes no images of {size} pixels ({error}).") from error
+    except Exception as error:  # every family has its own reasons
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"The model takes no images of {size} pixels ({reason}).") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import TINY, call_main, same
+from helpers import TINY, VARIANT, same
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -18,17 +18,7 @@ import pretrained
 import publishing
 from datasets import build_dataset
 
-VARIANT = ("--mask_type", "Selective", "--order", "S", "--pos_emb", "--mean", "0.2", "0.3", "0.4",
-           "--mixup", "0", "--cutmix", "0", "--interpolation", "bilinear")  # fmt: skip
 NAME = "hf-hub:owner/name"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data_path) -> Path:
-    """A run of main.py, a few steps long."""
-    folder = tmp_path_factory.mktemp("trained")
-    call_main(*TINY, *VARIANT, "--data-path", data_path, "--output_dir", folder, "--lr", "0.1")
-    return folder / "checkpoint.pth"
 
 
 @pytest.fixture(scope="module")
