@@ -18,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+import hub
 from errors import UserError
 from files import replacing
 from urls import cached, is_url, without_secrets
@@ -69,13 +70,16 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
 
 
 def load(source: str | Path) -> dict:
-    """Read the checkpoint at a path or http(s) URL to the CPU; `args` becomes a plain dict.
+    """Read a checkpoint to the CPU: a path, an http(s) URL, or `hf-hub:OWNER/NAME[@REVISION]`.
 
-    Only tensors, plain values and `argparse.Namespace` (in files of DeiT) are accepted.
+    A folder is one of timm's `save_for_hf`. `args` becomes a plain dict. Only tensors, plain values
+    and `argparse.Namespace` (in files of DeiT) are accepted.
 
     Raises:
         UserError: `source` is missing, truncated, corrupt, or holds anything else.
     """
+    if hub.is_hub(source):
+        return _load_file(hub.download(str(source)), source)
     if is_url(source):
         folder = Path(torch.hub.get_dir(), "checkpoints")
         return cached(str(source), folder, partial(_load_file, source=without_secrets(source)))
@@ -431,6 +435,8 @@ def _load_file(path: Path, source: str | Path) -> dict:
 
 
 def _read(path: Path) -> object:
+    if path.is_dir():
+        return hub.read_folder(path)
     # torch.load does not verify the checksums in the archive.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -21,16 +21,10 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import loaders
-import models_hydra  # noqa: F401  (these register the models)
-import models_lion  # noqa: F401
-import models_lion_plus  # noqa: F401
-import models_masked_softmax  # noqa: F401
 import models_timm
-import models_vim  # noqa: F401
 import preprocessing
 import resuming
 from arguments import (
-    LION_ARGUMENTS,
     PREPROCESSING_ARGUMENTS,
     RUN_FILES,
     check_args,
@@ -39,7 +33,6 @@ from arguments import (
     check_same_optimizer,
     get_args_parser,
     goes_on,
-    plus_name,
     shared_arguments,
 )
 from augment import build_batch_transform
@@ -63,6 +56,7 @@ from memory import peak_memory
 from optimization import MovingAverage, create_optimizer
 from parameter_groups import set_apart
 from preprocessing import Preprocessing
+from pretrained import named_model
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Found, Rule
 from samplers import EpochSampler
@@ -108,16 +102,13 @@ def build_model(
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
     }
-    if name.startswith("lion_"):
-        options |= {name: getattr(args, name) for name in LION_ARGUMENTS}
-    if args.plus:
-        name, options["plus"] = plus_name(name), args.plus
+    name, own = named_model(vars(args))
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
     model = models_timm.create(
         name,
         input_size=input_size,
         required=[option for option, argument in given.items() if argument in args.given],
-        **{**options, **args.model_kwargs},
+        **{**options, **own},
     )
     if args.distillation_type != "none":
         model.set_distilled_training()

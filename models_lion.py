@@ -664,6 +664,20 @@ class LionAttention(nn.Module):
                 y = self._mix(qkv, self.log_decay(x), curves, valid, documents)
         return self.proj_drop(self.proj(self._completed(self.norm(y), x)))
 
+    def attention_weights(self, x: Tensor, curves: Tensor | None = None) -> Tensor:
+        """Effective attention `[B, H, N, N]` of tokens `[B, N, dim]`, masked and normalised.
+
+        Row i holds the weights of the values in what token i becomes before `norm` and `proj`.
+        `curves` `[C, N]` are what `forward` takes as `attn_mask`. Memory is quadratic in N.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, _ = self._features(self.qkv(x))
+            each_token = torch.eye(x.shape[1], dtype=q.dtype, device=q.device).expand(
+                *q.shape[:2], -1, -1
+            )
+            curves = None if self.mask_type == "Lit" else curves
+            return self._attend(q, k, each_token, self.log_decay(x), curves, None, None)
+
     def _completed(self, y: Tensor, x: Tensor) -> Tensor:
         """What is projected, of the mixed tokens `y` and the input `x`, both `[B, N, dim]`."""
         return y
@@ -730,13 +744,16 @@ class LionAttention(nn.Module):
         valid: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
+        y = self._attend(*self._features(qkv), log_decay, curves, valid, documents)
+        return rearrange(y, "b h n d -> b n (h d)")
+
+    def _features(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the formats take, each `[B, H, N, D]`: scaled queries, keys, and values."""
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         scale = q.shape[-1] ** -0.5
         if self.feature_map:
             q, k = (self.feature_map(t.to(_state_dtype(t))) for t in (q, k))
-        masks = (log_decay, curves, valid, documents)
-        y = self._attend((q * scale).to(v.dtype), k.to(v.dtype), v, *masks)
-        return rearrange(y, "b h n d -> b n (h d)")
+        return (q * scale).to(v.dtype), k.to(v.dtype), v
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, normalise: bool | None = None

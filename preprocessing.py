@@ -60,6 +60,10 @@ class Preprocessing:
         values = asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+    def for_timm(self) -> dict[str, Any]:
+        """As `state()`, for timm's `pretrained_cfg`: timm crops small images, too."""
+        return {**self.state(), "crop_pct": effective_crop(self.size, self.crop_pct)}
+
 
 def choose(
     model: str,

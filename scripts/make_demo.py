@@ -2,14 +2,15 @@
 
     python -m scripts.make_demo
 
-reads Debian's package dataset-fashion-mnist.
+reads Debian's package dataset-fashion-mnist. The first test image of each class becomes a PNG.
 """
 
 import gzip
 
 import numpy as np
+from PIL import Image
 
-from datasets import DEBIAN_FASHION_MNIST, DEMO_FOLDER, read_idx
+from datasets import DEBIAN_FASHION_MNIST, DEMO_FOLDER, IdxImages, read_idx
 
 IMAGES_PER_CLASS = {"train": 1000, "t10k": 200}
 
@@ -18,6 +19,16 @@ def write_idx(name: str, array: np.ndarray) -> None:
     header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
     packed = gzip.compress(header + array.tobytes(), compresslevel=9, mtime=0)
     (DEMO_FOLDER / name).write_bytes(packed)
+
+
+def write_images() -> None:
+    test = IdxImages(DEMO_FOLDER, train=False)
+    folder = DEMO_FOLDER / "images"
+    folder.mkdir(exist_ok=True)
+    for label, name in enumerate(test.classes):
+        pixels = test.images[np.argmax(test.labels == label)]
+        file = name.lower().replace(" ", "-").replace("/", "-")
+        Image.fromarray(pixels).save(folder / f"{file}.png", optimize=True)
 
 
 def main() -> None:
@@ -29,6 +40,7 @@ def main() -> None:
         chosen = np.sort([rng.choice(i, count, replace=False) for i in of_class], axis=None)
         write_idx(names[0], images[chosen])
         write_idx(names[1], labels[chosen])
+    write_images()
 
 
 if __name__ == "__main__":

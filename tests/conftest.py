@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
         faster_interpreter.install()
 
-from helpers import call_main, make_image_folder
+from helpers import TINY, VARIANT, call_main, make_image_folder
 
 from mlm import prepare
 from processes import STOP_SIGNALS
@@ -33,6 +33,14 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_path) -> Path:
+    """The checkpoint of a run of main.py, a few steps long."""
+    folder = tmp_path_factory.mktemp("trained")
+    call_main(*TINY, *VARIANT, "--data-path", data_path, "--output_dir", folder, "--lr", "0.1")
+    return folder / "checkpoint.pth"
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ ROOT = Path(main.__file__).parent
 MODEL = ("--model-kwargs", "patch_size=4", "embed_dim=16", "depth=2", "num_heads=2")
 TINY = (*MODEL, "--model", "lion_tiny_patch16_224", "--input-size", "16", "--batch-size", "8",
         "--num_workers", "0", "--epochs", "1", "--device", "cpu")  # fmt: skip
+VARIANT = ("--mask_type", "Selective", "--order", "S", "--pos_emb", "--mean", "0.2", "0.3", "0.4",
+           "--mixup", "0", "--cutmix", "0", "--interpolation", "bilinear")  # fmt: skip
 
 # Forks processes that have imported torch already; clean ones, as it does nothing else.
 processes = multiprocessing.get_context("forkserver")

@@ -1,0 +1,124 @@
+"""A trained model from its checkpoint alone, with what its images become and its classes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+import checkpoint
+import models_hydra  # noqa: F401  (these register the models)
+import models_lion  # noqa: F401
+import models_lion_plus  # noqa: F401
+import models_masked_softmax  # noqa: F401
+import models_timm
+import models_vim  # noqa: F401
+import preprocessing
+from arguments import LION_ARGUMENTS, plus_name
+from errors import UserError
+from preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in evaluation mode on the CPU.
+
+    Attributes:
+        images: what images become; the model's `pretrained_cfg` has it, too.
+        classes: their names in the data; [] where the checkpoint does not tell.
+        saved: the checkpoint; its `args` are those of the training, {} where it does not tell.
+        options: what `timm.create_model` built the model with, but for size and classes.
+    """
+
+    model: nn.Module
+    images: Preprocessing
+    classes: list[str]
+    saved: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the outputs for people: words for ImageNet's, numbers where none is known."""
+        return readable(self.classes, self.model.num_classes)
+
+
+def load(
+    source: str | Path,
+    *,
+    name: str = "",
+    options: Mapping[str, Any] | None = None,
+    ema: bool = False,
+    input_size: int | None = None,
+) -> Pretrained:
+    """The model in a checkpoint: a file, a URL, `hf-hub:OWNER/NAME` or a folder of timm's.
+
+    `name` and `options` are those of `timm.create_model`, for weights that do not tell their model.
+    `ema` takes the moving average; `input_size` is in pixels, by default that of the training.
+
+    Raises:
+        UserError: it cannot be read, does not tell its model, or is of another one.
+    """
+    saved = checkpoint.load(source)
+    settings = saved.get("args") or {}
+    name = name or settings.get("model", "")
+    if not name:
+        raise UserError(f"{source} does not tell which model it is of: add --model.")
+    models_timm.check_name(name)
+    images = preprocessing.of_checkpoint(saved, name, source) or preprocessing.of_model(name)
+    name, known = named_model({**settings, "model": name})
+    options = {**known, **(options or {})}
+    weights = checkpoint.weights_of(saved, ema=ema, source=source)
+    classes = list(saved.get("classes") or [])
+    count = len(classes) or _outputs(name, weights)
+    model = models_timm.create(name, input_size=images.size, num_classes=count, **options)
+    checkpoint.load_weights(model, weights, source)
+    if input_size and input_size != images.size:
+        images = images.at(input_size)
+        if hasattr(model, "set_input_size"):
+            _resize(model, input_size)
+    models_timm.require_logits(model, name, count, images.input_size)
+    own = {**images.for_timm(), "num_classes": count}
+    model.pretrained_cfg = {**model.pretrained_cfg, **own}
+    return Pretrained(model.eval(), images, classes, {**saved, "args": settings}, options)
+
+
+def named_model(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name in timm, and the options, of the model that main.py's `settings` ask for."""
+    name, options = settings["model"], {}
+    if (kind := settings.get("distillation_type", "none")) != "none":
+        name = models_timm.built_name(name, kind)
+    if name.startswith("lion_"):
+        options = {key: settings[key] for key in LION_ARGUMENTS if key in settings}
+    if settings.get("plus"):
+        name, options["plus"] = plus_name(name), settings["plus"]
+    return name, {**options, **settings.get("model_kwargs", {})}
+
+
+def readable(classes: Sequence[str], count: int) -> list[str]:
+    """Names for people of `count` classes, which the data calls `classes`."""
+    imagenet = ImageNetInfo(infer_imagenet_subset({"num_classes": count}) or "imagenet-1k")
+    if not classes and imagenet.num_classes() == count:
+        return [imagenet.index_to_description(i) for i in range(count)]
+    known = set(imagenet.label_names())
+    names = list(classes) or [f"class {i}" for i in range(count)]
+    return [imagenet.label_name_to_description(n) if n in known else n for n in names]
+
+
+def _outputs(name: str, weights: Mapping[str, Any]) -> int:
+    """The number of classes that the classifier among `weights` tells apart."""
+    heads = timm.get_pretrained_cfg_value(name, "classifier") or "head"
+    head = heads if isinstance(heads, str) else heads[0]
+    bare = {key.rpartition("module.")[2]: value for key, value in weights.items()}
+    weight = bare.get(f"{head}.weight")
+    return timm.get_pretrained_cfg_value(name, "num_classes") if weight is None else len(weight)
+
+
+def _resize(model: nn.Module, size: int) -> None:
+    try:
+        model.set_input_size(img_size=size)
+    except Exception as error:  # every family has its own reasons
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"The model takes no images of {size} pixels ({reason}).") from error

@@ -1,0 +1,36 @@
+"""What predict.py, visualize.py and export.py share: how they are told which model to use."""
+
+import argparse
+from typing import Any
+
+import pretrained
+from argument_parser import KeyValues
+from errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="CHECKPOINT",
+        help="file, URL, hf-hub:OWNER/NAME or a folder of timm's save_for_hf")  # fmt: skip
+    add("--use-ema", action="store_true", help="take the moving average of the weights")
+    add("--input-size", type=int, metavar="PIXELS", help="default: that of the training")
+    add("--model", default="", metavar="NAME",
+        help="in timm; only for weights that do not tell it")  # fmt: skip
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
+        help="of the model, instead of the checkpoint's: mask_type=Selective, say")  # fmt: skip
+
+
+def load(options: argparse.Namespace, **more: Any) -> pretrained.Pretrained:
+    """The model that `add_arguments` asked for; `more` are further options of it.
+
+    Raises UserError as `pretrained.load` does.
+    """
+    if options.input_size is not None and options.input_size < 1:
+        raise UserError(f"--input-size must be at least 1, not {options.input_size}.")
+    return pretrained.load(
+        options.checkpoint,
+        name=options.model,
+        options={**options.model_kwargs, **more},
+        ema=options.use_ema,
+        input_size=options.input_size,
+    )

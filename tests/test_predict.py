@@ -1,0 +1,113 @@
+"""scripts/predict.py names the classes of images of every size and format."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pretrained
+from datasets import build_dataset
+from pretrained import readable
+from scripts import predict
+
+
+@pytest.fixture
+def call(ending, trained):
+    def call(*arguments: object, checkpoint: object = trained):
+        options = map(str, ("--checkpoint", checkpoint, "--device", "cpu", *arguments))
+        return ending(predict.main, list(options))
+
+    return call
+
+
+def test_every_size_and_format(call, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    (tmp_path / "deep").mkdir()
+    for name in ("a.png", "b.JPG", "c.webp", "d.bmp", "e.gif", "deep/f.tiff"):
+        image.save(tmp_path / name)
+    image.convert("RGBA").resize((7, 3)).save(tmp_path / "g.png")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(tmp_path / "h.png")
+    Image.fromarray(noise[..., 0]).save(tmp_path / "i.png")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no image")
+    ended = call(tmp_path, "--top", "2")
+    assert ended.code == 0, ended.err
+    rows = list(csv.DictReader(io.StringIO(ended.out)))
+    names = ["a.png", "b.JPG", "c.webp", "d.bmp", "deep/f.tiff", "e.gif", "g.png", "h.png", "i.png"]
+    assert [row["image"] for row in rows] == [str(tmp_path / n) for n in names for _ in range(2)]
+    assert [row["rank"] for row in rows] == ["1", "2"] * 9
+    assert {row["class"] for row in rows} <= {"class0", "class1", "class2"}
+    for pair in (("a.png", "d.bmp"), ("h.png", "i.png")):  # the latter of 16 and of 8 bits
+        same = [row["probability"] for row in rows if Path(row["image"]).name in pair]
+        assert same[:2] == same[2:]
+
+
+def test_classes_are_those_of_an_evaluation(call, trained, data_path, tmp_path):
+    ended = call(data_path / "val", "--output", tmp_path / "p.json", "--batch-size", "4")
+    assert (ended.code, ended.out) == (0, ""), ended.err
+    records = json.loads((tmp_path / "p.json").read_text())
+    found = pretrained.load(trained)
+    dataset, _ = build_dataset("IMNET", data_path, train=False)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.images.mean, found.images.std))
+    assert len(records) == len(dataset) == 21
+    for record, (image, _), (path, _) in zip(records, dataset, dataset.samples, strict=True):
+        assert record["image"] == str(path)
+        small = image.resize((16, 16), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+        shares = found.model(((pixels - mean) / std)[None]).softmax(1)[0]
+        order = shares.argsort(descending=True).tolist()
+        assert [p["class"] for p in record["predictions"]] == [found.classes[i] for i in order]
+        given = torch.tensor([p["probability"] for p in record["predictions"]])
+        torch.testing.assert_close(given, shares[order], atol=1e-5, rtol=0)
+
+
+def test_another_resolution(call, data_path):
+    image = data_path / "val" / "class0" / "0.png"
+    assert call(image, "--input-size", "32").out != call(image).out
+    ended = call(image, "--input-size", "2")
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "images of 2" in ended.err
+
+
+def test_names_for_people():
+    assert readable(["n01440764", "n01443537"], 2)[0].startswith("tench")
+    assert readable([], 1000)[1].startswith("goldfish")
+    assert readable([], 2) == ["class 0", "class 1"]
+    assert readable(["b", "a"], 2) == ["b", "a"]
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_predicted(call, data_path, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    good = data_path / "val" / "class0" / "0.png"
+    ended = call(tmp_path, good, "--top", "1")
+    assert ended.code == 1 and ended.out.count("\n") == 2
+    assert ended.err.startswith(f"error: Cannot read the image {tmp_path}/broken.png")
+    ended = call(tmp_path)
+    assert ended.code == 2 and ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "There is no image or folder missing.png: check its name"),
+        (["EMPTY"], "holds no images: name a folder that does"),
+        (["IMAGE", "--top", "0"], "--top and --batch-size must be at least 1"),
+        (["IMAGE", "--output", "p.txt"], "p.txt must end in .csv or .json"),
+        (["IMAGE", "--output", "nowhere/p.csv"], "There is no folder for --output nowhere/p.csv"),
+        (["IMAGE", "--checkpoint", "missing.pth"], "cannot read the checkpoint missing.pth"),
+        (["IMAGE", "--model", "lion_tiny"], "There is no model 'lion_tiny': did you mean"),
+        (["IMAGE", "--input-size", "-1"], "--input-size must be at least 1, not -1"),
+        (["IMAGE", "--model-kwargs", "depth"], "--model-kwargs takes KEY=VALUE, not 'depth'"),
+        (["IMAGE", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_input(arguments, message, call, data_path, tmp_path):
+    here = {"IMAGE": data_path / "val" / "class0" / "0.png", "EMPTY": tmp_path}
+    ended = call(*(here.get(argument, argument) for argument in arguments))
+    assert ended.code == 2 and message in ended.err, ended.err
+    assert ended.out == ""
