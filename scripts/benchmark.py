@@ -234,9 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     torch.set_num_threads(options.threads)
     stem = options.output / ("benchmark" if name == "speed" else name) if options.output else None
-    facts = {**provenance(), "device": cases[0].card}
-    if device.type == "cpu":
-        facts["threads"] = str(options.threads)
+    facts = {"device": cases[0].card}
+    if before:
+        facts["figures"] = str(options.from_csv)  # of whatever versions measured them
+    else:
+        threads = {"threads": str(options.threads)} if device.type == "cpu" else {}
+        facts = {**provenance(), **facts, **threads}
     if not before:
         cases = measured(cases, options, preset, stem)
     text = report_of(name, cases, facts)

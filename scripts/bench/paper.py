@@ -100,11 +100,12 @@ def draw_paper(cases: Sequence[Case]) -> Figure:
         drawn = axes.barh(places, values, 0.27, label=name, color=colour)
         axes.bar_label(drawn, [number(v, ".2f") for v in values], fontsize=7, padding=2)
     axes.set_yticks(range(len(steps)), labels)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="0.7", linewidth=0.8, zorder=0)
     axes.set_xlabel("time of a training step / that of the ViT")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower right")
     size = f"{explicit.scale}, {explicit.pixels} px, batch size {explicit.batch}"
     axes.set_title(f"{size}\n{conditions(steps)}", fontsize=10, loc="left")
     return figure

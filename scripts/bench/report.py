@@ -19,10 +19,11 @@ COLOURS = {"ViT": "0.1", NO_MIXING: "0.6", "Hydra": "#cc79a7", "Vim": "#d55e00",
            "LION-S": "#8fd175", "LION-S♮": "#007a5a"}  # fmt: skip
 # Lines that coincide still show: wide below, narrow and broken above.
 STYLES = {
-    "Attention": {"linewidth": 5, "alpha": 0.45, "marker": "o", "markersize": 8},
-    "RNN": {"linewidth": 2.2, "linestyle": (0, (5, 2.5)), "marker": "s", "markersize": 5},
-    "Chunk": {"linewidth": 1.4, "linestyle": (0, (1.2, 2)), "marker": "^", "markersize": 4,
-              "color": "black"},
+    "Attention": {"linewidth": 6, "alpha": 0.45, "marker": "", "zorder": 1},
+    "RNN": {"linewidth": 2.2, "linestyle": (0, (5, 2.5)), "marker": "s", "markersize": 8,
+            "markerfacecolor": "none", "zorder": 3},
+    "Chunk": {"linewidth": 1.5, "linestyle": (0, (1, 1.5)), "marker": "^", "markersize": 5,
+              "color": "#00507a", "zorder": 3},
     "cudnn": {"linestyle": "--"}, "efficient": {"linestyle": ":"}, "math": {"linestyle": "-."},
     EXPLICIT: {"linestyle": "-."},
 }  # fmt: skip
@@ -153,17 +154,22 @@ def draw_ratios(cases: Sequence[Case]) -> Figure:
 def draw_lines(
     groups: dict[str, Sequence[Case]], quantities: Sequence[Quantity], size: str
 ) -> Figure:
-    """Quantities by `size`, tokens or pixels: a row of panels each, a column for each group."""
-    shape = (4.4 * len(groups) + 2.2, 3.3 * len(quantities) + 0.6)
-    figure = Figure(figsize=shape, dpi=120, layout="constrained")
-    panels = figure.subplots(len(quantities), len(groups), squeeze=False)
+    """Quantities by `size`, tokens or pixels: a row of panels each, a column for each group.
+
+    Those of a single group are side by side.
+    """
+    single = len(groups) == 1
+    shape = (1, len(quantities)) if single else (len(quantities), len(groups))
+    size_of_figure = (4.4 * shape[1] + 2.4, 3.4 * shape[0] + 0.7)
+    figure = Figure(figsize=size_of_figure, dpi=120, layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False)
     legend = {}
-    for column, (title, cases) in zip(panels.T, groups.items(), strict=True):
+    for column, (title, cases) in zip(panels if single else panels.T, groups.items(), strict=True):
         for axes, (name, value) in zip(column, quantities, strict=True):
             legend |= draw_panel(axes, cases, value, size)
-            axes.set_ylabel(name if column is panels.T[0] or len(groups) == 1 else "")
+            axes.set_ylabel(name)
+            axes.set_xlabel("pixels per side of the image" if size == "pixels" else size)
         column[0].set_title(title, loc="left", fontsize=10)
-        column[-1].set_xlabel(size)
     every = [case for cases in groups.values() for case in cases]
     if any(case.note == OUT_OF_MEMORY for case in every):
         legend["out of memory at the next size"] = Line2D(
@@ -171,7 +177,7 @@ def draw_lines(
         )
     figure.legend(legend.values(), legend, loc="outside right upper", frameon=False, fontsize=8,
                   handlelength=4)  # fmt: skip
-    figure.suptitle(conditions(every), fontsize=10)
+    figure.suptitle(conditions(every), fontsize=10, x=0.01, ha="left")
     return figure
 
 
