@@ -1,4 +1,4 @@
-"""Draw the loss, accuracy and learning rate of one or several runs from their log.txt files."""
+"""Draw the loss, accuracy and learning rate of runs of main.py or mlm.pretrain from their logs."""
 
 import argparse
 import json
@@ -11,67 +11,97 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from errors import UserError
+
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# For each panel its curves: the key in the log, the name in the legend, the line style.
+# What counts the records of main.py and of mlm.pretrain, and for each panel its curves: the key in
+# the log, the name in the legend, the line style.
 PANELS = {
-    "Loss": (("train_loss", "train", ":"), ("test_loss", "test", "-")),
-    "Top-1 accuracy (%)": (("test_acc1", "test", "-"), ("test_ema_acc1", "EMA", "--")),
-    "Learning rate": (("train_lr", "learning rate", "-"),),
+    "epoch": {
+        "Loss": (("train_loss", "train", ":"), ("test_loss", "test", "-")),
+        "Top-1 accuracy (%)": (("test_acc1", "test", "-"), ("test_ema_acc1", "EMA", "--")),
+        "Learning rate": (("train_lr", "learning rate", "-"),),
+    },
+    "step": {
+        "Loss of masked tokens": (("train_loss", "train", ":"), ("eval_loss", "held out", "-")),
+        "Accuracy of masked tokens (%)": (("eval_accuracy", "held out", "-"),),
+        "Learning rate": (("train_lr", "learning rate", "-"),),
+    },
 }
+ACCURACIES = {"epoch": ("test_acc1", "top-1"), "step": ("eval_accuracy", "accuracy")}
 
 
 def read_log(path: Path) -> list[dict]:
-    """The epochs in a log, in order; of an epoch that a resumed run repeated, the last.
+    """The records of a log in order, of an epoch or step that was repeated the last.
 
-    Raises:
-        ValueError: the log cannot be read or holds no finished epoch.
+    `path` is a log.txt or the folder of a run. Raises UserError if the log cannot be read, holds
+    no finished epoch or step, or has both.
     """
+    path = path / "log.txt" if path.is_dir() else path
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    epochs = {}
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    found = {}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            epochs[record["epoch"]] = record
+            found[clock_of([record]), record[clock_of([record])]] = record
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):  # the last line may be half-written
-                raise ValueError(f"line {number} of {path} is not the JSON of an epoch") from error
-    if not epochs:
-        raise ValueError(f"{path} holds no finished epoch yet")
-    return [epochs[epoch] for epoch in sorted(epochs)]
+                raise UserError(
+                    f"line {number} of {path} is not the JSON of an epoch or step"
+                ) from error
+    if not found:
+        raise UserError(f"{path} holds no finished epoch or step yet")
+    if len({clock for clock, _ in found}) > 1:
+        raise UserError(f"{path} has lines of main.py and of mlm.pretrain: draw one run at a time")
+    return [found[key] for key in sorted(found)]
+
+
+def clock_of(records: Sequence[dict]) -> str:
+    """What counts the records of a run: epochs, or steps of the optimiser."""
+    return "epoch" if "epoch" in records[0] else "step"
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
     """The folder of each log, or its whole path where two folders share a name."""
-    folders = [path.resolve().parent.name for path in paths]
+    folders = [(p if p.is_dir() else p.parent).resolve().name for p in paths]
     count = Counter(folders)
     return [f if count[f] == 1 else str(path) for f, path in zip(folders, paths, strict=True)]
 
 
-def label(name: str, epochs: Sequence[dict]) -> str:
+def label(name: str, records: Sequence[dict]) -> str:
     """A run's line in the legend: its name, size and best accuracy, as far as they are logged."""
     parts = [name]
-    if "n_parameters" in epochs[-1]:
-        parts.append(f"{epochs[-1]['n_parameters'] / 1e6:.1f} M parameters")
-    if accuracies := [epoch["test_acc1"] for epoch in epochs if "test_acc1" in epoch]:
-        parts.append(f"best top-1 {max(accuracies):.1f} %")
+    if "n_parameters" in records[-1]:
+        parts.append(f"{rounded(records[-1]['n_parameters'])} parameters")
+    key, accuracy = ACCURACIES[clock_of(records)]
+    if accuracies := [record[key] for record in records if key in record]:
+        parts.append(f"best {accuracy} {max(accuracies):.1f} %")
     return ", ".join(parts)
 
 
-def draw_panel(axes: Axes, title: str, runs: Sequence[Sequence[dict]]) -> None:
+def rounded(count: int) -> str:
+    """5686540 is 5.7 M, 12345 is 12.3 k."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def draw_panel(axes: Axes, title: str, runs: Sequence[Sequence[dict]], clock: str) -> None:
     """Draw the curves of one panel, a colour for each run and a line style for each quantity."""
     styles = []
-    for key, name, style in PANELS[title]:
-        logged = [[epoch for epoch in epochs if key in epoch] for epochs in runs]
-        for index, epochs in enumerate(logged):
+    for key, name, style in PANELS[clock][title]:
+        logged = [[record for record in run if key in record] for run in runs]
+        for index, run in enumerate(logged):
             axes.plot(
-                [epoch["epoch"] for epoch in epochs],
-                [epoch[key] for epoch in epochs],
+                [record[clock] for record in run],
+                [record[key] for record in run],
                 linestyle=style,
-                marker="." if len(epochs) == 1 else None,
+                marker="." if len(run) == 1 else None,
                 color=COLOURS[index % len(COLOURS)],
             )
         if any(logged):
@@ -79,22 +109,29 @@ def draw_panel(axes: Axes, title: str, runs: Sequence[Sequence[dict]]) -> None:
     if len(styles) > 1:
         axes.legend(handles=styles, frameon=False)
     axes.set_title(title, loc="left")
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(clock)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(logs: dict[str, list[dict]]) -> Figure:
-    """Draw the runs, given as epochs by name, into one figure."""
+    """Draw the runs, given as records by name, into one figure.
+
+    Raises UserError for runs of main.py beside those of mlm.pretrain.
+    """
+    clock, *others = dict.fromkeys(map(clock_of, logs.values()))
+    if others:
+        raise UserError("runs of main.py and of mlm.pretrain have other curves: draw them apart")
+    panels = PANELS[clock]
     figure = Figure(figsize=(13, 4.2 + 0.25 * len(logs)), dpi=120, layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
-    for axes, title in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        draw_panel(axes, title, list(logs.values()))
+    for axes, title in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        draw_panel(axes, title, list(logs.values()), clock)
     runs = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=label(name, epochs))
-        for i, (name, epochs) in enumerate(logs.items())
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=label(name, records))
+        for i, (name, records) in enumerate(logs.items())
     ]
     figure.legend(handles=runs, loc="outside upper left", frameon=False)
     return figure
@@ -102,14 +139,16 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log.txt of a run")
+    parser.add_argument(
+        "logs", metavar="LOG", nargs="+", type=Path, help="log.txt of a run, or its folder"
+    )
     parser.add_argument("--output", default="curves.png", type=Path, help="the picture to write")
     options = parser.parse_args(arguments)
     try:
         logs = [read_log(path) for path in options.logs]
         figure = draw(dict(zip(run_names(options.logs), logs, strict=True)))
         figure.savefig(options.output)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {options.output}")
 

@@ -1,179 +1,195 @@
+"""The benchmark: its cases, turns, tables and pictures, on tiny models and a CPU."""
+
 import csv
 import math
 import re
-import subprocess
 import sys
 from dataclasses import replace
-from itertools import product
-from pathlib import Path
+from itertools import pairwise, product
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from helpers import ROOT
 
 from scripts import benchmark
-from scripts.bench import measure, report, steps, targets
+from scripts.bench import measure, paper, report, steps
 from scripts.bench.cases import (
     BACKENDS,
     BACKWARD,
     FORWARD,
+    INFERENCE,
+    LIONS,
+    MODELS,
     NO_MIXING,
-    SOFTMAX,
-    VARIANTS,
+    TRAINING,
     Case,
     make_cases,
+    presets,
 )
 
-SCRIPT = Path(benchmark.__file__).resolve()
-STEPS = (FORWARD, BACKWARD, "training", "inference")
+STEPS = (FORWARD, BACKWARD, TRAINING, INFERENCE)
+CONFIG = str(ROOT / "mlm" / "configs" / "bert-base.yaml")
+SMALL = ("model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+         "model.intermediate_size=16", "model.vocab_size=50", "model.format=Chunk")  # fmt: skip
+BLANK = Case("cpu", "a card", "float32", "", "", 0, 0, 0, "", "", 4)
 
 
-def make_case(step="inference", variant="Selective-S", format="Chunk", **values):
+def make_case(step=INFERENCE, model="LION-S♮", form="Chunk", **values):
     pixels, tokens = (0, 10) if "mixer" in step else (32, 5)
-    case = Case("cpu", "float32", step, "tiny", pixels, tokens, 2, variant, format, 4)
-    return replace(case, **values)
+    case = replace(BLANK, step=step, scale="tiny", pixels=pixels, tokens=tokens, batch=2)
+    return replace(case, model=model, form=form, **values)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What a small run of all parts printed, and the folder of its files."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    command = (
-        "--device cpu --threads 1 --parts mixer training inference --sizes 32x2 --chunk-size 4 "
-        "--masks Selective-S --formats RNN Chunk --repeats 2 --seconds 1 --output results"
-    )
-    finished = subprocess.run(
-        [sys.executable, SCRIPT, *command.split()],
-        cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return finished.stdout, folder / "results"
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Memory is that of nothing: it would take a process for each case."""
+    monkeypatch.setattr(measure, "in_new_process", lambda *_: 2**20)
 
 
-def rows_of(markdown):
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-    return [row for row in rows if len(row) == len(header)]
+def tables_of(markdown):
+    """The tables of a report, each a list of rows of cells."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", markdown, re.MULTILINE)
+    return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+            for block in blocks]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_every_case_is_in_the_table(results):
-    printed, folder = results
-    assert (folder / "benchmark.md").read_text() == printed
-    expected = []
-    for step, tokens, formats, softmax in (
-        (FORWARD, "32", ["Chunk"], "SDPA"),
-        (BACKWARD, "32", ["Chunk"], "SDPA"),
-        ("training", "5", ["Chunk"], "timm ViT"),
-        ("inference", "5", ["RNN", "Chunk"], "timm ViT"),
-    ):
-        start = [f"{step}, tiny", tokens, "2"]
-        expected.append([*start, softmax, "flash"])
-        expected += [[*start, "no mixing", ""]] if step == "training" else []
-        expected += [[*start, "LION-S♮", format] for format in formats]
-    assert [row[:5] for row in rows_of(printed)] == expected
-    assert "threads: 1" in printed and "--chunk-size 4" in printed
-    assert re.search(r"- torch: \d", printed) and re.search(r"- timm: \d", printed)
-
-
-@pytest.mark.slow
-def test_ratios_are_those_of_the_csv(results):
-    printed, folder = results
-    with (folder / "benchmark.csv").open(newline="") as file:
-        records = list(csv.DictReader(file))
-    softmax = {r["step"]: r for r in records if r["variant"] == SOFTMAX}
-    for row, r in zip(rows_of(printed), records, strict=True):
-        other = softmax[r["step"]]
-        assert row[5] == f"{float(r['seconds']) * 1e3:.2f}" and float(r["seconds"]) > 0
-        ratio = f"{float(r['seconds']) / float(other['seconds']):.2f}"
-        assert row[6] == ratio and f" {ratio} |" in printed
-        assert row[7] == r["runs"] and 1 <= int(r["runs"]) <= 2
-        assert row[8] == f"{int(r['bytes']) / 2**20:.1f}"
-        assert row[9] == f"{int(r['bytes']) / int(other['bytes']):.2f}"
-
-
-@pytest.mark.slow
-def test_picture(results):
-    assert (results[1] / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_files_of_a_small_run(tmp_path, capsys):
-    command = (
-        "--device cpu --threads 1 --parts inference --sizes 32x1 --masks Lit --formats Chunk "
-        f"--repeats 1 --seconds 0.1 --output {tmp_path}"
-    )
-    benchmark.main(command.split())
+def called(capsys, folder, options):
+    """What a run printed, and its cases."""
+    arguments = f"--device cpu --repeats 1 --seconds 0.01 --output {folder} {options}"
+    benchmark.main(arguments.split())
     printed = capsys.readouterr().out
-    assert (tmp_path / "benchmark.md").read_text() == printed
-    assert [row[3:5] for row in rows_of(printed)] == [["timm ViT", "flash"], ["LION-Lit", "Chunk"]]
-    with (tmp_path / "benchmark.csv").open(newline="") as file:
-        records = list(csv.DictReader(file))
-    assert all(float(r["seconds"]) > 0 and int(r["bytes"]) > 0 for r in records)
-    assert (tmp_path / "benchmark.png").exists()
+    (file,) = folder.glob("*.csv")
+    assert file.with_suffix(".md").read_text() == printed
+    return printed, report.read_csv(file)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(tmp_path):
-    command = (
-        "--device cuda --parts mixer training inference --scales tiny --sizes 32x2 --repeats 2 "
-        f"--masks Selective-S --compile none blocks --output {tmp_path}"
-    )
-    benchmark.main(command.split())
-    with (tmp_path / "benchmark.csv").open(newline="") as file:
-        records = list(csv.DictReader(file))
-    measured = [r for r in records if not r["note"]]
-    found = {(r["step"], r["compiled"]) for r in measured if r["variant"] == "Selective-S"}
-    models = product(("training", "inference"), ("", "blocks"))
-    assert found == {(FORWARD, ""), (BACKWARD, ""), *models}
-    assert all(float(r["seconds"]) > 0 and int(r["bytes"]) > 0 for r in measured)
+def test_speed(tmp_path, capsys, no_processes):
+    options = "--parts mixer training inference --sizes 32x2 --models LION-S♮ --formats RNN Chunk"
+    printed, cases = called(capsys, tmp_path, options)
+    expected = []
+    for step, formats in (
+        (FORWARD, ["Chunk"]), (BACKWARD, ["Chunk"]), (TRAINING, ["Chunk"]),
+        (INFERENCE, ["RNN", "Chunk"]),
+    ):  # fmt: skip
+        expected += [(step, "ViT, SDPA flash"), *((step, f"LION-S♮, {form}") for form in formats)]
+    assert [(case.step, case.label) for case in cases] == expected
+    *summaries, table = tables_of(printed)
+    assert len(summaries) == 4 and "- threads: 1" in printed
+    base = {case.step: case for case in cases if case.model == "ViT"}
+    for row, case in zip(table[2:], cases, strict=True):
+        ratio = f"{case.seconds / base[case.step].seconds:.2f}"
+        assert row[3:6] == [case.label, f"{case.seconds * 1e3:.2f}", ratio]
+        assert case.seconds > 0 and case.runs >= 1 and row[8] == "1.0"
+    assert summaries[3][3] == ["LION-S♮, RNN", ", ".join(table[-2][4:6])]
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert cases[-1].card == benchmark.cpu_name() and "LION-S" in printed
+    again = tmp_path / "again"
+    benchmark.main(["--from-csv", str(tmp_path / "benchmark.csv"), "--output", str(again)])
+    assert tables_of(capsys.readouterr().out) == tables_of(printed)
+    assert (again / "benchmark.png").exists()
+
+
+def test_paper(tmp_path, capsys, no_processes):
+    options = "--preset paper --sizes 32x1 --models Hydra LION-S♮ DeiT"
+    printed, cases = called(capsys, tmp_path, options)
+    _, _, *table = tables_of(printed)[0]
+    both = ("explicit softmax", "SDPA flash")
+    softmax = [f"{model}, {attention}" for model in ("ViT", "DeiT") for attention in both]
+    labels = [*softmax[:2], "Hydra", "LION-S♮, Attention", *softmax[2:]]
+    assert [row[0] for row in table] == labels
+    training = [case for case in cases if case.step == TRAINING]
+    for row, case in zip(table, training, strict=True):
+        over = [case.seconds / other.seconds for other in training[:2]]
+        assert row[1:5] == [f"{case.parameters:,}", f"{case.seconds * 1e3:.1f}",
+                            *(f"{ratio:.2f}" for ratio in over)]  # fmt: skip
+        assert float(row[5]) > 0 and row[6] == "1"
+    assert [row[7:] for row in table] == [
+        ["1", "70.2"], ["", ""], ["", ""], ["3.83", "73.5"], ["1", "72.2"], ["", ""],
+    ]  # fmt: skip
+    assert [row[1] for row in table[2:4]] == ["7,267,456", "5,693,488"]
+    axes = paper.draw_paper(cases).axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == labels
+    assert benchmark.cpu_name() in axes.get_title(loc="left")
+    assert "float32" in axes.get_title(loc="left")
+
+
+def test_resolution(tmp_path, capsys, no_processes):
+    options = "--preset resolution --sizes 32x1 48x1 --models LION-D"
+    printed, cases = called(capsys, tmp_path, options)
+    memory, times = tables_of(printed)[:2]
+    assert memory[0] == ["GB", "32 px, batch 1", "48 px, batch 1"] and times[0][0] == "ms"
+    labels = ["ViT, SDPA", "ViT, explicit softmax",
+              *(f"LION-D, {format}" for format in ("Attention", "RNN", "Chunk"))]  # fmt: skip
+    assert [row[0] for row in times[2:]] == labels == [row[0] for row in memory[2:7]]
+    assert times[2][2] == f"{cases[5].seconds * 1e3:,.2f}"
+    assert (tmp_path / "resolution.png").exists()
+
+
+def test_the_papers_memory_is_beside_its_resolutions():
+    cases = [make_case(model="Vim", form="", pixels=p, bytes=5 * 10**8) for p in (64, 1248)]
+    cases += [make_case(model="Vim", form="", pixels=2496, note="out of memory")]
+    memory = tables_of(paper.resolution_table(cases))[0]
+    assert memory[2] == ["Vim", "0.50", "0.50", "out of memory"]
+    assert memory[-1][1:] == ["", "12.3", "49.0"]
+
+
+def test_a_picture_shows_every_line_and_explains_its_cross():
+    cases = [make_case(model="LION-D", form=form, seconds=1.0, bytes=1, pixels=pixels)
+             for form in ("Attention", "RNN", "Chunk") for pixels in paper.PIXELS]  # fmt: skip
+    cases += [make_case(model="Vim", form="", seconds=1.0, bytes=1, pixels=1024),
+              make_case(model="Vim", form="", pixels=1248, note="out of memory")]  # fmt: skip
+    figure = paper.draw_resolution(cases)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    widths = [lines[label].get_linewidth() for label in list(lines)[:3]]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+    assert len({str(lines[label].get_linestyle()) for label in list(lines)[:3]}) == 2
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[-1] == "out of memory at the next size"
+    assert figure.get_suptitle() == "a card; float32"
+    figure.draw_without_rendering()
+    ticks = figure.axes[0].get_xticklabels()
+    ends = [tick.get_window_extent().x1 for tick in ticks]
+    apart = min(b - a for a, b in pairwise(ends)) * math.sin(math.radians(ticks[0].get_rotation()))
+    assert apart >= ticks[0].get_fontsize() * figure.dpi / 72, "labels are parallel lines of text"
+
+
+def test_text(tmp_path, capsys, no_processes):
+    configs = " ".join([CONFIG, CONFIG.replace("bert", "lion-s"), *SMALL])
+    printed, cases = called(capsys, tmp_path, f"--parts text --sizes 32x2 40x1 --configs {configs}")
+    assert [(case.label, case.tokens, case.batch) for case in cases] == [
+        ("bert-base, SDPA", 32, 2), ("lion-s-base", 32, 2),
+        ("bert-base, SDPA", 40, 1), ("lion-s-base", 40, 1),
+    ]  # fmt: skip
+    table = tables_of(printed)[-1]
+    assert table[2][5] == table[4][5] == "1.00"
+    assert table[2][6] == f"{64 / cases[0].seconds:,.0f}", "tokens/s"
+    assert all(case.parameters > 0 for case in cases)
+
+
+def test_the_figures_of_the_docs_are_those_of_their_pictures():
+    docs = (ROOT / "docs" / "benchmarks.md").read_text()
+    figures = ROOT / "docs" / "figures"
+    for table in tables_of(paper.resolution_table(report.read_csv(figures / "resolution.csv"))):
+        for label, *cells in table[2:]:
+            assert label.startswith("*paper") or f"| {' | '.join([label, *cells])} |" in docs
+    (table, *_) = tables_of(paper.paper_table(report.read_csv(figures / "paper.csv")))
+    for _, parameters, step, *_, inference, peak, time, top1 in table[2:]:
+        ends = f"| {inference} | {peak} | {time} | {top1} |".replace("  ", " ")
+        assert any(f"{parameters} | {step} |" in line and line.endswith(ends)
+                   for line in docs.splitlines()), (step, ends)  # fmt: skip
 
 
 def test_fastest_softmax_is_the_base():
-    slow, fast = (make_case(variant=SOFTMAX, seconds=s, format=f)
-                  for s, f in ((4.0, "flash"), (2.0, "cudnn")))  # fmt: skip
-    gone = make_case(variant=SOFTMAX, format="math", note="out of memory")
-    lion = make_case(seconds=1.0, bytes=3)
-    cases = [slow, fast, gone, lion]
-    assert [row[6] for row in rows_of(report.table(cases))] == ["2.00", "1.00", "", "0.50"]
-    assert "2000.00 ms (cudnn)" in report.summary(cases)
-    assert "| LION-S♮ | Chunk | 0.50 |" in report.summary(cases)
-    assert report.draw(cases).axes
-    assert "out of memory" in report.table(cases)
-
-
-def test_targets():
-    def case(format, tokens, seconds, memory=0):
-        return make_case(variant="Lit", format=format, tokens=tokens, pixels=tokens,
-                         seconds=seconds, bytes=memory)  # fmt: skip
-
-    cases = [
-        case("Chunk", 1025, 1.0),
-        case("Chunk", 4097, 5.1),
-        case("Attention", 4097, 25.5, memory=400),
-        case("RNN", 4097, 99.0, memory=90),
-    ]
-    faster, growth, memory = targets.verdicts(cases)
-    assert str(faster) == "5 (≥ 4)" and faster.met
-    assert str(growth) == "5.1 (≤ 5)" and not growth.met
-    assert str(memory) == "0.225 (≤ 0.25)" and memory.met
-    table = report.targets_table(cases)
-    assert "4,097 px: 5.1 (≤ 5) | **missed** at 4,097 px |" in table and "| met |" in table
-    assert targets.verdicts(cases[2:3]) == [] and report.targets_table(cases[2:3]) == ""
-
-
-def test_targets_on_a_gpu():
-    common = {"device": "cuda", "scale": "base", "pixels": 224}
-    training = {**common, "step": "training"}
-    cases = [
-        make_case(**training, variant=SOFTMAX, format="flash", seconds=1.0, bytes=8),
-        make_case(**training, variant=SOFTMAX, format="cudnn", seconds=0.8, bytes=8),
-        make_case(**training, variant="Lit", format="Attention", seconds=0.76, bytes=8),
-        make_case(**common, format="RNN", batch=64, seconds=1.0, bytes=10**9),
-    ]
-    time, memory, gigabytes = targets.verdicts(cases)
-    assert time.value == pytest.approx(0.95) and not time.met  # Lit: 0.90
-    assert memory.value == 1 and memory.met
-    assert str(gigabytes) == "1 (≤ 0.62)" and not gigabytes.met
+    slow, fast = (make_case(model="ViT", form=f, seconds=s) for f, s in (("flash", 4), ("math", 2)))
+    written = make_case(model="ViT", form="explicit", seconds=1.0)
+    gone = make_case(model="ViT", form="cudnn", note="out of memory")
+    cases = [slow, fast, written, gone, make_case(seconds=1.0, bytes=3)]
+    assert [row[5] for row in tables_of(report.table(cases))[0][2:]] == [
+        "2.00", "1.00", "0.50", "", "0.50"]  # fmt: skip
+    assert "| ViT, SDPA cudnn | out of memory |" in report.summary(cases)
+    assert "| LION-S♮, Chunk | 1000.00, 0.50 |" in report.summary(cases)
 
 
 def record_turns(monkeypatch, seconds):
@@ -181,15 +197,15 @@ def record_turns(monkeypatch, seconds):
     ran = []
 
     def begin(case, step):
-        ran.append(case.format)
-        return lambda: seconds(case.format, ran.count(case.format))
+        ran.append(case.form)
+        return lambda: seconds(case.form, ran.count(case.form))
 
     monkeypatch.setattr(measure, "begin", begin)
     return ran
 
 
 def test_each_round_runs_the_cases_that_have_time_left(monkeypatch):
-    slow, fast = make_case(format="Attention", seconds=8.0), make_case(seconds=1.0)
+    slow, fast = make_case(form="Attention", seconds=8.0), make_case(seconds=1.0)
     ran = record_turns(monkeypatch, lambda name, n: 8.0 if name == "Attention" else float(n))
     measure.take_turns([measure.Turns(case, None) for case in (slow, fast)], 3, budget=17)
     assert ran == ["Attention", "Chunk", "Attention", "Chunk", "Chunk"]
@@ -213,13 +229,12 @@ def test_a_case_without_time_keeps_its_first_run(monkeypatch):
         (TypeError("a bug"), "failed: TypeError"),
     ],
 )
-def test_failures_are_noted(monkeypatch, error, note):
+def test_failures_are_noted(monkeypatch, no_processes, error, note):
     def prepare(case):
         raise error
 
     monkeypatch.setattr(measure, "prepare", prepare)
-    monkeypatch.setattr(measure, "in_new_process", lambda case: 1)
-    cases = [make_case(), make_case(variant="Lit")]
+    cases = [make_case(), make_case(model="LION-Lit")]
     measure.measure(cases, repeats=1, budget=1)
     assert [case.note for case in cases] == [note, note]
     measure.measure(late := [make_case()], repeats=1, budget=1, deadline=-math.inf)
@@ -228,40 +243,47 @@ def test_failures_are_noted(monkeypatch, error, note):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere freed memory hides peaks")
 def test_memory_holds_the_gradients():
-    case = make_case("training", "Lit")
+    case = make_case(TRAINING, "LION-Lit")
     weights = sum(p.nbytes for p in steps.build(case).parameters())
-    assert 3.9 * weights < measure.in_new_process(case) < 5 * weights
+    held = measure.in_new_process(measure.peak_bytes, case, 1)
+    assert 3.9 * weights < held < 5 * weights
 
 
 def test_backend_that_the_cpu_lacks():
-    case = make_case(FORWARD, SOFTMAX, "cudnn")
+    case = make_case(FORWARD, "ViT", "cudnn")
     with measure.noting_failure(case), (step := steps.prepare(case)).context():
         step.run()
     assert case.note == "not available"
 
 
+def test_softmax_is_written_out_where_asked():
+    fused = {form: {m.fused_attn for m in steps.build(make_case(model="DeiT", form=form)).modules()
+                    if hasattr(m, "fused_attn")}
+             for form in ("explicit", "math")}  # fmt: skip
+    assert fused == {"explicit": {False}, "math": {True}}
+
+
 @pytest.mark.parametrize(
     ("step", "precision"),
-    [*((step, "amp") for step in STEPS), (FORWARD, "bfloat16"), ("inference", "bfloat16")],
+    [*((step, "amp") for step in STEPS), (FORWARD, "bfloat16"), (INFERENCE, "bfloat16")],
 )
-@pytest.mark.parametrize("variant", [SOFTMAX, "Selective-S", "Decay-Normal", "Lit"])
-def test_steps_in_lower_precision(variant, step, precision):
-    case = make_case(step, variant, "flash" if variant == SOFTMAX else "Chunk", precision=precision)
+@pytest.mark.parametrize("model", ["ViT", "LION-S♮", "LION-D", "LION-Lit"])
+def test_steps_in_lower_precision(model, step, precision):
+    case = make_case(step, model, "flash" if model == "ViT" else "Chunk", precision=precision)
     prepared = steps.prepare(case)
     with prepared.context():
         output = prepared.run()
-    if step in (FORWARD, "inference"):
+    if step in (FORWARD, INFERENCE):
         assert output.dtype == torch.bfloat16 and output.isfinite().all()
-    if step == "training":
-        parameters = steps.build(case).parameters()
-        assert prepared.held > 3 * 4 * sum(p.numel() for p in parameters)  # and AdamW's moments
+    if step == TRAINING:
+        assert prepared.held > 3 * 4 * prepared.parameters  # and AdamW's moments
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_mixer_is_that_of_the_kernels(variant):
-    case = make_case(BACKWARD, variant, tokens=13, batch=1)
+@pytest.mark.parametrize("model", LIONS)
+def test_mixer_is_that_of_the_kernels(model):
+    case = make_case(BACKWARD, model, tokens=13, batch=1)
     plain, leaves = steps.lion_mixer(case)
-    in_interpreter, _ = steps.lion_mixer(replace(case, format="kernels"))
+    in_interpreter, _ = steps.lion_mixer(replace(case, form="kernels"))
     for leaf in leaves:
         leaf.requires_grad_()
     outputs = [mix(*leaves) for mix in (plain, in_interpreter)]
@@ -275,14 +297,14 @@ def test_no_mixing():
     x = torch.randn(2, 5, 12)
     expected = attention.proj(attention.qkv(x)[..., 24:])
     torch.testing.assert_close(steps.NoMixing(attention)(x), expected)
-    model = steps.build(make_case(variant=NO_MIXING))
+    model = steps.build(make_case(model=NO_MIXING))
     assert all(isinstance(block.attn, steps.NoMixing) for block in model.blocks)
 
 
 @pytest.mark.parametrize("how", ["blocks", "model"])
-@pytest.mark.parametrize("step", ["training", "inference"])
+@pytest.mark.parametrize("step", [TRAINING, INFERENCE])
 def test_compiled(step, how):
-    case = make_case(step, "Lit", compiled=how)
+    case = make_case(step, "LION-Lit", compiled=how)
     with torch.compiler.set_stance("force_eager"):
         steps.prepare(case).run()
 
@@ -293,47 +315,99 @@ def test_a_compiled_group_has_the_fastest_backend(monkeypatch):
     def fake(probes, **_):
         for probe in probes:
             assert (probe.step, probe.compiled, probe.pixels) == (BACKWARD, "", 0)
-            probe.seconds = seconds.get(probe.format, math.nan)
-            probe.note = "" if probe.format in seconds else "not available"
+            probe.seconds = seconds.get(probe.form, math.nan)
+            probe.note = "" if probe.form in seconds else "not available"
 
     monkeypatch.setattr(measure, "measure", fake)
-    cases = [make_case("training", SOFTMAX, name, compiled="model") for name in BACKENDS]
-    measure.choose_backend([*cases, make_case("training", compiled="model")])
+    cases = [make_case(TRAINING, "ViT", form, compiled="model") for form in (*BACKENDS, "explicit")]
+    measure.choose_backend([*cases, make_case(TRAINING, compiled="model")])
     slower = measure.ONLY_FASTEST
-    assert [case.note for case in cases] == [slower, "", "not available", slower]
+    assert [case.note for case in cases] == [slower, "", "not available", slower, ""]
+
+
+def cases_of(part, preset="speed", **options):
+    return make_cases(part, presets("cuda")[preset].parts[part], replace(BLANK, device="cuda"),
+                      **{"scales": ["base"], **options})  # fmt: skip
 
 
 def test_cases_of_a_gpu():
-    assert list(VARIANTS) == ["Lit", "Decay-Normal", "Decay-S", "Selective-Normal", "Selective-S"]
-    training = make_cases("training", "cuda", VARIANTS, scales=["tiny", "base"])
+    training = cases_of(TRAINING, scales=["tiny", "base"])
     assert len(training) == 2 * 4 * (3 + 1 + 5)
     assert {(c.pixels, c.batch) for c in training if c.scale == "base"} == {
         (224, 128), (384, 48), (512, 24), (1024, 4)}  # fmt: skip
     assert {c.batch for c in training if c.scale == "tiny"} == {512, 192, 96, 16}
-    mixer = make_cases("mixer", "cuda", VARIANTS, scales=["base"], sizes=["197", "50x7"])
+    mixer = cases_of("mixer", sizes=["197", "50x7"])
     assert len(mixer) == 2 * 2 * (4 + 5)
     assert {(c.tokens, c.batch) for c in mixer} == {(197, 256), (50, 7)}
-    inference = make_cases("inference", "cuda", ["Lit"], scales=["base"], sizes=["2496"])
-    assert {(c.tokens, c.batch, c.format) for c in inference if c.variant == "Lit"} == {
+    inference = cases_of(INFERENCE, models=["LION-Lit"], sizes=["2496"])
+    assert {(c.tokens, c.batch, c.form) for c in inference if c.model == "LION-Lit"} == {
         (24337, 64, format) for format in ("Attention", "RNN", "Chunk")}  # fmt: skip
+    assert set(paper.TRAINED) == {c.model for c in cases_of(TRAINING, "paper")}
+    assert set(MODELS) == {*paper.TRAINED, NO_MIXING}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path):
+    command = (
+        "--device cuda --parts mixer training inference --scales tiny --sizes 32x2 --repeats 2 "
+        f"--models LION-S♮ --compile none blocks --output {tmp_path}"
+    )
+    benchmark.main(command.split())
+    measured = [case for case in report.read_csv(tmp_path / "benchmark.csv") if not case.note]
+    found = {(case.step, case.compiled) for case in measured if case.model == "LION-S♮"}
+    assert found == {(FORWARD, ""), (BACKWARD, ""),
+                     *product((TRAINING, INFERENCE), ("", "blocks"))}  # fmt: skip
+    assert all(case.seconds > 0 and case.bytes > 0 for case in measured)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--sizes 40", "error: a size must be a multiple of 16 pixels, not 40"),
-        ("--sizes 32y4", "error: a size is SIZE or SIZExBATCH, not '32y4'"),
-        ("--sizes 32x0", "error: a size and its batch must be at least 1, not '32x0'"),
-        ("--chunk-size 0", "error: chunk size, threads and repeats must be at least 1"),
-        ("--repeats 0", "error: chunk size, threads and repeats must be at least 1"),
-        ("--device nonsense", "error: .*nonsense.*"),
-        ("--output {file}", "error: .*File exists.*"),
+        ("--sizes 40", "a size must be a multiple of 16 pixels, 32 at least, not 40"),
+        ("--preset resolution --sizes 16", "a size must be a multiple of 16 .* not 16"),
+        ("--sizes 32y4", "a size is SIZE or SIZExBATCH, not '32y4'"),
+        ("--sizes 32x0", "a size and its batch must be at least 1, not '32x0'"),
+        ("--chunk-size 0", "chunk size, .* must be at least 1"),
+        ("--repeats 0", "chunk size, .* must be at least 1"),
+        ("--device nonsense", ".*nonsense.*"),
+        ("--output {file}", ".*File exists.*"),
+        ("--parts mixer --models Vim", "the mixer alone is that of ViT and LION, not of Vim"),
+        ("--parts main training", "measure main in a run of their own, without training"),
+        ("--preset resolution --parts mixer", "the preset has no part mixer: choose of inference"),
+        ("--preset paper --parts inference", "the preset paper divides by training steps: .*"),
+        ("--processes 2", "--processes is of the parts main and pretrain: leave it out"),
+        ("--parts main --data-path {file}", "--data-path .* is no folder: choose another"),
+        ("--parts main --precision bfloat16", "entry points train with --precision amp or .*"),
+        ("--parts text --configs absent.yaml", "cannot read the settings absent.yaml: No such.*"),
+        ("--parts text --configs model.mixer=lion-s", "give at least one configuration .*"),
+        (f"--parts text --configs {CONFIG} model.mixr=a", "Unknown key 'mixr' in the section .*"),
+        ("--from-csv {file}", ".*holds no case: measure some first"),
+        (f"--from-csv {CONFIG}", ".* is no benchmark.csv of this script .*"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(tmp_path, capsys, arguments, message):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main(arguments.format(file=file).split())
+        benchmark.main(["--device", "cpu", *arguments.format(file=file).split()])
     assert stopped.value.code == 2
-    assert re.fullmatch(f"{message}\n", capsys.readouterr().err)
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+
+
+def test_host_time_is_a_table(capsys, monkeypatch):
+    times = {"softmax": (20.0, 30.0), "Lit": (40.0, 60.0)}
+    fake = SimpleNamespace(host_time=lambda **_: times)
+    monkeypatch.setitem(sys.modules, "scripts.bench.host_time", fake)
+    benchmark.main(["--device", "cpu", "--parts", "host"])
+    rows = tables_of(capsys.readouterr().out)[0]
+    assert rows[2:] == [["softmax", "20", "30", "1.00"], ["Lit", "40", "60", "2.00"]]
+
+
+def test_the_csv_has_every_field(tmp_path):
+    case = make_case(seconds=0.1, runs=3, bytes=5, parameters=7, busy=0.5, note="a note")
+    report.write_csv(tmp_path / "cases.csv", [case])
+    (again,) = report.read_csv(tmp_path / "cases.csv")
+    assert repr(again) == repr(case)
+    with (tmp_path / "cases.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["card"] == "a card"

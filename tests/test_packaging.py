@@ -39,7 +39,7 @@ TRAIN = """
 import os, sys, torch
 from accelerate.data_loader import prepare_data_loader
 from transformers import Trainer, TrainingArguments
-import mlm.benchmark, mlm.glue, mlm.prepare, mlm.pretrain
+import mlm.glue, mlm.prepare, mlm.pretrain
 from mlm.modeling import LionBertConfig, LionBertForSequenceClassification
 
 class Rows(torch.utils.data.Dataset):

@@ -40,7 +40,7 @@ def test_draws_several_runs(tmp_path):
 def test_what_is_drawn(tmp_path):
     log = write_log(tmp_path / "run", *(record(e, test_ema_acc1=5.0 * e) for e in range(4)))
     figure = plot_log.draw({"run": plot_log.read_log(log)})
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(plot_log.PANELS)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(plot_log.PANELS["epoch"])
     test, ema = figure.axes[1].get_lines()
     assert list(test.get_ydata()) == [0, 10, 20, 30] and test.get_linestyle() == "-"
     assert list(ema.get_ydata()) == [0, 5, 10, 15] and ema.get_linestyle() == "--"
@@ -55,6 +55,47 @@ def test_a_repeated_epoch_counts_once(tmp_path):
     assert epochs[1]["test_acc1"] == 7.0
 
 
+def text_record(step: int) -> dict:
+    """As mlm.pretrain writes it."""
+    return {"step": step, "train_loss": 9.0 - step / 100, "train_lr": 1e-3,
+            "eval_loss": 8.0 - step / 100, "eval_accuracy": step / 10,
+            "tokens_per_second": 5e4, "peak_memory_gib": 8.7}  # fmt: skip
+
+
+def test_runs_of_mlm_pretrain(tmp_path):
+    """The second comes before the first, which a resumed run repeated."""
+    log = write_log(tmp_path / "lion-s", text_record(200), text_record(100), text_record(200))
+    figure = plot_log.draw({"lion-s": plot_log.read_log(log)})
+    train, held_out = figure.axes[0].get_lines()
+    assert list(train.get_xdata()) == [100, 200] and list(train.get_ydata()) == [8, 7]
+    assert list(held_out.get_ydata()) == [7, 6]
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == [10, 20]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
+    assert figure.legends[0].get_texts()[0].get_text() == "lion-s, best accuracy 20.0 %"
+
+
+def test_folders_are_runs(tmp_path):
+    write_log(tmp_path / "a", text_record(100))
+    assert plot_log.read_log(tmp_path / "a") == [text_record(100)]
+    assert plot_log.run_names([tmp_path / "a", tmp_path / "b" / "log.txt"]) == ["a", "b"]
+
+
+def test_runs_of_both_are_drawn_apart(tmp_path, capsys):
+    folders = [tmp_path / "images", tmp_path / "text"]
+    for folder, line in zip(folders, (record(0), text_record(100)), strict=True):
+        write_log(folder, line)
+    with pytest.raises(SystemExit) as stopped:
+        plot_log.main([*map(str, folders), "--output", str(tmp_path / "curves.png")])
+    assert stopped.value.code == 2 and "draw them apart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(5_686_540, "5.7 M"), (41_234, "41.2 k"), (999, "999")]
+)
+def test_small_models_have_parameters(count, text):
+    assert plot_log.label("a", [record(0, n_parameters=count)]).startswith(f"a, {text} parameters")
+
+
 def test_names():
     distinct = [Path("runs/a/log.txt"), Path("runs/b/log.txt")]
     assert plot_log.run_names(distinct) == ["a", "b"]
@@ -66,10 +107,17 @@ def test_names():
     ("lines", "message"),
     [
         (None, "error: cannot read .*log.txt: No such file or directory"),
-        ("", "error: .*log.txt holds no finished epoch yet"),
-        ('{"epoch": 0, "tra', "error: .*log.txt holds no finished epoch yet"),
-        ('oops\n{"epoch": 0}\n', "error: line 1 of .*log.txt is not the JSON of an epoch"),
-        ('{"lr": 0}\n{"epoch": 0}\n', "error: line 1 of .*log.txt is not the JSON of an epoch"),
+        ("", "error: .*log.txt holds no finished epoch or step yet"),
+        ('{"epoch": 0, "tra', "error: .*log.txt holds no finished epoch or step yet"),
+        ('oops\n{"epoch": 0}\n', "error: line 1 of .*log.txt is not the JSON of an epoch or step"),
+        (
+            '{"lr": 0}\n{"epoch": 0}\n',
+            "error: line 1 of .*log.txt is not the JSON of an epoch or step",
+        ),
+        (
+            '{"step": 9}\n{"epoch": 0}\n',
+            "error: .*log.txt has lines of main.py and of mlm.pretrain: .*",
+        ),
     ],
 )
 def test_bad_log(tmp_path, capsys, lines, message):

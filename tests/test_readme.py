@@ -23,7 +23,6 @@ QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log")
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
          "--device", "cpu", "--mixup", "0", "--cutmix", "0")  # fmt: skip
-TIMED = ("--device", "cpu", "--size", "tiny", "--batch-size", "1", "--repeats", "1")
 SUBMITIT = """
 class AutoExecutor:
     def __init__(self, **_): pass
@@ -88,12 +87,8 @@ def test_command(line, places, tmp_path):
     line = line.replace("curves.png", str(tmp_path / "curves.png"))
     words = shlex.split(line)
     if "benchmark" in line:
-        words += ["--device", "cpu", "--scales", "tiny", "--sizes", "32", "--masks", "Selective-S"]
+        words += ["--device", "cpu", "--scales", "tiny", "--sizes", "32x1", "--models", "LION-S♮"]
         words += ["--repeats", "1", "--compile", "none"]
-    elif "paper_table" in line:
-        words += [*TIMED, "--image-size", "32", "--models", "LION-S♮"]
-    elif "memory_vs_resolution" in line:
-        words += [*TIMED, "--sizes", "32"]
     elif "distill_cifar10" in line:  # its arguments are for two kinds of model
         words += SMALL[len(MODEL) :]
     elif "compare.py" in line:

@@ -1,89 +1,180 @@
-"""What is measured: a case is one step of one model, or mixer, at one size."""
+"""What is measured: a case is one step of one model, mixer or entry point, at one size."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 
-from models_lion import FEATURE_MAPS, FORMATS
+from torch.nn.attention import SDPBackend
 
-# Mask and order of LION's mixer; Lit has no decay and therefore no order.
-VARIANTS = ("Lit", *(f"{m}-{o}" for m in FEATURE_MAPS if m != "Lit" for o in ("Normal", "S")))
-SOFTMAX = "softmax"  # timm's ViT, or its attention alone
+from errors import UserError
+from models_lion import FORMATS, SIZES
+
 NO_MIXING = "no mixing"  # the ViT whose tokens keep their own values: a floor for every mixer
-NAMES = {
-    SOFTMAX: "timm ViT", NO_MIXING: "no mixing", "Lit": "LION-Lit", "Decay-Normal": "LION-D",
-    "Decay-S": "LION-D♮", "Selective-Normal": "LION-S", "Selective-S": "LION-S♮",
-}  # fmt: skip
-BACKENDS = ("flash", "cudnn", "efficient", "math")  # of scaled_dot_product_attention
-HEADS = {"tiny": 3, "small": 6, "base": 12}  # of width 64
+# Names in timm but for the size, and options.
+MODELS = {
+    "ViT": ("vit", {}),
+    NO_MIXING: ("vit", {}),
+    "DeiT": ("deit", {}),
+    "Hydra": ("hydra", {}),
+    "Vim": ("vim", {}),
+    "LION-Lit": ("lion", {"mask_type": "Lit"}),
+    "LION-D": ("lion", {"mask_type": "Decay"}),
+    "LION-D♮": ("lion", {"mask_type": "Decay", "order": "S"}),
+    "LION-S": ("lion", {"mask_type": "Selective"}),
+    "LION-S♮": ("lion", {"mask_type": "Selective", "order": "S"}),
+}
+LIONS = tuple(name for name in MODELS if name.startswith("LION"))
+SOFTMAX = ("ViT", "DeiT")
+BACKENDS = {  # of scaled_dot_product_attention
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+DEFAULT, EXPLICIT = "default", "explicit"  # PyTorch chooses; softmax is written out
+ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
+             DEFAULT: "SDPA", EXPLICIT: "explicit softmax"}  # fmt: skip
+SCALES = tuple(SIZES)
 PATCH = 16
 
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
-PARTS = {"mixer": (FORWARD, BACKWARD), "training": ("training",), "inference": ("inference",)}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a part measures on a device: batches of base by size, and the rest that is not given.
-
-    A size is the image's side in pixels, for the mixer the tokens. Narrower models get larger
-    batches, so that they fill the device.
-    """
-
-    batches: dict[int, int]
-    precision: str
-    backends: tuple[str, ...] = BACKENDS[:3]
-    formats: tuple[str, ...] = tuple(FORMATS)
-    wider: dict[str, int] | None = None
-
-    def batch(self, size: int, scale: str) -> int:
-        return self.batches.get(size, 1) * (self.wider or {}).get(scale, 1)
-
-
-MIXER_SIZES = {197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2}
-WIDER = {"tiny": 4, "small": 2}
-DEFAULTS = {
-    ("cuda", "mixer"): Defaults(MIXER_SIZES, "bfloat16", BACKENDS, ("kernels",), WIDER),
-    ("cuda", "training"): Defaults(
-        {224: 128, 384: 48, 512: 24, 1024: 4}, "amp", formats=("Attention",), wider=WIDER
-    ),
-    ("cuda", "inference"): Defaults({224: 64, 512: 64, 1024: 64, 2496: 64}, "bfloat16"),
-    ("cpu", "mixer"): Defaults({197: 8, 1025: 1}, "float32", ("flash",), ("Attention", "Chunk")),
-    ("cpu", "training"): Defaults({224: 8}, "float32", ("flash",), ("Attention", "Chunk")),
-    ("cpu", "inference"): Defaults({512: 1, 1024: 1}, "float32", ("flash",)),
-}
+TRAINING, INFERENCE, TEXT = "training", "inference", "text"
+MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
+# The steps of each part; those of `main` and `pretrain` are the entry points'.
+PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
+         TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
 
 
 @dataclass
 class Case:
     device: str  # cpu or cuda
+    card: str  # its name
     precision: str  # float32, bfloat16 (weights, too), or amp: bfloat16 by autocast
     step: str  # of PARTS
-    scale: str  # of HEADS
-    pixels: int  # 0 for the mixer
-    tokens: int
-    batch: int
-    variant: str  # one of NAMES
-    format: str  # of LION, or the backend of scaled_dot_product_attention
-    chunk_size: int
+    scale: str  # of SCALES; of text, nothing
+    pixels: int  # 0 for the mixer and text
+    tokens: int  # of an image or a window
+    batch: int  # images or windows of a process
+    model: str  # of MODELS, or the name of a configuration of mlm.pretrain
+    form: str  # a format of LION, or how softmax is computed: a key of ATTENTION
+    chunk_size: int = 64
     compiled: str = ""  # blocks, or the whole model
+    config: str = ""  # of text: the file, and key=value
+    processes: int = 1
     seconds: float = math.nan  # the median of the runs
     runs: int = 0  # each of several iterations, if they are short
     iterations: int = 1
     bytes: int = 0  # at most held: weights, optimizer, input and what the step takes
+    parameters: int = 0
+    data_wait: float = math.nan  # share of an entry point's time in which it waits for data
+    busy: float = math.nan  # share in which the device computes
     note: str = ""  # why there is no result
 
     @property
     def group(self) -> tuple:
         """Cases of a group are measured in turn and compared with each other."""
-        return self.step, self.scale, self.compiled, self.tokens, self.batch
+        return self.step, self.scale, self.compiled, self.tokens, self.batch, self.processes
+
+    @property
+    def label(self) -> str:
+        form = ATTENTION.get(self.form, self.form)
+        return f"{self.model}, {form}" if form else self.model
+
+    @property
+    def rate(self) -> float:
+        """Images/s, or tokens/s of text and of the mixer."""
+        return self.batch * self.processes * (1 if self.pixels else self.tokens) / self.seconds
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a part measures: batches of base by size, and the rest that is not given.
+
+    A size is the image's side in pixels, for the mixer and text the tokens. Narrower models get
+    larger batches, so that they fill the device.
+    """
+
+    batches: dict[int, int]
+    models: tuple[str, ...] = ("ViT", *LIONS)
+    backends: tuple[str, ...] = ("flash",)
+    formats: tuple[str, ...] = ("Attention",)
+    wider: dict[str, int] = field(default_factory=dict)
+
+    def batch(self, size: int, scale: str) -> int:
+        return self.batches.get(size, 1) * self.wider.get(scale, 1)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A table: its parts, those measured if none are given, and how long each case takes."""
+
+    parts: dict[str, Defaults]
+    chosen: tuple[str, ...]
+    repeats: int
+    seconds: float
+
+
+def presets(device: str) -> dict[str, Preset]:
+    """The tables by name, for `cpu` or `cuda`."""
+    cuda, formats = device == "cuda", tuple(FORMATS)
+    paper = Defaults({224: 64}, tuple(m for m in MODELS if m != NO_MIXING),
+                     (EXPLICIT, "flash", "cudnn") if cuda else (EXPLICIT, "flash"))  # fmt: skip
+    resolution = Defaults(
+        dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64), ("ViT", "Hydra", "Vim", "LION-D"),
+        (DEFAULT, EXPLICIT), formats,
+    )  # fmt: skip
+    text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, (),
+                    ("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
+    return {
+        "speed": Preset(SPEED[device], (INFERENCE,), *((15, 3) if cuda else (10, 60))),
+        "paper": Preset({TRAINING: paper, INFERENCE: paper}, (TRAINING, INFERENCE), 10, 20),
+        "resolution": Preset({INFERENCE: resolution}, (INFERENCE,), 5, 10),
+        "text": Preset({TEXT: text}, (TEXT,), 15, 5),
+        "loops": Preset(LOOPS[device], ("main",), *((15, 3) if cuda else (3, 5))),
+    }
+
+
+WIDER = {"tiny": 4, "small": 2}
+FEW = ("ViT", "LION-D", "LION-S♮")
+FUSED = ("flash", "cudnn", "efficient")
+SPEED = {
+    "cuda": {
+        "mixer": Defaults(
+            {197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
+            backends=tuple(BACKENDS), formats=("kernels",), wider=WIDER,
+        ),
+        TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
+                           FUSED, wider=WIDER),
+        INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=FUSED,
+                            formats=tuple(FORMATS)),
+    },
+    "cpu": {
+        "mixer": Defaults({197: 8, 1025: 1}, FEW, formats=("Attention", "Chunk")),
+        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *FEW[1:]), formats=("Attention", "Chunk")),
+        INFERENCE: Defaults({512: 1, 1024: 1}, FEW, formats=tuple(FORMATS)),
+    },
+}  # fmt: skip
+LOOPS = {
+    "cuda": {"main": Defaults({224: 128}, FEW, (DEFAULT,), wider=WIDER),
+             "pretrain": Defaults({128: 256}, backends=(DEFAULT,))},
+    "cpu": {"main": Defaults({224: 8}, FEW, (DEFAULT,)),
+            "pretrain": Defaults({128: 8}, backends=(DEFAULT,))},
+}  # fmt: skip
+
+
+def default_precision(device: str, part: str) -> str:
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if part in ("mixer", INFERENCE) else "amp"
 
 
 def tokens_of(pixels: int) -> int:
     """ValueError for a size that no model takes."""
-    if pixels % PATCH:
-        raise ValueError(f"a size must be a multiple of {PATCH} pixels, not {pixels}")
+    if pixels % PATCH or pixels < 2 * PATCH:
+        raise UserError(
+            f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, not {pixels}"
+        )
     return 1 + (pixels // PATCH) ** 2
 
 
@@ -93,42 +184,51 @@ def parse_size(text: str) -> tuple[int, int | None]:
     try:
         numbers = int(size), int(batch) if batch else None
     except ValueError as error:
-        raise ValueError(f"a size is SIZE or SIZExBATCH, not {text!r}") from error
+        raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}") from error
     if min(numbers[0], 1 if numbers[1] is None else numbers[1]) < 1:
-        raise ValueError(f"a size and its batch must be at least 1, not {text!r}")
+        raise UserError(f"a size and its batch must be at least 1, not {text!r}")
     return numbers
+
+
+def forms_of(model: str, backends: Sequence[str], formats: Sequence[str]) -> Sequence[str]:
+    if model in SOFTMAX:
+        return backends
+    return formats if model in LIONS else ("",)
 
 
 def make_cases(
     part: str,
-    device: str,
-    variants: Sequence[str],
+    defaults: Defaults,
+    blank: Case,
     *,
     scales: Sequence[str],
+    models: Sequence[str] | None = None,
     sizes: Sequence[str] | None = None,
     formats: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
-    precision: str | None = None,
     compiled: Sequence[str] = ("",),
-    chunk_size: int = 64,
+    processes: Sequence[int] = (1,),
 ) -> list[Case]:
-    """The cases of a part, by group; None is the default. ValueError for a size it cannot take."""
-    defaults = DEFAULTS[device, part]
+    """The cases of a part, by group; None is the default. The ViT, the base, is always there.
+
+    `blank` has what they share: device, precision, chunk size. Raises UserError for a size or a
+    model that the part cannot take.
+    """
     chosen = [parse_size(s) for s in sizes] if sizes else [(s, None) for s in defaults.batches]
-    backends = backends or defaults.backends
-    formats = formats or defaults.formats
-    if part == "mixer" and device == "cuda":
-        formats = ("kernels",)
-    if part != "inference":
+    models = list(dict.fromkeys(("ViT", *(models or defaults.models))))
+    backends, formats = backends or defaults.backends, formats or defaults.formats
+    if part == "mixer":
+        formats = ("kernels",) if blank.device == "cuda" else formats
+        if others := sorted(set(models) - {"ViT", *LIONS}):
+            raise UserError(f"the mixer alone is that of ViT and LION, not of {others[0]}")
+    if part != INFERENCE:
         formats = [f for f in formats if f != "RNN"]  # its backward holds a state for each token
-    models = [(SOFTMAX, backend) for backend in backends]
-    models += [(NO_MIXING, "")] if part == "training" else []
-    models += product(variants, formats)
     cases = []
-    for scale, how, (size, batch), step in product(scales, compiled, chosen, PARTS[part]):
+    groups = product(scales, compiled, processes, chosen, PARTS[part])
+    for scale, how, count, (size, batch), step in groups:
         pixels, tokens = (0, size) if part == "mixer" else (size, tokens_of(size))
-        batch = batch or defaults.batch(size, scale)
-        for variant, format in models:
-            kind = (device, precision or defaults.precision, step, scale, pixels, tokens, batch)
-            cases.append(Case(*kind, variant, format, chunk_size, how))
+        group = replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
+                        batch=batch or defaults.batch(size, scale), processes=count)  # fmt: skip
+        cases += [replace(group, model=model, form=form)
+                  for model in models for form in forms_of(model, backends, formats)]  # fmt: skip
     return cases

@@ -17,13 +17,16 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 from memory import peak_memory
-from scripts.bench.cases import BACKWARD, PATCH, SOFTMAX, Case
+from scripts.bench.cases import BACKENDS, BACKWARD, INFERENCE, PATCH, TRAINING, Case
 from scripts.bench.steps import Step, images, prepare
+from workers import end_with_parent
 
+Result = TypeVar("Result")
 TURN = 0.02  # seconds that a turn takes at least: short cases get several iterations
 OUT_OF_MEMORY, UNAVAILABLE, OUT_OF_TIME = "out of memory", "not available", "no time left"
 ONLY_FASTEST = "slower alone, not compiled"
@@ -76,13 +79,14 @@ def first_run(case: Case) -> Turns | None:
     """After a warm-up, one run; it gives peak memory and how many iterations make a turn."""
     with noting_failure(case):
         if case.device == "cpu":
-            case.bytes = in_new_process(case)
+            case.bytes = in_new_process(peak_bytes, case, torch.get_num_threads())
         step = prepare(case)
         warm_up(case, step)
         with peak_memory(torch.device(case.device)) as peak:
             case.seconds, case.runs = begin(case, step)(), 1
         if case.device != "cpu":
             case.bytes = step.held + peak.bytes
+        case.parameters = step.parameters
         case.iterations = max(1, min(100, round(TURN / case.seconds)))
         return Turns(case, step)
 
@@ -152,9 +156,9 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def in_new_process(case: Case) -> int:
-    with ProcessPoolExecutor(1, mp_context=processes) as fresh:
-        return fresh.submit(peak_bytes, case, torch.get_num_threads()).result()
+def in_new_process(function: Callable[..., Result], *arguments: object) -> Result:
+    with ProcessPoolExecutor(1, mp_context=processes, initializer=end_with_parent) as fresh:
+        return fresh.submit(function, *arguments).result()
 
 
 @contextmanager
@@ -175,15 +179,19 @@ def noting_failure(case: Case) -> Iterator[None]:
 
 
 def choose_backend(cases: Sequence[Case]) -> None:
-    """Of a compiled group, keeps the softmax case whose backend is the fastest by the mixer alone.
+    """Of a compiled group, keeps the softmax cases whose backend is the fastest by the mixer alone.
 
     To compile all takes minutes.
     """
-    softmax = [case for case in cases if case.variant == SOFTMAX]
-    alone = {"step": BACKWARD, "pixels": 0, "compiled": "", "precision": softmax[0].precision}
-    probes = [replace(case, **alone) for case in softmax]
-    measure(probes, repeats=5, budget=1)
-    fastest = min((p for p in probes if not p.note), key=lambda p: p.seconds)
-    for case, probe in zip(softmax, probes, strict=True):
-        if probe is not fastest:
+    softmax = {case.form: case for case in cases if case.form in BACKENDS}
+    if len(softmax) < 2 or cases[0].step not in (TRAINING, INFERENCE):
+        return
+    alone = {"step": BACKWARD, "pixels": 0, "compiled": ""}
+    probes = {form: replace(case, **alone) for form, case in softmax.items()}
+    measure(list(probes.values()), repeats=5, budget=1)
+    working = [probe for probe in probes.values() if not probe.note]
+    fastest = min(working, key=lambda probe: probe.seconds, default=None)
+    for case in cases:
+        probe = probes.get(case.form)
+        if probe and probe is not fastest:
             case.note = probe.note or ONLY_FASTEST

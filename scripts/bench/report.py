@@ -1,32 +1,34 @@
-"""Measured cases as CSV, markdown and a picture."""
+"""Measured cases as CSV, tables in markdown and pictures."""
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scripts.bench.cases import NAMES, SOFTMAX, Case
-from scripts.bench.targets import verdicts
+from errors import UserError
+from scripts.bench.cases import EXPLICIT, NO_MIXING, Case
 
-COLOURS = {
-    SOFTMAX: "0.2", "no mixing": "0.6", "Lit": "#e69f00", "Decay-Normal": "#56b4e9",
-    "Decay-S": "#0072b2", "Selective-Normal": "#8fd175", "Selective-S": "#007a5a",
+# Okabe and Ito's colours, which the colour-blind can tell apart, and two greys.
+COLOURS = {"ViT": "0.1", NO_MIXING: "0.6", "Hydra": "#cc79a7", "Vim": "#d55e00",
+           "LION-Lit": "#e69f00", "LION-D": "#56b4e9", "LION-D♮": "#0072b2",
+           "LION-S": "#8fd175", "LION-S♮": "#007a5a"}  # fmt: skip
+# Lines that coincide still show: wide below, narrow and broken above.
+STYLES = {
+    "Attention": {"linewidth": 6, "alpha": 0.45, "marker": "", "zorder": 1},
+    "RNN": {"linewidth": 2.2, "linestyle": (0, (5, 2.5)), "marker": "s", "markersize": 8,
+            "markerfacecolor": "none", "zorder": 3},
+    "Chunk": {"linewidth": 1.5, "linestyle": (0, (1, 1.5)), "marker": "^", "markersize": 5,
+              "color": "#00507a", "zorder": 3},
+    "cudnn": {"linestyle": "--"}, "efficient": {"linestyle": ":"}, "math": {"linestyle": "-."},
+    EXPLICIT: {"linestyle": "-."},
 }  # fmt: skip
-STYLES = {"Attention": ":", "RNN": "--", "cudnn": "--", "efficient": ":", "math": "-."}
-
-
-def baselines(cases: Iterable[Case]) -> dict[tuple, Case]:
-    """The fastest softmax attention of each group."""
-    found = {}
-    for case in cases:
-        if case.variant == SOFTMAX and not case.note:
-            found[case.group] = min(found.get(case.group, case), case, key=lambda c: c.seconds)
-    return found
+OUT_OF_MEMORY = "out of memory"
 
 
 def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -36,8 +38,8 @@ def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
-def name_of(case: Case) -> str:
-    return "SDPA" if case.variant == SOFTMAX and not case.pixels else NAMES[case.variant]
+def number(value: float, pattern: str) -> str:
+    return "" if math.isnan(value) else format(value, pattern)
 
 
 def size_of(case: Case) -> str:
@@ -45,78 +47,70 @@ def size_of(case: Case) -> str:
 
 
 def title_of(case: Case) -> str:
-    parts = [case.step, case.scale]
-    return ", ".join([*parts, f"compiled ({case.compiled})"] if case.compiled else parts)
+    compiled = f"compiled ({case.compiled})" if case.compiled else ""
+    return ", ".join(filter(None, [case.step, case.scale, compiled]))
 
 
-def table(cases: Sequence[Case]) -> str:
-    """Every case, with its ratios to the fastest softmax attention of its group."""
-    header = ("step", " tokens", " batch", "model", "format", " ms", " / softmax", " runs",
-              " peak MiB", " / softmax")  # fmt: skip
-    base = baselines(cases)
-    lines = []
+def bases(cases: Sequence[Case]) -> dict[tuple, Case]:
+    """What a group is divided by: its first model, with the fastest of PyTorch's attention."""
+    first = {}
     for case in cases:
-        start = [title_of(case), f"{case.tokens:,}", case.batch, name_of(case), case.format]
-        if case.note:
-            lines.append([*start, case.note, "", "", "", ""])
-            continue
-        time, memory = ratios(case, base)
-        results = (f"{case.seconds * 1e3:.2f}", f"{time:.2f}",
-                   case.runs, f"{case.bytes / 2**20:.1f}", f"{memory:.2f}")  # fmt: skip
-        lines.append([*start, *results])
-    return rows(header, lines)
+        first.setdefault(case.group, case.model)
+    found = {}
+    for case in cases:
+        if case.model == first[case.group] and case.form != EXPLICIT and not case.note:
+            found[case.group] = min(found.get(case.group, case), case, key=lambda c: c.seconds)
+    return found
 
 
 def ratios(case: Case, base: dict[tuple, Case]) -> tuple[float, float]:
-    """Time and peak memory in those of the group's fastest softmax attention."""
+    """Time and peak memory in those of the group's base."""
     other = base.get(case.group)
     if case.note or other is None:
         return math.nan, math.nan
     return case.seconds / other.seconds, case.bytes / (other.bytes or math.nan)
 
 
-def summary(cases: Sequence[Case]) -> str:
-    """Time over that of the fastest softmax attention: a table by size for each step and model."""
-    base = baselines(cases)
-    tables = []
-    for title in dict.fromkeys(map(title_of, cases)):
-        shown = [case for case in cases if title_of(case) == title]
-        sizes = list(dict.fromkeys((size_of(c), c.batch) for c in shown))
-        values = {}
-        for case in shown:
-            if case.variant != SOFTMAX:
-                row = values.setdefault((name_of(case), case.format), {})
-                row[size_of(case), case.batch] = case.note or f"{ratios(case, base)[0]:.2f}"
-        softmax = {(size_of(c), c.batch): f"{c.seconds * 1e3:.2f} ms ({c.format})"
-                   for c in base.values() if title_of(c) == title}  # fmt: skip
-        first = name_of(next(c for c in shown if c.variant == SOFTMAX))
-        lines = [[first, "", *(softmax.get(size, "") for size in sizes)]]
-        lines += [[*key, *(row.get(size, "") for size in sizes)] for key, row in values.items()]
-        header = [title, "format", *(f" {size}, batch {batch}" for size, batch in sizes)]
-        tables.append(rows(header, lines))
-    return "\n\n".join(tables)
-
-
-def targets_table(cases: Sequence[Case]) -> str:
-    """Of targets for what was measured, a line for several sizes; empty if there are none."""
-    found = {}
-    for verdict in verdicts(cases):
-        case = verdict.case
-        model = f"{name_of(case)} {case.format}".strip()
-        found.setdefault((title_of(case), model, verdict.target.text), []).append(verdict)
+def table(cases: Sequence[Case]) -> str:
+    """Every case, with its ratios to the base of its group; speed is in images or tokens/s."""
+    header = ("step", " tokens", " batch", "model", " ms", " / base", " per second", " runs",
+              " peak MiB", " / base")  # fmt: skip
+    base = bases(cases)
     lines = []
-    for key, group in found.items():
-        missed = [size_of(v.case) for v in group if not v.met]
-        values = ", ".join(f"{size_of(v.case)}: {v}" for v in group)
-        lines.append([*key, values, f"**missed** at {', '.join(missed)}" if missed else "met"])
-    return rows(("step", "model", "in", "measured (target)", "verdict"), lines) if lines else ""
+    for case in cases:
+        start = [title_of(case), f"{case.tokens:,}", case.batch, case.label]
+        if case.note:
+            lines.append([*start, case.note, "", "", "", "", ""])
+            continue
+        time, memory = ratios(case, base)
+        lines.append([*start, f"{case.seconds * 1e3:.2f}", number(time, ".2f"),
+                      f"{case.rate:,.0f}", case.runs, f"{case.bytes / 2**20:.1f}",
+                      number(memory, ".2f")])  # fmt: skip
+    return rows(header, lines)
 
 
-def text(facts: dict[str, str], cases: Sequence[Case]) -> str:
-    """The whole report in markdown."""
-    conditions = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    parts = [conditions, table(cases), summary(cases), targets_table(cases)]
-    return "\n\n".join(filter(None, parts))
+def by_size(cases: Sequence[Case], title: str, cell: Callable[[Case], str]) -> str:
+    """A line for each model, a column for each size."""
+    sizes = list(dict.fromkeys((size_of(c), c.batch) for c in cases))
+    values = {}
+    for case in cases:
+        values.setdefault(case.label, {})[size_of(case), case.batch] = case.note or cell(case)
+    lines = [[label, *(row.get(size, "") for size in sizes)] for label, row in values.items()]
+    return rows([title, *(f" {size}, batch {batch}" for size, batch in sizes)], lines)
+
+
+def summary(cases: Sequence[Case]) -> str:
+    """Time and its ratio to the base: a table by size for each step, scale and way to compile."""
+    base = bases(cases)
+
+    def cell(case: Case) -> str:
+        return f"{case.seconds * 1e3:.2f}, {number(ratios(case, base)[0], '.2f')}"
+
+    titles = dict.fromkeys(map(title_of, cases))
+    return "\n\n".join(
+        by_size([case for case in cases if title_of(case) == title], f"{title}: ms, / base", cell)
+        for title in titles
+    )
 
 
 def write_csv(path: Path, cases: Sequence[Case]) -> None:
@@ -126,46 +120,96 @@ def write_csv(path: Path, cases: Sequence[Case]) -> None:
         writer.writerows(map(asdict, cases))
 
 
-def draw(cases: Sequence[Case]) -> Figure:
-    """Ratios to softmax attention by tokens, a column of panels for each step and model."""
-    base = baselines(cases)
-    titles = list(dict.fromkeys(map(title_of, cases)))
-    size = (4.2 * len(titles) + 1.8, 7)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    lines = {}
-    for column, title in zip(figure.subplots(2, len(titles), squeeze=False).T, titles, strict=True):
-        shown = [case for case in cases if title_of(case) == title]
-        for row, axes in enumerate(column):
-            lines |= draw_panel(axes, shown, [ratios(case, base)[row] for case in shown])
+def read_csv(path: Path) -> list[Case]:
+    """Raises UserError for what is no table of cases."""
+    kinds = {field.name: field.type for field in fields(Case)}
+    try:
+        with path.open(newline="") as file:
+            cases = [Case(**{name: kinds[name](text) for name, text in row.items()})
+                     for row in csv.DictReader(file)]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no benchmark.csv of this script ({error})") from error
+    if not cases:
+        raise UserError(f"{path} holds no case: measure some first")
+    return cases
+
+
+def conditions(cases: Sequence[Case]) -> str:
+    """What a picture's numbers depend on."""
+    seen = lambda name: ", ".join(dict.fromkeys(str(getattr(c, name)) for c in cases))  # noqa: E731
+    return f"{seen('card')}; {seen('precision')}".replace("amp", "bfloat16 (mixed precision)")
+
+
+Quantity = tuple[str, Callable[[Case], float]]  # the name of an axis, and its values
+
+
+def draw_ratios(cases: Sequence[Case]) -> Figure:
+    """Time and memory over those of the base, a column of panels for each step and scale."""
+    base = bases(cases)
+    quantities = (("time / fastest softmax", lambda c: ratios(c, base)[0]),
+                  ("peak memory / fastest softmax", lambda c: ratios(c, base)[1]))  # fmt: skip
+    groups = {title: [c for c in cases if title_of(c) == title] for title in map(title_of, cases)}
+    return draw_lines(groups, quantities, "tokens")
+
+
+def draw_lines(
+    groups: dict[str, Sequence[Case]], quantities: Sequence[Quantity], size: str
+) -> Figure:
+    """Quantities by `size`, tokens or pixels: a row of panels each, a column for each group.
+
+    Those of a single group are side by side.
+    """
+    single = len(groups) == 1
+    shape = (1, len(quantities)) if single else (len(quantities), len(groups))
+    size_of_figure = (4.4 * shape[1] + 2.4, 3.4 * shape[0] + 0.7)
+    figure = Figure(figsize=size_of_figure, dpi=120, layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False)
+    legend = {}
+    for column, (title, cases) in zip(panels if single else panels.T, groups.items(), strict=True):
+        for axes, (name, value) in zip(column, quantities, strict=True):
+            legend |= draw_panel(axes, cases, value, size)
+            axes.set_ylabel(name)
+            axes.set_xlabel("pixels per side of the image" if size == "pixels" else size)
         column[0].set_title(title, loc="left", fontsize=10)
-        column[1].set_xlabel("tokens")
-        if title == titles[0]:
-            column[0].set_ylabel("time / fastest softmax")
-            column[1].set_ylabel("peak memory / fastest softmax")
-    figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, fontsize=8)
+    every = [case for cases in groups.values() for case in cases]
+    if any(case.note == OUT_OF_MEMORY for case in every):
+        legend["out of memory at the next size"] = Line2D(
+            [], [], color="0.3", marker="x", markersize=10, linestyle=""
+        )
+    figure.legend(legend.values(), legend, loc="outside right upper", frameon=False, fontsize=8,
+                  handlelength=4)  # fmt: skip
+    figure.suptitle(conditions(every), fontsize=10, x=0.01, ha="left")
     return figure
 
 
-def draw_panel(axes: Axes, cases: Sequence[Case], values: Sequence[float]) -> dict[str, object]:
-    """A line for each model and format; returns them by what they show."""
-    series = {}
-    for case, value in zip(cases, values, strict=True):
-        if not math.isnan(value):
-            points = series.setdefault((case.variant, case.format), [])
-            points.append((case.tokens, value))
+def draw_panel(
+    axes: Axes, cases: Sequence[Case], value: Callable[[Case], float], size: str
+) -> dict[str, Line2D]:
+    """A line for each model and form; returns them by what they show."""
     lines = {}
-    for (variant, format), points in series.items():
-        label = f"{'softmax' if variant == SOFTMAX else NAMES[variant]} {format}".strip()
-        style = {"linestyle": STYLES.get(format, "-"), "color": COLOURS[variant], "marker": "."}
+    for label in dict.fromkeys(case.label for case in cases):
+        series = [case for case in cases if case.label == label]
+        shown = [case for case in series if not case.note and not math.isnan(value(case))]
+        if not shown:
+            continue
+        style = {"color": COLOURS.get(series[0].model), "marker": ".",
+                 **STYLES.get(series[0].form, {})}  # fmt: skip
+        points = [(getattr(case, size), value(case)) for case in shown]
         (lines[label],) = axes.plot(*zip(*points, strict=True), **style)
+        if any(case.note == OUT_OF_MEMORY for case in series):
+            axes.plot(*points[-1], "x", color=style["color"], markersize=13)
     axes.set(xscale="log", yscale="log")
-    ticks = sorted({case.tokens for case in cases})
-    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks], rotation=30, fontsize=8)
+    ticks = sorted({getattr(case, size) for case in cases})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, ha="right",
+                    rotation_mode="anchor", fontsize=8)  # fmt: skip
+    axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.7), max(high, 1.4))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
+    if high / low < 3:  # of which a logarithm shows few
+        axes.set_yscale("linear")
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="0.92")
     axes.set_axisbelow(True)

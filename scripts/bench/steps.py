@@ -1,6 +1,6 @@
 """How a case runs: its tensors and models, and one step of them as a function."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -11,20 +11,29 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 import lion_kernels
+import models_hydra  # noqa: F401, registers models, as the next does
 import models_lion
+import models_vim  # noqa: F401
 from curves import scan_curves
-from scripts.bench.cases import BACKWARD, FORWARD, HEADS, NO_MIXING, SOFTMAX, Case
+from scripts.bench.cases import (
+    BACKENDS,
+    BACKWARD,
+    EXPLICIT,
+    FORWARD,
+    INFERENCE,
+    MODELS,
+    NO_MIXING,
+    SOFTMAX,
+    TEXT,
+    TRAINING,
+    Case,
+)
 
-SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 DIM = 64  # of every head
+HEADS = {scale: heads for scale, (_, heads) in models_lion.SIZES.items()}
 
 
 @dataclass
@@ -32,19 +41,24 @@ class Step:
     run: Callable[[], object]
     context: Callable[[], AbstractContextManager]  # in which it runs
     held: int  # bytes between two runs
+    parameters: int
 
 
 def prepare(case: Case) -> Step:
     """Builds what the case needs, on its device."""
-    context = partial(with_backend, case.format) if case.variant == SOFTMAX else nullcontext
+    context = partial(with_backend, case.form) if case.form in BACKENDS else nullcontext
     run, tensors = PREPARE[case.step](case)
-    return Step(run, context, sum(t.nbytes for t in tensors))
+    parameters = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+    return Step(run, context, sum(t.nbytes for t in tensors), parameters)
 
 
 @contextmanager
 def with_backend(name: str) -> Iterator[None]:
     """Without autograd's cache of compiled graphs, whose key does not tell the backend."""
-    with sdpa_kernel(SDPA[name]), torch._functorch.config.patch(enable_autograd_cache=False):
+    with (
+        sdpa_kernel(BACKENDS[name]),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
 
 
@@ -53,7 +67,7 @@ def with_backend(name: str) -> Iterator[None]:
 
 def prepare_mixer(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
     """From what the Linear layer writes to what `proj` takes; backward, to the Linear layer."""
-    mix, leaves = (softmax_mixer if case.variant == SOFTMAX else lion_mixer)(case)
+    mix, leaves = (softmax_mixer if case.model in SOFTMAX else lion_mixer)(case)
 
     def forward() -> Tensor:
         with torch.inference_mode():
@@ -84,17 +98,17 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     The snake curves are those of the grid of N - 1 patches that is nearest to a square.
     """
-    mask, _, order = case.variant.partition("-")
+    mask, order = lion_options(case)
     patches, heads = case.tokens - 1, HEADS[case.scale]
     height = max(h for h in range(1, isqrt(patches) + 1) if patches % h == 0) if patches else 0
     grid = (height, patches // max(height, 1))
-    curves = scan_curves(order or "Normal", grid, num_prefix=1, device=case.device)
+    curves = scan_curves(order, grid, num_prefix=1, device=case.device)
     scans = 1 if curves is None else 2
     gates = lion_kernels.padded_gates(scans * heads) if mask == "Selective" else 0
     leaves = [random(case, 3 * heads * DIM + gates)]
     if mask == "Decay":
         leaves.append(torch.randn(scans, heads, device=case.device))
-    if case.format == "kernels":
+    if case.form == "kernels":
         features = "elu" if mask == "Lit" else "silu"
         options = {"scans": scans, "prefix": 1, "lit": mask == "Lit", "features": features}
         mix = partial(lion_kernels.mix, heads=heads, dim=DIM, **options)
@@ -107,7 +121,7 @@ def plain_mixer(
     case: Case, scans: int, projected: Tensor, decay: Tensor | None, curves: Tensor | None
 ) -> Tensor:
     """What `lion_kernels.mix` computes, in plain PyTorch."""
-    mask, heads = case.variant.partition("-")[0], HEADS[case.scale]
+    mask, heads = lion_options(case)[0], HEADS[case.scale]
     qkv, gates = projected.tensor_split((3 * heads * DIM,), 2)
     q, k, v = qkv.unflatten(2, (3, heads, DIM)).permute(2, 0, 3, 1, 4)
     q, k = (models_lion.FEATURE_MAPS[mask](t.float()) for t in (q, k))
@@ -120,9 +134,15 @@ def plain_mixer(
             gates[:, 1:, : scans * heads].float().unflatten(2, (scans, heads)).permute(2, 0, 3, 1)
         )
         log_decay = F.pad(F.logsigmoid(-logits), (1, 0))
-    mix = models_lion.FORMATS[case.format]
+    mix = models_lion.FORMATS[case.form]
     numerator, denominator = mix(q, k, v, log_decay, curves, chunk_size=case.chunk_size)
     return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(projected.dtype)
+
+
+def lion_options(case: Case) -> tuple[str, str]:
+    """Mask and order of a LION."""
+    options = MODELS[case.model][1]
+    return options["mask_type"], options.get("order", "Normal")
 
 
 def random(case: Case, width: int) -> Tensor:
@@ -147,16 +167,16 @@ class NoMixing(nn.Module):
 
 def build(case: Case) -> nn.Module:
     """With random weights, made for the size and on the device."""
-    mask, _, order = case.variant.partition("-")
-    options = {"img_size": case.pixels}
-    softmax = case.variant in (SOFTMAX, NO_MIXING)
-    if not softmax:
-        options |= {"mask_type": mask, "order": order or "Normal"}
-        options |= {"format": case.format, "chunk_size": case.chunk_size}
-    name = f"{'vit' if softmax else 'lion'}_{case.scale}_patch16_224"
+    name, options = MODELS[case.model]
+    if name == "lion":
+        options = {**options, "format": case.form, "chunk_size": case.chunk_size}
     with torch.device(case.device):
-        model = timm.create_model(name, **options)
-    if case.variant == NO_MIXING:
+        model = timm.create_model(f"{name}_{case.scale}_patch16_224", img_size=case.pixels,
+                                  **options)  # fmt: skip
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = case.form != EXPLICIT
+    if case.model == NO_MIXING:
         for block in model.blocks:
             block.attn = NoMixing(block.attn)
     return model.to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
@@ -167,23 +187,35 @@ def prepare_training(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
     model = build(case).train()
     x = images(case.batch, case.pixels, case.device, case.precision)
     labels = torch.randint(1000, (case.batch,), device=case.device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in model.parameters():  # so that the optimizer has its state
+    call = compiled(model, case.compiled)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    return training_step(case, optimizer, lambda: F.cross_entropy(call(x), labels),
+                         [x, labels, *model.buffers()])  # fmt: skip
+
+
+def training_step(
+    case: Case,
+    optimizer: torch.optim.Optimizer,
+    loss_of_batch: Callable[[], Tensor],
+    batch: Sequence[Tensor],
+) -> tuple[Callable[[], object], list[Tensor]]:
+    """A step, the same each time if the learning rate is 0; and all that is held between two."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:  # so that the optimizer has its state
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    call = compiled(model, case.compiled)
-    autocast = partial(torch.autocast, case.device, torch.bfloat16, enabled=case.precision == "amp")
+    amp = partial(torch.autocast, case.device, torch.bfloat16, enabled=case.precision == "amp")
 
     def run() -> None:
-        with autocast():
-            loss = F.cross_entropy(call(x), labels)
+        with amp():
+            loss = loss_of_batch()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    state = (t for values in optimizer.state.values() for t in values.values())
-    return run, [x, labels, *tensors_of(model), *(t for t in state if torch.is_tensor(t))]
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    return run, [*batch, *parameters, *filter(torch.is_tensor, state)]
 
 
 def prepare_inference(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
@@ -196,7 +228,14 @@ def prepare_inference(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
         with torch.inference_mode(), amp:
             return call(x)
 
-    return run, [x, *tensors_of(model)]
+    return run, [x, *model.parameters(), *model.buffers()]
+
+
+def prepare_text(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
+    from scripts.bench import text  # its libraries take seconds to import
+
+    optimizer, loss_of_batch, batch = text.pretraining(case)
+    return training_step(case, optimizer, loss_of_batch, batch)
 
 
 @lru_cache(maxsize=1)
@@ -204,11 +243,6 @@ def images(batch: int, pixels: int, device: str, precision: str) -> Tensor:
     """Random ones; the cases of a group share them, for they can take gigabytes."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     return torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
-
-
-def tensors_of(model: nn.Module) -> Iterable[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def compiled(model: nn.Module, how: str) -> nn.Module:
@@ -225,6 +259,7 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
 PREPARE: dict[str, Callable[[Case], tuple[Callable[[], object], list[Tensor]]]] = {
     FORWARD: prepare_mixer,
     BACKWARD: prepare_mixer,
-    "training": prepare_training,
-    "inference": prepare_inference,
+    TRAINING: prepare_training,
+    INFERENCE: prepare_inference,
+    TEXT: prepare_text,
 }

@@ -1,0 +1,198 @@
+"""The entry points in steady state, beside their bare steps and their loaders alone.
+
+Each runs in processes of its own for some steps, at the end of which `entry.py` reports.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scripts.bench.cases import LIONS, MAIN, MODELS, TEXT, TRAINING, Case
+from scripts.bench.entry import ROOT, TRACED
+from scripts.bench.measure import OUT_OF_MEMORY, OUT_OF_TIME, in_new_process, measure
+from scripts.bench.report import number, rows
+
+LOADER = "loader alone"  # the entry point with a model of next to no time
+# What the progress lines say of the time in which a step waits for its batch, in percent.
+DATA_WAIT = re.compile(r"\bdata: ([\d.]+) ?%")
+SMALLEST = ("model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=1",
+            "model.intermediate_size=16")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How entry points run: `folder` is for their data, where `data` names none."""
+
+    folder: Path
+    data: Path | None
+    warm_up: int
+    steps: int
+    workers: int
+    repeats: int
+    seconds: float
+    extra: Sequence[str] = ()
+
+    @property
+    def total(self) -> int:
+        return self.warm_up + self.steps + TRACED
+
+
+def measure_loops(
+    cases: Sequence[Case], setting: Setting, deadline: float = math.inf
+) -> Iterator[Case]:
+    """Bare steps, the entry points and their loaders alone, in turn, with their results."""
+    for case in with_companions(cases):
+        if time.perf_counter() > deadline:
+            yield replace(case, note=OUT_OF_TIME)
+        elif case.step in (TRAINING, TEXT):
+            yield in_new_process(bare, case, setting, torch.get_num_threads())
+        else:
+            yield run_entry(case, setting)
+
+
+def with_companions(cases: Sequence[Case]) -> list[Case]:
+    """With a bare step before each entry point, if it is new, and a loader alone by processes."""
+    found, known = [], set()
+    for case in cases:
+        step = TRAINING if case.step == MAIN else TEXT
+        companions = [replace(case, step=step, processes=1)]
+        if case.processes not in known and not case.compiled:
+            companions.insert(0, replace(case, model=LOADER, form=""))
+        known.add(case.processes)
+        found += [c for c in companions if c not in found]
+        found.append(case)
+    return found
+
+
+def bare(case: Case, setting: Setting, threads: int) -> Case:
+    torch.set_num_threads(threads)
+    measure([case], setting.repeats, setting.seconds)
+    return case
+
+
+def run_entry(case: Case, setting: Setting) -> Case:
+    """The case with its results, or with the last line of what it said as a note."""
+    arguments = (main_arguments if case.step == MAIN else pretrain_arguments)(case, setting)
+    with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
+        output = Path(folder, "steps.json")
+        entry = ("-m", "scripts.bench.entry", output, setting.warm_up, setting.steps, case.step)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                    case.processes) if case.processes > 1 else ()  # fmt: skip
+        command = [sys.executable, *map(str, (*launcher, *entry)), *arguments, *setting.extra]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if not output.exists():
+            print(done.stderr, file=sys.stderr)
+            said = [line for line in done.stderr.splitlines() if re.search("[Ee]rror: ", line)]
+            said = said or [f"exit code {done.returncode}"]
+            memory = "OutOfMemoryError" in done.stderr
+            return replace(case, note=OUT_OF_MEMORY if memory else f"failed: {said[0]}")
+        facts = json.loads(output.read_text())
+    waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)]
+    waits = waits[len(waits) // 2 :]  # the first lines have the start in them
+    return replace(case, **facts, runs=1, data_wait=sum(waits) / len(waits) if waits else math.nan)
+
+
+def main_arguments(case: Case, setting: Setting) -> list[str]:
+    images = case.batch * case.processes * setting.total
+    data = setting.data or once(setting.folder / f"images-{images}", make_images, images)
+    name, options = MODELS.get(case.model, ("", {}))
+    if case.model in LIONS:
+        options = {**options, "format": case.form, "chunk_size": case.chunk_size}
+    model = f"{name}_{case.scale}_patch16_224" if name else "mean_colour"
+    words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
+             "batch-size": case.batch, "epochs": 1, "warmup-epochs": 0, "device": case.device,
+             "num_workers": setting.workers, **options}  # fmt: skip
+    arguments = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    arguments += ["--torchcompile"] if case.compiled else []
+    return [*arguments, "--no-amp"] if case.precision == "float32" else arguments
+
+
+def pretrain_arguments(case: Case, setting: Setting) -> list[str]:
+    data = setting.data or once(setting.folder / "text", make_text)
+    config = case.config.split()
+    words = {"data": data, "length": case.tokens, "micro_batch": case.batch, "workers":
+             setting.workers, "global_batch": case.batch * case.processes, "steps": setting.total,
+             "eval_every": setting.total, "device": case.device, "output": "",
+             "compile": "true" if case.compiled else "false"}  # fmt: skip
+    smallest = SMALLEST if case.model == LOADER else ()
+    return [*config, *smallest, *(f"{key}={value}" for key, value in words.items())]
+
+
+def once(folder: Path, make: Callable[..., None], *arguments: object) -> Path:
+    if not folder.exists():
+        make(folder, *arguments)
+    return folder
+
+
+def make_images(folder: Path, count: int, distinct: int = 64, classes: int = 10) -> None:
+    """JPEGs with the spectrum and size of photographs, each under many names: training images."""
+    generator = np.random.default_rng(0)
+    (folder / "distinct").mkdir(parents=True)
+    for i in range(distinct):
+        pixels = np.full((375, 500, 3), 128.0)
+        for octave in range(1, 9):  # amplitudes fall with the frequency
+            noise = generator.integers(0, 256, (3 << octave, 4 << octave, 3), dtype=np.uint8)
+            image = Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
+            pixels += (np.asarray(image, dtype=float) - 128) * 1.2 / octave**2
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        picture.save(folder / "distinct" / f"{i}.jpg", quality=92)
+    for split, number_of in (("train", count), ("val", classes)):
+        for label in range(classes):
+            (folder / split / f"class{label}").mkdir(parents=True)
+        for i in range(number_of):
+            (folder / split / f"class{i % classes}" / f"{i}.jpg").symlink_to(
+                folder.resolve() / "distinct" / f"{i % distinct}.jpg"
+            )
+
+
+def make_text(folder: Path, words: int = 30_517, documents: int = 2000) -> None:
+    """Token shards of random words from a vocabulary of BERT's size."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    names = [f"w{i:x}" for i in range(words)]
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    vocabulary, text = folder / "vocab.txt", folder / "words.txt"
+    vocabulary.write_text("\n".join((*special, *names)) + "\n")
+    chosen = generator.integers(0, words, (documents, 300))
+    text.write_text("\n\n".join(" ".join(names[i] for i in row) for row in chosen))
+    command = [sys.executable, "-m", "mlm.prepare", text, "--tokenizer", vocabulary,
+               "--output", folder]  # fmt: skip
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+
+
+def loop_table(cases: Sequence[Case]) -> str:
+    """Entry points and what belongs to them, with the time over that of the bare step.
+
+    The device computes in `busy` of the time; what is neither that nor waiting for data is
+    Python's.
+    """
+    bare_steps = {(c.model, c.compiled, c.tokens, c.batch): c.seconds
+                  for c in cases if c.step in (TRAINING, TEXT)}  # fmt: skip
+    header = ("step", " processes", "compiled", " batch", "model", " ms", " / bare step",
+              " per second", " waits for data", " for Python", " for the device",
+              " peak MiB")  # fmt: skip
+    lines = []
+    for case in cases:
+        name = f"bare step ({case.step})" if case.step in (TRAINING, TEXT) else case.step
+        start = [name, case.processes, case.compiled or "no", case.batch, case.model]
+        if case.note:
+            lines.append([*start, case.note, *[""] * 6])
+            continue
+        step = bare_steps.get((case.model, case.compiled, case.tokens, case.batch), math.nan)
+        python = max(1 - case.busy - (0 if math.isnan(case.data_wait) else case.data_wait), 0)
+        shares = (case.data_wait, python if not math.isnan(case.busy) else math.nan, case.busy)
+        lines.append([*start, f"{case.seconds * 1e3:.1f}", number(case.seconds / step, ".2f"),
+                      f"{case.rate:,.0f}", *(number(share, ".0%") for share in shares),
+                      f"{case.bytes / 2**20:,.0f}"])  # fmt: skip
+    return rows(header, lines)

@@ -1,0 +1,76 @@
+"""Steps of pre-training on random windows of one document each."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from mlm.data import IGNORED
+from mlm.modeling import LionBertConfig, LionBertForMaskedLM
+from mlm.pretrain import Settings, amp_dtype, build_optimizer
+from mlm.settings import check, override, read_yaml, typed
+from scripts.bench.cases import PARTS, Case, Defaults, parse_size
+
+
+def text_cases(
+    part: str,
+    defaults: Defaults,
+    blank: Case,
+    configs: Sequence[str],
+    *,
+    sizes: Sequence[str] | None = None,
+    compiled: Sequence[str] = ("",),
+    processes: Sequence[int] = (1,),
+) -> list[Case]:
+    """Cases of configurations of mlm.pretrain, by length; `key=value` among them counts for all.
+
+    Raises UserError for bad settings.
+    """
+    values = [word for word in configs if "=" in word]
+    paths = [word for word in configs if "=" not in word]
+    if not paths:
+        raise UserError("give at least one configuration of mlm.pretrain (--configs)")
+    lengths = [parse_size(s) for s in sizes] if sizes else [(n, None) for n in defaults.batches]
+    (step,) = PARTS[part]
+    cases = []
+    for how, count, (length, batch) in product(compiled, processes, lengths):
+        batch = batch or defaults.batches.get(length) or max(2**16 // length, 1)
+        group = replace(blank, step=step, tokens=length, batch=batch, compiled=how, processes=count)
+        for path in paths:
+            case = replace(group, model=Path(path).stem, config=shlex.join([path, *values]))
+            settings, config = settings_of(case)
+            dtype = amp_dtype(settings, torch.device(case.device))
+            case = replace(case, precision="amp" if dtype else "float32")
+            forms = defaults.backends if config.mixer == "softmax" else ("",)
+            cases += [replace(case, form=form) for form in forms]
+    return cases
+
+
+def settings_of(case: Case) -> tuple[Settings, LionBertConfig]:
+    path, *values = shlex.split(case.config)
+    given = {"data": "unused", **override(read_yaml(path), values), "length": case.tokens}
+    settings = typed(Settings, given, path)
+    settings.check()
+    options = check(LionBertConfig.__annotations__, settings.model, "the section model")
+    return settings, LionBertConfig(**{**options, "max_position_embeddings": case.tokens})
+
+
+def pretraining(case: Case) -> tuple[torch.optim.Optimizer, Callable[[], Tensor], list[Tensor]]:
+    """The optimizer, the loss of a batch, and what is held beside the optimizer's tensors."""
+    settings, config = settings_of(case)
+    device = torch.device(case.device)
+    model = LionBertForMaskedLM(config).to(device).train()
+    if case.compiled:
+        model.lion.compile()
+    optimizer = build_optimizer(settings, model, device)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    ids = torch.randint(config.vocab_size, (case.batch, case.tokens), device=device)
+    labels: Tensor = ids.where(torch.rand(ids.shape, device=device) < settings.mask_share, IGNORED)
+    loss = lambda: model(ids, labels=labels, targets_only=True).loss  # noqa: E731
+    return optimizer, loss, [ids, labels, *model.buffers()]
