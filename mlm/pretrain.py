@@ -41,7 +41,8 @@ RULES = {
         Rule.RUN,
     ),
     **dict.fromkeys(
-        ("data", "eval_mask_share", "eval_every", "micro_batch", "precision"), Rule.TAKEN_UP
+        ("data", "eval_mask_share", "eval_every", "micro_batch", "precision", "clip_grad"),
+        Rule.TAKEN_UP,
     ),
     **dict.fromkeys(
         ("output", "save_every", "compile", "workers", "device", "resume", "overwrite",
@@ -55,7 +56,7 @@ RANGES = {
     **dict.fromkeys(("mask_share", "eval_mask_share"), "(0, 1)"),
     **dict.fromkeys(("warmup_share", "min_lr_share"), "[0, 1]"),
     **dict.fromkeys(("weight_decay", "eps", "workers"), "[0, inf)"),
-    "lr": "(0, inf)",
+    **dict.fromkeys(("lr", "clip_grad"), "(0, inf)"),
     "betas": "[0, 1)",
     "seed": "[0, 4294967296)",
 }
@@ -81,6 +82,7 @@ class Settings:
     weight_decay: float = setting("of a step at the peak learning rate, whatever that is", 1e-5)
     betas: list = setting("of AdamW", factory=lambda: [0.9, 0.98])
     eps: float = setting("of AdamW", 1e-6)
+    clip_grad: float | None = setting("largest gradient norm; null for any", None)
     precision: str = setting("bf16 or fp32, on a GPU", "bf16")
     deterministic: bool = setting(
         "equal runs on GPUs end with equal weights bit for bit; slower", False
@@ -368,7 +370,7 @@ class Pretraining:
                     loss = model(**part, num_items_in_batch=asked, targets_only=True).loss
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad or math.inf)
         stopping = check(total, norm, look=look, where=f"step {self.step}", lr=self._lr())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
