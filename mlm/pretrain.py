@@ -397,6 +397,7 @@ class Pretraining:
             **{f"eval_{name}": value for name, value in scores.items()},
             "tokens_per_second": speed,
             "peak_memory_gib": memory / 2**30,
+            "n_parameters": self.model.num_parameters(),
         }
         if self.world.is_main:
             shown = ("train_loss", "eval_loss", "eval_accuracy")

@@ -35,7 +35,7 @@ def read_log(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            epochs[record["epoch"]] = record
+            epochs[record["step" if "step" in record else "epoch"]] = record
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):  # the last line may be half-written
                 raise ValueError(f"line {number} of {path} is not the JSON of an epoch") from error
