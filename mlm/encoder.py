@@ -1,4 +1,4 @@
-"""The encoder: BERT's configuration, embeddings and post-norm blocks around a mixer."""
+"""The encoder: BERT's configuration, embeddings and blocks around a mixer."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from mlm.card import LOADER, write_card
 from mlm.fields import setting
-from mlm.mixers import MIXERS, ORDER_BLIND, positions
+from mlm.mixers import MIXERS, ORDER_BLIND, context, positions
 from models_hydra import HydraMixer
 from models_lion import FORMATS, LionAttention
 from state_space import draw_step_bias
@@ -36,6 +36,7 @@ class LionBertConfig(PreTrainedConfig):
     chunk_size: int = setting("tokens of a chunk, in the format Chunk", 64)
     feature_map: bool = setting("of queries and keys; false in the published models", True)
     normalize: bool = setting("by the row sums; false in the published models", True)
+    norm: str = setting("post (BERT's) or pre, where LayerNorm stands in a block", "post")
     position_embeddings: bool | None = setting("null: where the mixer needs them", None)
     vocab_size: int = setting("words; in mlm.pretrain those of the data", 30522)
     hidden_size: int = setting("width", 768)
@@ -55,6 +56,8 @@ class LionBertConfig(PreTrainedConfig):
             raise ValueError(f"Unknown mixer {self.mixer!r}: choose one of {', '.join(MIXERS)}.")
         if self.format not in FORMATS:
             raise ValueError(f"Unknown format {self.format!r}: choose one of {', '.join(FORMATS)}.")
+        if self.norm not in BLOCKS:
+            raise ValueError(f"Unknown norm {self.norm!r}: choose one of {', '.join(BLOCKS)}.")
         if self.position_embeddings is None:
             self.position_embeddings = self.mixer in ORDER_BLIND
         super().__post_init__(**kwargs)
@@ -117,16 +120,28 @@ class LionBertLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, valid: Tensor | None, documents: Tensor | None) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attn(x, valid=valid, documents=documents)))
+    def forward(self, x: Tensor, told: dict[str, Tensor | None]) -> Tensor:
+        """`[B, N, C]`, with what the `context` of the mixers is."""
+        x = self.norm1(x + self.dropout(self.attn(x, **told)))
         return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class PreNormLayer(LionBertLayer):
+    """The same with LayerNorm before mixer and MLP, so that the residual path has none."""
+
+    def forward(self, x: Tensor, told: dict[str, Tensor | None]) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), **told))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+BLOCKS = {"post": LionBertLayer, "pre": PreNormLayer}
 
 
 class LionBertPreTrainedModel(PreTrainedModel):
     config_class = LionBertConfig
     base_model_prefix = "lion"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LionBertLayer"]
+    _no_split_modules = [block.__name__ for block in BLOCKS.values()]
 
     def set_format(self, format: str, chunk_size: int | None = None) -> None:
         """Computes LION's function as `Attention`, `RNN` or `Chunk`; the others have one format."""
@@ -163,7 +178,11 @@ class LionBertModel(LionBertPreTrainedModel):
     def __init__(self, config: LionBertConfig):
         super().__init__(config)
         self.embeddings = LionBertEmbeddings(config)
-        self.layers = nn.ModuleList(LionBertLayer(config) for _ in range(config.num_hidden_layers))
+        block = BLOCKS[config.norm]
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Identity()
+        if config.norm == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -185,7 +204,7 @@ class LionBertModel(LionBertPreTrainedModel):
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
         """`[B, N]` -> `last_hidden_state` `[B, N, C]`; with `output_hidden_states`, those of the
-        embeddings and of every layer too.
+        embeddings and of every layer too, the last behind the final LayerNorm of pre-norm models.
 
         `inputs_embeds` `[B, N, C]` stand in the place of the words that `input_ids` number.
         `attention_mask` is 0 at padding; `document_ids` are integers, equal within a document.
@@ -200,16 +219,27 @@ class LionBertModel(LionBertPreTrainedModel):
             raise ValueError("Give input_ids or inputs_embeds: one of the two.")
         words = self.embeddings.words(input_ids) if inputs_embeds is None else inputs_embeds
         valid = None if attention_mask is None else attention_mask.bool()
+        alike = valid is None and document_ids is None and position_ids is None
         if position_ids is None:
             counted = words.new_ones(words.shape[:2], dtype=torch.bool) if valid is None else valid
             position_ids = positions(counted, document_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(words, token_type_ids, position_ids)
+        places = position_ids[:1] if alike else position_ids
+        told = context(self.config, valid, document_ids, places, _matrix_dtype(x))
         states = [x]
         for layer in self.layers:
-            x = layer(x, valid, document_ids)
+            x = layer(x, told)
             states = [*states, x] if output_hidden_states else [x]
+        x = self.norm(x)
         return BaseModelOutput(
-            last_hidden_state=x, hidden_states=tuple(states) if output_hidden_states else None
+            last_hidden_state=x,
+            hidden_states=(*states[:-1], x) if output_hidden_states else None,
         )
+
+
+def _matrix_dtype(x: Tensor) -> torch.dtype:
+    """In which matrix products of `x` are computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -14,7 +14,7 @@ from models_lion import LionAttention
 
 
 class SoftmaxAttention(nn.Module):
-    """BERT's mixer, through PyTorch's fused attention; same interface as `LionAttention`."""
+    """BERT's mixer, through PyTorch's fused attention."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -23,26 +23,16 @@ class SoftmaxAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, *, valid: Tensor | None = None, documents: Tensor | None = None
+        self, x: Tensor, *, mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
+        """`[B, N, C]`; what `mask` and `rotation` are, `context` says."""
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
-        mask = self._mask(valid, documents)
+        if rotation is not None:
+            q, k = _rotated(q, rotation), _rotated(k, rotation)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))
-
-    @staticmethod
-    def _mask(valid: Tensor | None, documents: Tensor | None) -> Tensor | None:
-        """Which keys `[B, 1, N or 1, N]` each query sees; None is all."""
-        mask = None if valid is None else valid[:, None, None]
-        if documents is None:
-            return mask
-        together = (documents[:, :, None] == documents[:, None])[:, None]
-        if mask is None:
-            return together
-        itself = torch.eye(documents.shape[1], dtype=torch.bool, device=documents.device)
-        return together & mask | itself  # no softmax over nothing, even at padding
 
 
 class HydraAttention(HydraMixer):
@@ -80,15 +70,85 @@ def _lion(mask_type: str, config: PreTrainedConfig) -> LionAttention:
     )
 
 
-# A mixer takes `(x, valid=, documents=)`, `[B, N, C]` with bool and integer `[B, N]`, or None.
+def _softmax(config: PreTrainedConfig) -> SoftmaxAttention:
+    dim, heads = config.hidden_size, config.num_attention_heads
+    if dim % heads:
+        raise ValueError(f"The width {dim} is not divisible by {heads} heads.")
+    if config.mixer == "softmax-rope" and dim // heads % 2:
+        raise ValueError(f"softmax-rope needs heads of an even width, not {dim // heads}.")
+    return SoftmaxAttention(dim, heads)
+
+
+# A mixer takes `[B, N, C]` and, by their names, what `context` gives.
 MIXERS: dict[str, Callable[[PreTrainedConfig], nn.Module]] = {
-    "softmax": lambda config: SoftmaxAttention(config.hidden_size, config.num_attention_heads),
+    "softmax": _softmax,
+    "softmax-rope": _softmax,
+    "softmax-alibi": _softmax,
     "lion-lit": partial(_lion, "Lit"),
     "lion-d": partial(_lion, "Decay"),
     "lion-s": partial(_lion, "Selective"),
     "hydra": lambda config: HydraAttention(config.hidden_size, config.num_attention_heads),
 }
+ROPE_BASE = 10_000  # of the angles of softmax-rope
 ORDER_BLIND = ("softmax", "lion-lit")  # mixers that tell no position from another by themselves
+
+
+def context(
+    config: PreTrainedConfig,
+    valid: Tensor | None,
+    documents: Tensor | None,
+    positions: Tensor,
+    dtype: torch.dtype,
+) -> dict[str, Tensor | None]:
+    """What the mixers are told of the tokens `[B, N]`, computed once for all layers.
+
+    LION and Hydra are told `valid` (bool) and `documents` (integers), or None. Softmax attention is
+    told its `mask`: which keys `[B, 1, N or 1, N]` each query sees, None for all, or with ALiBi the
+    bias `[B or 1, H, N, N]` of `dtype`; and with rotary embedding the `rotation`
+    `[2, B or 1, 1, N, D / 2]`. `positions` number the tokens; they are `[1, N]` where all rows are
+    alike.
+    """
+    if not config.mixer.startswith("softmax"):
+        return {"valid": valid, "documents": documents}
+    mask = _visible(valid, documents)
+    if config.mixer == "softmax-alibi":
+        mask = _alibi(config.num_attention_heads, positions, mask, dtype)
+    if config.mixer != "softmax-rope":
+        return {"mask": mask}
+    width = config.hidden_size // config.num_attention_heads
+    return {"mask": mask, "rotation": _rotation(width, positions)}
+
+
+def _visible(valid: Tensor | None, documents: Tensor | None) -> Tensor | None:
+    """Which keys `[B, 1, N or 1, N]` each query sees; None is all."""
+    mask = None if valid is None else valid[:, None, None]
+    if documents is None:
+        return mask
+    together = (documents[:, :, None] == documents[:, None])[:, None]
+    if mask is None:
+        return together
+    itself = torch.eye(documents.shape[1], dtype=torch.bool, device=documents.device)
+    return together & mask | itself  # no softmax over nothing, even at padding
+
+
+def _alibi(heads: int, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scores fall by the distance, to both sides, times 2^(-8 h / H) in head h of 1 to H."""
+    slopes = torch.arange(1, heads + 1, device=positions.device).mul(-8 / heads).exp2().to(dtype)
+    distance = (positions[:, None, :, None] - positions[:, None, None]).abs().to(dtype)
+    bias = -slopes[:, None, None] * distance
+    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
+def _rotation(width: int, positions: Tensor) -> Tensor:
+    """Cosines and sines of the angles by which positions turn the pairs of a head's features."""
+    exponents = torch.arange(0, width, 2, device=positions.device) / width
+    angles = positions[:, None, :, None] * ROPE_BASE**-exponents
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    (cos, sin), (first, second) = rotation, x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).type_as(x)
 
 
 def positions(valid: Tensor, documents: Tensor | None) -> Tensor:

@@ -43,7 +43,8 @@ RULES = {
         Rule.RUN,
     ),
     **dict.fromkeys(
-        ("data", "eval_mask_share", "eval_every", "micro_batch", "precision"), Rule.TAKEN_UP
+        ("data", "eval_mask_share", "eval_every", "micro_batch", "precision", "clip_grad"),
+        Rule.TAKEN_UP,
     ),
     **dict.fromkeys(
         ("output", "save_every", "compile", "workers", "device", "resume", "overwrite",
@@ -57,7 +58,7 @@ RANGES = {
     **dict.fromkeys(("mask_share", "eval_mask_share"), "(0, 1)"),
     **dict.fromkeys(("warmup_share", "min_lr_share"), "[0, 1]"),
     **dict.fromkeys(("weight_decay", "eps", "workers"), "[0, inf)"),
-    "lr": "(0, inf)",
+    **dict.fromkeys(("lr", "clip_grad"), "(0, inf)"),
     "betas": "[0, 1)",
     "seed": "[0, 4294967296)",
 }
@@ -83,6 +84,7 @@ class Settings:
     weight_decay: float = setting("of a step at the peak learning rate, whatever that is", 1e-5)
     betas: list = setting("of AdamW", factory=lambda: [0.9, 0.98])
     eps: float = setting("of AdamW", 1e-6)
+    clip_grad: float | None = setting("largest gradient norm; null for any", None)
     precision: str = setting("bf16 or fp32, on a GPU", "bf16")
     deterministic: bool = setting(
         "equal runs on GPUs end with equal weights bit for bit; slower", False
@@ -299,7 +301,7 @@ class Pretraining:
         model = world.distributed(self.model)
         take_step = OptimizerStep(
             model, self.optimizer, world, seed=settings.seed, accumulate=self.accumulate,
-            stop=stop, advice="Try a lower lr.",
+            clip_grad=settings.clip_grad, stop=stop, advice="Try a lower lr.",
         )  # fmt: skip
         meter = self._restored_meter()
         # An evaluation that is to be made up.
@@ -402,6 +404,7 @@ class Pretraining:
             **{f"eval_{name}": value for name, value in scores.items()},
             "tokens_per_second": speeds["tokens_per_second"],
             "peak_memory_gib": memory / 2**30,
+            "n_parameters": self.model.num_parameters(),
         }
         if self.world.is_main:
             shown = ("train_loss", "eval_loss", "eval_accuracy")

@@ -121,6 +121,8 @@ def check_ranges(settings: object, intervals: dict[str, str], place: str = "") -
     """
     for name, interval in intervals.items():
         value = getattr(settings, name)
+        if value is None:  # which its type allows
+            continue
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int | float):
                 raise UserError(f"{name}{place} must hold numbers, not {number!r}.")

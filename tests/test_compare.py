@@ -13,6 +13,8 @@ import yaml
 from helpers import ROOT, TINY, wait_for
 
 from scripts import compare
+from scripts.comparing.recipes import Run, read_recipe
+from scripts.comparing.scheduling import Scheduler
 
 LOG = {"train_loss": 1.0, "n_parameters": 1234}
 
@@ -29,7 +31,7 @@ def recipe(folder: Path, **changes) -> Path:
     return path
 
 
-def finish(run: compare.Run, accuracies: list[float], seconds: float = 60) -> None:
+def finish(run: Run, accuracies: list[float], seconds: float = 60) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     lines = [{**LOG, "epoch": e, "test_acc1": a} for e, a in enumerate(accuracies)]
     (run.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -40,17 +42,17 @@ def finish(run: compare.Run, accuracies: list[float], seconds: float = 60) -> No
     )
 
 
-def scheduler(runs: list[compare.Run], seconds: float = 100) -> compare.Scheduler:
-    return compare.Scheduler(runs, "", concurrent=2, seconds=seconds)
+def scheduler(runs: list[Run], seconds: float = 100) -> Scheduler:
+    return Scheduler(runs, "", concurrent=2, seconds=seconds)
 
 
 def test_runs_of_a_recipe(tmp_path):
-    runs = compare.read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
+    runs = read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
     assert [str(run) for run in runs] == ["lit, seed 0", "d, seed 0", "lit, seed 1", "d, seed 1"]
-    assert runs[1].folder == tmp_path / "d" / "seed0" and runs[1].epochs == 2
+    assert runs[1].folder == tmp_path / "d" / "seed0" and runs[1].length == 2
     assert runs[1].arguments == (*TINY, "--epochs", "2", "--mask_type", "Decay", "--lr", "1")
-    varied = compare.read_recipe(
-        recipe(tmp_path), tmp_path, models=["d"], seeds=[7], vary=("lr", "1e-3", "2e-3")
+    varied = read_recipe(
+        recipe(tmp_path), tmp_path, models=["d"], seeds=[7], vary=[("lr", "1e-3", "2e-3")]
     )
     assert [str(run) for run in varied] == ["d,lr=1e-3, seed 7", "d,lr=2e-3, seed 7"]
     assert varied[1].arguments[-2:] == ("--lr", "2e-3")
@@ -72,22 +74,22 @@ def test_wrong_recipes_are_refused_before_any_work(changes, message, tmp_path, e
     assert ended.code == 2 and not (tmp_path / "out").exists()
     assert ended.err.count("\n") == 1
     with pytest.raises(ValueError, match=message):
-        compare.read_recipe(recipe(tmp_path, **changes), tmp_path / "out")
+        read_recipe(recipe(tmp_path, **changes), tmp_path / "out")
 
 
 def test_unknown_models_and_other_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no model x: it has lit, d"):
-        compare.read_recipe(recipe(tmp_path), tmp_path, models=["x"])
-    run = compare.read_recipe(recipe(tmp_path), tmp_path)[0]
+        read_recipe(recipe(tmp_path), tmp_path, models=["x"])
+    run = read_recipe(recipe(tmp_path), tmp_path)[0]
     run.folder.mkdir(parents=True)
     (run.folder / "arguments.txt").write_text(shlex.join(run.arguments))
-    compare.read_recipe(recipe(tmp_path), tmp_path)
+    read_recipe(recipe(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="holds a run with other arguments"):
-        compare.read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
+        read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
 
 
 def test_only_what_can_end_in_the_time_starts(tmp_path):
-    runs = compare.read_recipe(recipe(tmp_path, seeds=[0, 1, 2]), tmp_path)
+    runs = read_recipe(recipe(tmp_path, seeds=[0, 1, 2]), tmp_path)
     lit, d = ([run for run in runs if run.model == name] for name in ("lit", "d"))
     assert scheduler(runs, 100).next_that_fits(runs) is runs[0]  # nothing is known yet
     finish(lit[0], [1, 2], seconds=90)
@@ -107,7 +109,7 @@ def test_only_what_can_end_in_the_time_starts(tmp_path):
 
 
 def test_an_interrupted_run_needs_what_is_left(tmp_path):
-    runs = compare.read_recipe(recipe(tmp_path), tmp_path)
+    runs = read_recipe(recipe(tmp_path), tmp_path)
     finish(runs[0], [1, 2], seconds=60)
     finish(runs[2], [1], seconds=30)
     assert scheduler(runs).estimate(runs[2]) == 60  # without a checkpoint all
@@ -117,7 +119,7 @@ def test_an_interrupted_run_needs_what_is_left(tmp_path):
 
 def test_report_of_the_last_epoch(tmp_path, capsys):
     path = recipe(tmp_path)
-    runs = compare.read_recipe(path, tmp_path)
+    runs = read_recipe(path, tmp_path)
     finish(runs[0], [99, 60])  # never the best
     finish(runs[2], [99, 62])
     finish(runs[1], [50, 51])
@@ -190,4 +192,4 @@ def test_the_time_is_kept(tmp_path, data_path, ending):
 
 def test_recipes_of_the_repository(tmp_path):
     for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):
-        assert compare.read_recipe(path, tmp_path)
+        assert read_recipe(path, tmp_path)

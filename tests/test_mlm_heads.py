@@ -220,14 +220,26 @@ def test_hidden_states_are_those_of_every_layer(kind):
     x, words = states[0], encoder.embeddings.words(IDS)
     place = torch.arange(6).expand(4, 6)
     assert x.equal(encoder.embeddings(words, None, place))
+    told = {"valid": MASK.bool(), "documents": None}
     for layer, state in zip(encoder.layers, states[1:], strict=True):
-        x = layer(x, MASK.bool(), None)
+        x = layer(x, told)
         assert torch.allclose(x, state, atol=1e-6)
     assert states[-1].equal(encoder(IDS, MASK).last_hidden_state)
     model.config.output_hidden_states = True
     assert len(model(IDS, MASK).hidden_states) == 3
     model.config.return_dict = False
     assert len(model(IDS, MASK)[-1]) == 3
+
+
+def test_the_last_hidden_state_of_a_pre_norm_model_is_normed():
+    model = build(LionBertModel, norm="pre")
+    model.norm.weight.data += 1
+    result = model(IDS, MASK, output_hidden_states=True)
+    states = result.hidden_states
+    assert len(states) == 3 and states[-1].equal(result.last_hidden_state)
+    last = model.layers[-1](states[-2], {"valid": MASK.bool(), "documents": None})
+    assert torch.allclose(model.norm(last), states[-1], atol=1e-6)
+    assert not torch.allclose(last, states[-1], atol=0.1)
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "lion-s"])

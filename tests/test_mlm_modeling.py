@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from mlm.mixers import MIXERS, HydraAttention, SoftmaxAttention
+from mlm.mixers import MIXERS, HydraAttention, SoftmaxAttention, context
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from models_lion import FEATURE_MAPS, LionAttention
 
@@ -24,6 +24,8 @@ SMALL = {
     "intermediate_size": 32,
     "max_position_embeddings": 64,
 }
+FORMS = {"paper": {}, "published": {"normalize": False, "feature_map": False},
+         "pre-norm": {"norm": "pre"}}  # fmt: skip
 # name -> for each sequence of a batch its runs: (document, tokens); document -1 is padding
 LAYOUTS = {
     "one sequence": [[(0, 13)]],
@@ -125,10 +127,10 @@ def test_padding_in_the_middle_counts_as_nothing(mask, options):
         assert torch.allclose(layer(x, valid=valid)[valid][None], expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("published", [False, True], ids=["paper", "published"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_padded_packed_and_alone_are_the_same(mixer, published):
-    model = small_model(mixer, normalize=not published, feature_map=not published)
+def test_padded_packed_and_alone_are_the_same(mixer, form):
+    model = small_model(mixer, **FORMS[form])
     model.config.pad_token_id = None
     generator = torch.Generator().manual_seed(1)
     for layout in LAYOUTS.values():
@@ -159,7 +161,9 @@ def test_what_stands_at_padding_changes_nothing(mixer):
         assert before.isfinite().all()
 
 
-@pytest.mark.parametrize("mixer", ["lion-d", "lion-s", "softmax", "hydra"])
+@pytest.mark.parametrize(
+    "mixer", ["lion-d", "lion-s", "softmax", "softmax-rope", "softmax-alibi", "hydra"]
+)
 def test_every_output_depends_on_both_sides(mixer):
     model = small_model(mixer)
     ids = torch.arange(9)[None]
@@ -170,9 +174,10 @@ def test_every_output_depends_on_both_sides(mixer):
         assert (model(changed).logits[0] - base).abs().amax(1).min() > 1e-6
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_save_and_load_through_the_auto_classes_is_bit_equal(mixer, tmp_path):
-    model = small_model(mixer, format="Chunk", chunk_size=4)
+def test_save_and_load_through_the_auto_classes_is_bit_equal(mixer, norm, tmp_path):
+    model = small_model(mixer, norm=norm, format="Chunk", chunk_size=4)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.to_diff_dict() == model.config.to_diff_dict()
@@ -272,21 +277,96 @@ def test_hydra_starts_as_on_the_vision_side():
 
 def test_mixers_are_what_they_are_called():
     kinds = {name: type(build(LionBertConfig(**SMALL))) for name, build in MIXERS.items()}
-    assert kinds.pop("softmax") is SoftmaxAttention
-    assert kinds.pop("hydra") is HydraAttention
-    assert set(kinds.values()) == {LionAttention}
+    for name, kind in kinds.items():
+        expected = {"softmax": SoftmaxAttention, "hydra": HydraAttention}
+        assert kind is expected.get(name.partition("-")[0], LionAttention)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "softmax-rope", "softmax-alibi"])
+def test_softmax_is_its_definition(mixer):
+    """Rotary embedding turns pairs as complex numbers; ALiBi takes slope x distance off."""
+    model = small_model(mixer, hidden_size=24, num_attention_heads=3).double()
+    layer, places = model.lion.layers[0].attn, torch.tensor([[0, 1, 2, 5, 6]])
+    x = torch.randn(1, 5, 24, dtype=torch.float64)
+    told = context(model.config, None, None, places, torch.float64)
+    q, k, v = layer.qkv(x)[0].view(5, 3, 3, 8).permute(1, 2, 0, 3)
+    if mixer == "softmax-rope":
+        angles = places[0][:, None] * 10_000 ** -(torch.arange(4) / 4)
+        turn = torch.polar(torch.ones(5, 4, dtype=torch.float64), angles.double())
+        q, k = (
+            torch.cat([(p := torch.complex(*t.chunk(2, -1)) * turn).real, p.imag], -1)
+            for t in (q, k)
+        )
+    scores = q @ k.mT / 8**0.5
+    if mixer == "softmax-alibi":
+        distance = (places[0][:, None] - places[0]).abs()
+        scores -= torch.tensor([2 ** (-8 / 3), 2 ** (-16 / 3), 2**-8])[:, None, None] * distance
+    mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(1, 5, 24)
+    assert torch.allclose(layer(x, **told), layer.proj(mixed), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "softmax-rope", "softmax-alibi"])
+def test_softmax_has_the_positions_that_it_is_given(mixer):
+    model, ids = small_model(mixer), torch.arange(6)[None]
+    expected = model(ids).logits
+    for places, equal in ((torch.arange(6), True), (torch.arange(6) * 2, False)):
+        logits = model(ids, position_ids=places[None]).logits
+        assert torch.allclose(logits, expected, atol=1e-6) is equal
+
+
+def test_a_bias_is_made_once_and_no_larger_than_needed(monkeypatch):
+    model, ids, made = small_model("softmax-alibi"), torch.zeros(3, 9, dtype=torch.long), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args, attn_mask, **kwargs):
+        made.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    model(ids, document_ids=torch.arange(9).expand(3, 9) // 4)
+    assert [m.shape for m in made] == [(1, 2, 9, 9)] * 2 + [(3, 2, 9, 9)] * 2
+    assert [m.dtype for m in made] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert made[0] is made[1] and made[2] is made[3]
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "lion-s"])
+def test_pre_norm_blocks_are_their_definition(mixer):
+    model = small_model(mixer, norm="pre")
+    encoder, ids = model.lion, torch.arange(6)[None]
+    x = encoder.embeddings(encoder.embeddings.words(ids), None, torch.arange(6)[None])
+    for layer in encoder.layers:
+        x = x + layer.attn(layer.norm1(x))
+        x = x + layer.mlp(layer.norm2(x))
+    assert torch.allclose(encoder(ids).last_hidden_state, encoder.norm(x), atol=1e-6)
+    names = set(small_model(mixer).state_dict())
+    assert set(model.state_dict()) - names == {"lion.norm.weight", "lion.norm.bias"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixer": "lion"}, "Unknown mixer 'lion': choose one of softmax, lion-lit"),
+        ({"mixer": "lion"}, "Unknown mixer 'lion': choose one of softmax, softmax-rope"),
+        ({"norm": "middle"}, "Unknown norm 'middle': choose one of post, pre"),
         ({"format": "rnn"}, "Unknown format 'rnn': choose one of Attention, RNN, Chunk"),
     ],
 )
 def test_unknown_choices(options, message):
     with pytest.raises(ValueError, match=message):
         LionBertConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 15}, "The width 15 is not divisible by 2 heads"),
+        ({"hidden_size": 14, "mixer": "softmax-rope"}, "needs heads of an even width, not 7"),
+    ],
+)
+def test_widths_that_heads_cannot_share(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**{"mixer": "softmax", **options})
 
 
 def test_too_long_for_the_positions():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import ROOT, Ranks, count_reduction, rendezvous, same, slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import checkpoint
@@ -267,6 +268,23 @@ def test_masks_are_keyed_by_their_draw_alone(corpus):
     assert np.array_equal(np.diff(documents.numpy()) == 1, starts[1:])
 
 
+def test_gradients_are_clipped(corpus, tmp_path):
+    """The optimiser is handed gradients of at most this norm."""
+    norms = {}
+    for limit in ("null", 0.01):
+        seen = norms[limit] = []
+        hook = register_optimizer_step_pre_hook(
+            lambda optimizer, *_, seen=seen: seen.append(
+                torch.nn.utils.get_total_norm(
+                    [p.grad for group in optimizer.param_groups for p in group["params"]]
+                ).item()
+            )
+        )
+        short(corpus, tmp_path / str(limit), steps=3, clip_grad=limit)
+        hook.remove()
+    assert min(norms["null"]) > 0.02 and norms[0.01] == pytest.approx([0.01] * 3, rel=1e-3)
+
+
 def test_the_schedule_is_the_recipes():
     settings = pretrain.Settings(data="", lr=8e-4, model={})
     assert settings.lr_at(0) == pytest.approx(8e-4 / 4200)
@@ -322,6 +340,7 @@ def test_configs_build_what_they_name(path):
         ({"betas": [0.9, 1.1]}, r"betas must be in \[0, 1\), not 1.1"),
         ({"betas": [0.9]}, "betas must be two numbers, not 1"),
         ({"betas": ["a", 0.9]}, "betas must hold numbers, not 'a'"),
+        ({"clip_grad": 0}, "clip_grad must be above 0, not 0"),
         ({"eps": -1}, "eps must not be negative, but is -1"),
         ({"workers": -1}, "workers must not be negative, but is -1"),
         ({"seed": -1}, r"seed must be in \[0, 4294967296\), not -1"),

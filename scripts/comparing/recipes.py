@@ -1,0 +1,166 @@
+"""Recipes, and the runs that they are made of."""
+
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import UserError
+from scripts.comparing.programs import DATA, PROGRAMS, Program
+from scripts.plot_log import read_log
+
+KEYS = ("arguments", "seeds", "models")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model with one seed: what its program is told, where it writes, and its length."""
+
+    program: Program
+    family: str  # the model without what is varied
+    model: str
+    seed: int
+    arguments: tuple[str, ...]
+    folder: Path
+    length: int  # epochs or steps
+    fine_tune: tuple[str, ...] = ()
+    plateau: float | None = None  # accuracy in % that says nothing of order
+
+    def __str__(self) -> str:
+        return f"{self.model}, seed {self.seed}"
+
+    @property
+    def unit(self) -> str:
+        """Of its length, and of what a lease has done."""
+        return f"{self.program.clock}s"
+
+    @property
+    def log(self) -> list[dict]:
+        return read_log(self.folder / "log.txt") if (self.folder / "log.txt").exists() else []
+
+    @property
+    def leases(self) -> list[dict]:
+        """Of each time that the run was started: epochs or steps, `seconds` and runs at once."""
+        file = self.folder / "leases.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def seconds(self) -> float:
+        return sum(lease["seconds"] for lease in self.leases)
+
+    @property
+    def trained(self) -> int:
+        """Epochs or steps in the log."""
+        return self.program.progress(self.log[-1]) if self.log else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.program.next_command(self, "", "") is None
+
+    @property
+    def has_begun(self) -> bool:
+        return (self.folder / "checkpoint.pth").exists()
+
+    @property
+    def done(self) -> int:
+        """Epochs or steps that need no repetition."""
+        return self.trained if self.has_begun or self.is_finished else 0
+
+
+def read_recipe(
+    path: Path,
+    output: Path,
+    *,
+    models: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    more: Sequence[str] = (),
+    vary: Sequence[Sequence[str]] = (),
+) -> list[Run]:
+    """The runs of a recipe: those of the first seed, and of the first values of what varies, first.
+
+    `models` and `seeds` choose some; `more` are arguments for all. `vary` holds names of arguments,
+    each with its values, beside or instead of those in the recipe: all their combinations are
+    models of their own.
+
+    Raises:
+        UserError: the recipe or an argument of the program in it is wrong, or a folder holds a run
+            with other arguments.
+    """
+    recipe = _read(path)
+    program, table = PROGRAMS[recipe["program"]], recipe["models"]
+    if unknown := [name for name in models if name not in table]:
+        raise UserError(f"{path} has no model {unknown[0]}: it has {', '.join(table)}.")
+    variants = _variants({**recipe["vary"], **{name: values for name, *values in vary}}, program)
+    runs = []
+    chosen = itertools.product(seeds or recipe["seeds"], variants, models or table)
+    for seed, (suffix, varied), name in chosen:
+        arguments = (*recipe["arguments"], *table[name], *more, *varied)
+        length = program.check(arguments, recipe["fine_tune"])
+        model = f"{name}{suffix}"
+        runs.append(Run(program, name, model, seed, arguments, output / model / f"seed{seed}",
+                        length, recipe["fine_tune"], recipe["plateau"]))  # fmt: skip
+    for run in runs:
+        check_same_arguments(run)
+    return runs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Its keys, with the defaults of those that it may lack, and arguments as words."""
+    try:
+        recipe = yaml.safe_load(path.read_text())
+        defaults = {"program": "main.py", "fine_tune": "", "vary": {}, "plateau": None}
+        if unknown := set(recipe) - {*defaults, *KEYS}:
+            raise KeyError(f"unknown key {unknown.pop()}")
+        recipe = {**defaults, **recipe}
+        recipe["models"] = {str(n): tuple(shlex.split(t)) for n, t in recipe["models"].items()}
+        recipe["vary"] = {str(n): [*map(str, v)] for n, v in recipe["vary"].items()}
+        for name in ("arguments", "fine_tune"):
+            recipe[name] = tuple(shlex.split(recipe[name]))
+        recipe["seeds"] = list(recipe["seeds"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no recipe ({' '.join(str(error).split())}): it needs arguments, seeds and "
+            "models."
+        ) from error
+    if recipe["program"] not in PROGRAMS:
+        raise UserError(
+            f"{path} has no program {recipe['program']!r}: choose one of {', '.join(PROGRAMS)}."
+        )
+    if wrong := [name for name in recipe["models"] if not re.fullmatch(r"[\w.+-]+", name)]:
+        raise UserError(f"The model {wrong[0]!r} is no name of a folder: rename it in {path}.")
+    return recipe
+
+
+def _variants(vary: dict[str, list[str]], program: Program) -> list[tuple[str, tuple[str, ...]]]:
+    """Of all combinations of values: what they add to a model's name, and to its arguments."""
+    choices = itertools.product(*([(name, v) for v in values] for name, values in vary.items()))
+    return [
+        (
+            "".join(f",{name}={value}" for name, value in chosen),
+            tuple(word for name, value in chosen for word in program.option(name, value)),
+        )
+        for chosen in choices
+    ]
+
+
+def check_same_arguments(run: Run) -> None:
+    file = run.folder / "arguments.txt"
+    if file.exists() and file.read_text() != shlex.join(run.arguments):
+        raise UserError(
+            f"{run.folder} holds a run with other arguments ({file.name}): choose another --output "
+            "or remove it."
+        )
+
+
+def check_data(runs: Sequence[Run], data_path: str) -> None:
+    """Raises UserError if there is nothing at a path that settings give as `$DATA/...`."""
+    for word in {word for run in runs for word in (*run.arguments, *run.fine_tune)}:
+        path = Path(word.partition("=")[2].replace(DATA, data_path))
+        if DATA in word and not (data_path and path.exists()):
+            raise UserError(f"{word} needs --data-path, the folder of get_text.sh: no {path}.")
