@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
-from lion_kernels.ops import ARGUMENTS, Call, mix_operator
+from lion_kernels.ops import ARGUMENTS, Call, like_outputs, linear_forward, run
 from lion_kernels.registry import operator
 
 
@@ -105,18 +105,24 @@ def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK": block, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
 
 
-@operator("recurrence", lambda *a: Call(*a).like_out(), f"({ARGUMENTS}) -> Tensor")
+def _walk(*arguments: Any) -> None:
+    call = Call(*arguments)
+    dim, num_curves, normalise = (call.values[k] for k in ("D", "NUM_CURVES", "NORMALISE"))
+    if call.plan.forward == "linear":  # one state as it is
+        call.values["INV_DENOM"] = call.like_rows()
+        return linear_forward(call)
+    options = launch_options(dim, call.qkv.element_size())
+    parts = dim // options["COLUMNS"]
+    call.launch(
+        recurrence_kernel, (call.sequences, parts), options,
+        DENOM=call.empty(call.sequences, parts, call.values["n"] if normalise else 0),
+        eps=call.options.eps / (2 * num_curves), scale=dim**-0.5 / num_curves,
+    )  # fmt: skip
+
+
+@operator("recurrence", lambda *a: like_outputs(*a)[0], f"({ARGUMENTS}) -> Tensor")
 def recurrence_operator(*arguments: Any) -> Tensor:
     """The output of `lion::mix`, `[B, N, H * D]`; it has no gradient."""
-    call = Call(*arguments)
-    if call.plan.forward == "linear":  # one state as it is
-        return mix_operator(*arguments)[0]
-    b, n, _ = call.qkv.shape
-    out, options = call.like_out(), launch_options(call.dim, call.qkv.element_size())
-    parts = call.dim // options["COLUMNS"]
-    call.launch(
-        recurrence_kernel, (call.sequences, parts), options, OUT=out,
-        DENOM=call.empty(b, call.heads, parts, n if call.normalise else 0),
-        eps=call.eps / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
-    )  # fmt: skip
+    out = like_outputs(*arguments)[0]
+    run(_walk, arguments, out)
     return out

@@ -169,7 +169,24 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return scan_operator(*inputs, keep)[0]
 
 
-@operator("selective_scan", lambda x, delta, a, b, c, keep: _outputs(x, a, keep))
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
+    return *scan_backward(grad, *ctx.saved_tensors), None
+
+
+@operator(
+    "selective_scan",
+    lambda x, delta, a, b, c, keep: _outputs(x, a, keep),
+    save=_save,
+    gradients=_gradients,
+)
 def scan_operator(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -224,18 +241,3 @@ def _inputs(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> dict[s
 
 def _grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.shape[2], BLOCK), x.shape[0]
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, _):
-    if grad is None:
-        return (None,) * 6
-    return *scan_backward(grad, *ctx.saved_tensors), None
-
-
-torch.library.register_autograd("lion::selective_scan", _gradients, setup_context=_save)

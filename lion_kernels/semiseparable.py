@@ -154,7 +154,17 @@ def backward_kernel(
         dstate = dstate * tl.exp2(total) + _dot(read, dy)
 
 
-@operator("semiseparable_product", lambda x, *_: x.new_empty(x.shape))
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad):
+    return semiseparable_backward(grad, *ctx.saved_tensors)
+
+
+@operator(
+    "semiseparable_product", lambda x, *_: x.new_empty(x.shape), save=_save, gradients=_gradients
+)
 def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """As that of `state_space`: `x` `[B, N, H, P]`; `b`, `c` `[B, N, S]`; `log_decay` `[B, N, H]`.
 
@@ -199,14 +209,3 @@ def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict[str, Any
 
 def _grid(x: Tensor) -> tuple[int]:
     return (x.shape[0] * x.shape[2],)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, grad):
-    return semiseparable_backward(grad, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("lion::semiseparable_product", _gradients, setup_context=_save)

@@ -10,7 +10,7 @@ from kernel_cases import DEVICE, LIMITS, VARIANTS, call, exact, gpu, make_inputs
 from reference import curves_for
 
 import lion_kernels
-from lion_kernels import ops, tuning
+from lion_kernels import tuning
 from models_lion import FEATURE_MAPS, LionAttention, attention
 
 
@@ -160,7 +160,7 @@ def test_operator_contract(mask, order):
     projected, decay, curves, _ = make_inputs(mask, order, 9, batch=1, heads=1)
     leaves = [t if t is None else t.requires_grad_() for t in (projected, decay)]
     options = (1, 16, 2 if order == "S" else 1, 1, mask == "Lit", "silu", True, 1e-6)
-    torch.library.opcheck(ops.mix_operator, (*leaves, curves, None, None, *options))
+    torch.library.opcheck(torch.ops.lion.mix.default, (*leaves, curves, None, None, *options))
 
 
 @pytest.mark.parametrize("format", ["Attention", "Chunk"])
