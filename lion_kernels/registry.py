@@ -21,7 +21,7 @@ def operator(
     `like` takes the same arguments and returns tensors like the results, without their values;
     `save` and `gradients` are what `torch.library.register_autograd` takes. The schema is inferred
     if it is not given. An eager call goes round the dispatcher, whose Python takes longer than the
-    launches.
+    launches, and which `dispatched` goes through.
     """
 
     def register(function: Callable) -> Callable:
@@ -38,6 +38,7 @@ def operator(
         def call(*arguments):
             return (direct if _is_eager(arguments[0]) else dispatched)(*arguments)
 
+        call.dispatched = dispatched
         return call
 
     return register
