@@ -1,17 +1,8 @@
 """Cumulative sums of log decays, and the gradients of gates through them.
 
 Inside a chunk, x and y are the exclusive and the inclusive sums of log2 decays l along the curve:
-`x_t = sum_(s<t) l_s`, `y_t = sum_(s<=t) l_s`, and a pair has the weight
-
-    M_ij = 2^min(x_i - x_j, y_j - y_i).
-
-Outside diagonal tiles M factorises into a row and a column factor. With `end`, y of the last key of
-a tile, and `begin`, x of its first,
-
-    M_ij = 2^(x_i - end) 2^(end - x_j)      keys j before the queries i
-    M_ij = 2^(begin - y_i) 2^(y_j - begin)  keys j after the queries i
-
-where no exponent is above 0.
+a pair has the weight `M_ij = 2^min(x_i - x_j, y_j - y_i)`, which factorises outside diagonal tiles
+(see "Definition" in `docs/kernels.md`).
 """
 
 import triton
@@ -19,7 +10,6 @@ import triton.language as tl
 
 from lion_kernels import common
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 NUM_VECTORS = tl.constexpr(4)  # x, y, and the factors of keys before and after the queries
 
 
@@ -61,7 +51,7 @@ def decay_cumsum(
             natural = tl.load(DECAY + tokens * stride, mask=valid, other=0.0)
         else:
             natural = _log_decay(_logits(DECAY, tokens, valid, stride, DECAYS))
-        natural = tl.where(counts & (tokens >= prefix), natural * LOG2_E, 0.0)
+        natural = tl.where(counts & (tokens >= prefix), natural * common.LOG2_E, 0.0)
         log_decay += tl.where(natural < -32.0, -32.0, natural)  # a NaN stays one
     y = tl.cumsum(log_decay, 0)
     if DOCUMENTS is not None:
@@ -192,7 +182,7 @@ def head_bwd_kernel(
     dw = tl.sum(total, 0)
     if OF_EXPONENTS:
         z = -tl.load(DECAY + pid)
-        log_decay = _log_decay(z) * LOG2_E
+        log_decay = _log_decay(z) * common.LOG2_E
         # Nothing but rounding errors comes through a decay below 2^-23.
         dw *= tl.where((z < 16) & (log_decay < 0), tl.sigmoid(z) / log_decay, 0.0)
     tl.store(DDECAY + pid, dw.to(DDECAY.dtype.element_ty))

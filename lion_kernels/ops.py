@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 from lion_kernels import chunks, decay, launches, linear, pairs, states, tuning
 from lion_kernels.registry import operator
 
-# Of every operator of the mixer; the numbers are `Options`.
+# Of every operator of the mixer, as in `lion_kernels.mix`: tensors, then options.
 ARGUMENTS = (
     "Tensor projected, Tensor? decay, Tensor? curves, Tensor? valid, Tensor? documents, "
     "SymInt heads, SymInt dim, SymInt num_curves, SymInt prefix, bool lit, str features, "
@@ -20,35 +20,22 @@ ARGUMENTS = (
 NUM_TENSORS = 5
 
 
-class Options(NamedTuple):
-    """As in `lion_kernels.mix`."""
-
-    heads: int
-    dim: int
-    num_curves: int
-    prefix: int
-    lit: bool
-    features: str
-    normalise: bool
-    eps: float
-
-
 class Call:
     """One call of an operator: how it is cut, and what its launches have in common."""
 
     def __init__(
         self, launcher: launches.Launches, tensors: Sequence[Tensor | None], options: Sequence[Any]
     ):
-        self.qkv, self.decay, self.curves, valid, self.documents, *results = tensors
-        self.launcher, self.options = launcher, (options := Options(*options))
+        self.qkv, self.decay, self.curves, valid, documents, *results = tensors
+        heads, dim, num_curves, prefix, lit, features, normalise, eps = options
+        self.launcher, self.heads, self.dim, self.num_curves = launcher, heads, dim, num_curves
         b, n, width = self.qkv.shape
-        heads, num_curves = options.heads, options.num_curves
-        no_decay = options.lit and self.documents is None
-        self.plan = tuning.make_plan(n, options.dim, self.qkv.element_size(), num_curves, no_decay)
+        no_decay = lit and documents is None
+        self.plan = tuning.make_plan(n, dim, self.qkv.element_size(), num_curves, no_decay)
         self.num_chunks, self.sequences = triton.cdiv(n, self.plan.chunk), b * heads
         self.chunks = (self.sequences * self.num_chunks,)  # as a grid: programs of one each
         self.tiles = (self.chunks[0] * (self.plan.size // self.plan.block),)
-        if options.lit:
+        if lit:
             kind, strides = "none", (0, 0, 0)
         elif self.decay is None:
             kind, strides = "gates", (heads, n * width, width)
@@ -56,30 +43,29 @@ class Call:
             kind, strides = "head", (heads, 0, 0)
         else:
             kind, strides = "logs", (b * n * heads, n * heads, heads)
-        self.alike = kind in ("head", "none") and valid is None and self.documents is None
+        self.alike = kind in ("head", "none") and valid is None and documents is None
         # Arguments of kernels by name; it grows by results.
         self.values = {
-            **dict(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False)),
-            "QKV": self.qkv, "n": n, "stride_n": width, "heads": heads, "D": options.dim,
-            "DECAY": self.qkv if options.lit else self.of_curve(0, self.qkv, self.decay),
+            "QKV": self.qkv, "n": n, "stride_n": width, "heads": heads, "D": dim,
+            "DECAY": self.qkv if lit else self.of_curve(0, self.qkv, self.decay),
             "DECAYS": kind, **dict(zip(("decay_c", "decay_b", "decay_n"), strides, strict=True)),
-            "prefix": options.prefix if kind == "gates" else 0, "CURVE": self.curves,
+            "prefix": prefix if kind == "gates" else 0, "CURVE": self.curves,
             "VALID": None if valid is None else valid.view(torch.uint8),
-            "DOCUMENTS": self.documents, "STATES": None, "VECTORS": None, "TABLE": None,
-            "NUM_CURVES": num_curves, "curve_weight": 1 / num_curves, "eps": options.eps,
+            "DOCUMENTS": documents, "STATES": None, "VECTORS": None, "TABLE": None,
+            "NUM_CURVES": num_curves, "curve_weight": 1 / num_curves, "eps": eps,
             "CHUNK": self.plan.chunk, "BLOCK": self.plan.block, "SIZE": self.plan.size,
             "tiles": self.plan.size // self.plan.block,
-            "FEATURES": options.features, "NORMALISE": options.normalise,
+            "FEATURES": features, "NORMALISE": normalise, "DO": None,
         }  # fmt: skip
-        self.values.setdefault("DO")
+        self.values.update(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.launcher.empty(shape, dtype)
 
     def like_out(self, *leading: int) -> Tensor:
         """`[B, N, H * D]` in the dtype of `qkv`."""
-        width = self.options.heads * self.options.dim
-        return self.empty(*leading, *self.qkv.shape[:2], width, dtype=self.qkv.dtype)
+        b, n, _ = self.qkv.shape
+        return self.empty(*leading, b, n, self.heads * self.dim, dtype=self.qkv.dtype)
 
     def like_rows(self) -> Tensor:
         """A number for each query: float32 `[B, H, N]`."""
@@ -87,8 +73,7 @@ class Call:
 
     def of_curve(self, c: int, qkv: Tensor, decay: Tensor | None) -> Tensor:
         """Where curve `c` has its decays, or their gradients, in tensors like these."""
-        start = (3 * self.options.dim + c) * self.options.heads
-        return qkv[..., start:] if decay is None else decay[c]
+        return qkv[..., (3 * self.dim + c) * self.heads :] if decay is None else decay[c]
 
     def launch(
         self, kernel: triton.JITFunction, grid: tuple[int, ...], options: tuning.Options, **own: Any
@@ -102,10 +87,9 @@ class Call:
         """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; if
         they are by token, also PLACES `[C, size]`, each token's step on the curves, and TABLE."""
         b, size, by_token = self.qkv.shape[0], self.plan.size, self.plan.backward == "pairs"
-        heads, num_curves = self.options.heads, self.options.num_curves
-        shape = (num_curves, 1 if self.alike else b, heads, self.num_chunks)
+        shape = (self.num_curves, 1 if self.alike else b, self.heads, self.num_chunks)
         sums = self.empty(*shape, decay.NUM_VECTORS.value, size)
-        places = self.empty(num_curves, size, dtype=torch.int32) if by_token else None
+        places = self.empty(self.num_curves, size, dtype=torch.int32) if by_token else None
         self.launch(
             decay.decay_cumsum_kernel, (math.prod(shape),), {"num_warps": 1},
             SUMS=sums, PLACES=places, images=shape[1],
@@ -114,37 +98,33 @@ class Call:
         strides = {"sums_c": sums.stride(0), "sums_b": sums.stride(1)}
         self.values.update(SUMS=sums, PLACES=places, BY_TOKEN=by_token, **strides)
         if by_token and self.alike:
-            self.values["TABLE"] = self.empty(heads, size, size, dtype=self.qkv.dtype)
-            self.launch(pairs.mask_table_kernel, (heads * size // self.plan.block,), {})
+            self.values["TABLE"] = self.empty(self.heads, size, size, dtype=self.qkv.dtype)
+            self.launch(pairs.mask_table_kernel, (self.heads * size // self.plan.block,), {})
 
     def along_curves(self) -> Iterator[int]:
         """One curve after the other, which `values` then has."""
-        sums, num_curves = self.values["SUMS"], self.options.num_curves
-        for c in range(num_curves):
+        sums = self.values["SUMS"]
+        for c in range(self.num_curves):
             curve = None if self.curves is None else self.curves[c]
-            last = c == num_curves - 1
+            last = c == self.num_curves - 1
             self.values.update(SUMS=sums[c], CURVE=curve, ADD=c > 0, LAST=last, NUM_CURVES=1)
             yield c
-
-
-# ---------------------------------------------------------------- along one curve after the other
 
 
 def _enter_states(call: Call, num_states: int) -> None:
     """States that enter each chunk: two of keys, and two of queries if there shall be four."""
     if call.num_chunks == 1:
         return
-    dim = call.options.dim
     if call.values["STATES"] is None:
-        shape = (*call.chunks, num_states, dim)
-        entering = call.empty(*shape, dim, dtype=call.qkv.dtype)
+        shape = (*call.chunks, num_states, call.dim)
+        entering = call.empty(*shape, call.dim, dtype=call.qkv.dtype)
         call.values.update(STATES=entering, VECTORS=call.empty(*shape), NUM_STATES=num_states)
     for of_queries in range(num_states // 2):
         call.launch(
             states.chunk_state_kernel, call.chunks, call.plan.state, OF_QUERIES=of_queries > 0
         )
-    part = min(dim**2, 1024)
-    grid = (call.sequences, num_states, dim**2 // part + 1)
+    part = min(call.dim**2, 1024)
+    grid = (call.sequences, num_states, call.dim**2 // part + 1)
     call.launch(states.state_passing_kernel, grid, {}, PART=part, GROUP=4)
 
 
@@ -164,7 +144,7 @@ def _chunks_backward(call: Call) -> None:
         PHI_Q=call.like_out(), PHI_K=call.like_out(), DELTA=call.like_rows(),
         DQ_RESIDUAL=call.like_rows(), DLOG_MASK=call.empty(*call.chunks, 6, call.plan.size),
     )  # fmt: skip
-    parts = call.empty(call.options.num_curves, call.sequences, call.num_chunks)
+    parts = call.empty(call.num_curves, call.sequences, call.num_chunks)
     for c in call.along_curves():
         _enter_states(call, 4)
         call.launch(chunks.mix_bwd_dq_kernel, call.chunks, call.plan.dq)
@@ -175,7 +155,7 @@ def _chunks_backward(call: Call) -> None:
 
 def _gate_gradients(call: Call, c: int, parts: Tensor) -> None:
     """Gradients of curve `c`'s gates or logs, or the `parts` of those of the heads' logits."""
-    if call.options.lit:
+    if call.values["DECAYS"] == "none":
         return
     into = {"gates": None, "head": parts, "logs": call.values["DDECAY"]}[call.values["DECAYS"]]
     call.launch(
@@ -189,13 +169,10 @@ def _head_gradients(call: Call, parts: Tensor, length: int) -> None:
     """Gradients of the heads' logits from `parts` `[C, B, H, at least length]`."""
     if call.values["DECAYS"] == "head":
         call.launch(
-            decay.head_bwd_kernel, (call.options.num_curves * call.options.heads,), {},
+            decay.head_bwd_kernel, (call.num_curves * call.heads,), {},
             PARTS=parts, DECAY=call.decay, images=call.qkv.shape[0], length=length,
             stride=parts.stride(1), OF_EXPONENTS=call.values["TABLE"] is not None,
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------- several curves at once
 
 
 def _pairs_forward(call: Call) -> None:
@@ -208,7 +185,7 @@ def _pairs_forward(call: Call) -> None:
 def _pairs_backward(call: Call) -> None:
     call.sum_decays()
     phi = call.like_out(2)
-    dlog_mask = call.empty(call.options.num_curves, call.sequences, 6, call.plan.size)
+    dlog_mask = call.empty(call.num_curves, call.sequences, 6, call.plan.size)
     call.values.update(PHI=phi, PHI_K=phi[1], DELTA=call.like_rows(), DLOG_MASK=dlog_mask)
     call.launch(pairs.key_feature_kernel, call.tiles, {})
     call.launch(pairs.mix_bwd_dq_kernel, call.tiles, call.plan.dq)
@@ -223,21 +200,18 @@ def _pairs_backward(call: Call) -> None:
     _head_gradients(call, parts, 1)
 
 
-# ----------------------------------------------------------------------------------------- no decay
-
-
 def _sum_keys(call: Call) -> None:
     """The state of the keys, a mean over this many tokens."""
     tokens = float(call.num_chunks * call.plan.chunk)
-    shape, options = (*call.chunks, call.options.dim), call.options
     call.values.update(
-        STATES=call.empty(*shape, options.dim), VECTORS=call.empty(*shape),
-        eps=options.eps / tokens, out_scale=1.0 if options.normalise else tokens,
+        STATES=call.empty(*call.chunks, call.dim, call.dim),
+        VECTORS=call.empty(*call.chunks, call.dim), eps=call.values["eps"] / tokens,
+        out_scale=1.0 if call.values["NORMALISE"] else tokens,
     )  # fmt: skip
     call.launch(linear.key_state_kernel, call.chunks, call.plan.state)
 
 
-def linear_forward(call: Call) -> None:
+def _linear_forward(call: Call) -> None:
     _sum_keys(call)
     call.launch(linear.mix_fwd_kernel, call.chunks, call.plan.fwd)
 
@@ -250,10 +224,8 @@ def _linear_backward(call: Call) -> None:
     call.launch(linear.mix_bwd_dkv_kernel, call.chunks, call.plan.dkv)
 
 
-FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": linear_forward}
+FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": _linear_forward}
 BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _linear_backward}
-
-# ------------------------------------------------------------------------------------ the operators
 
 
 def _forward(*arguments: Any) -> None:
@@ -280,13 +252,8 @@ def like_outputs(projected: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def like_inputs(projected: Tensor, decay: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    ddecay = (
-        projected.new_empty(0)
-        if decay is None
-        else torch.empty_like(decay, memory_format=contiguous)
-    )
-    return torch.empty_like(projected, memory_format=contiguous), ddecay
+    ddecay = projected.new_empty(0) if decay is None else decay.new_empty(decay.shape)
+    return projected.new_empty(projected.shape), ddecay
 
 
 def _save(ctx, inputs, output):
@@ -298,15 +265,16 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, grad, _):
     if grad is None:
         return (None,) * 13
-    dprojected, ddecay = mix_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dprojected, None if ctx.saved_tensors[3] is None else ddecay, *(None,) * 11
+    out, inv_denom, *tensors = ctx.saved_tensors
+    dprojected, ddecay = mix_backward(grad, out, inv_denom, *tensors, *ctx.options)
+    return dprojected, None if tensors[1] is None else ddecay, *(None,) * 11
 
 
 @operator("mix", like_outputs, f"({ARGUMENTS}) -> (Tensor, Tensor)", _save, _gradients)
 def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output `[B, N, H * D]` and 1 / (denominator + eps), float32 `[B, H, N]`."""
     out, inv_denom = like_outputs(*arguments)
-    if not Options(*arguments[NUM_TENSORS:]).normalise:
+    if not arguments[-2]:  # normalise
         inv_denom.fill_(1.0)
     run(_forward, arguments, out, inv_denom)
     return out, inv_denom
@@ -321,9 +289,8 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `projected` and, if there is one, of `decay`."""
     dqkv, ddecay = like_inputs(*arguments)
-    options = Options(*arguments[NUM_TENSORS:])
-    gates = 0 if options.lit or arguments[1] is not None else options.num_curves
-    written = (3 * options.dim + gates) * options.heads
+    heads, dim, num_curves, _, lit, *_ = arguments[NUM_TENSORS:]
+    written = heads * (3 * dim + (0 if lit or ddecay.numel() else num_curves))
     if written < dqkv.shape[2]:
         dqkv.narrow(2, written, dqkv.shape[2] - written).zero_()
     run(_backward, arguments, out, inv_denom, grad.contiguous(), dqkv, ddecay)

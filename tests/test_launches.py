@@ -16,7 +16,7 @@ from scripts.bench.host_time import host_time
 def ordinary(monkeypatch):
     """Names of kernels launched in the ordinary way; interpreted ones can be repeated as well."""
     names, run = [], launches.Launches.launch
-    monkeypatch.setattr(launches, "_recordings", {})
+    monkeypatch.setattr(launches, "_recorded", {})
     monkeypatch.setattr(
         launches.Launches, "launch",
         lambda self, kernel, *a, **k: (names.append(kernel.__name__), run(self, kernel, *a, **k)),
@@ -102,7 +102,7 @@ def test_repeated_launches_compute_what_ordinary_ones_do(plan, mask, order, ordi
     ordinary.clear()
     repeated = gradients(second, mask, valid=valid)
     assert not ordinary
-    launches._recordings.clear()
+    launches._recorded.clear()
     expected = gradients(second, mask, valid=valid)
     assert ordinary and all(map(torch.equal, repeated, expected))
 
@@ -115,7 +115,7 @@ def test_the_recurrence_is_repeated(mask, ordinary):
     ordinary.clear()
     repeated = call(*second, mask, recurrent=True)
     assert not ordinary
-    launches._recordings.clear()
+    launches._recorded.clear()
     assert torch.equal(repeated, call(*second, mask, recurrent=True))
 
 
@@ -152,11 +152,11 @@ def test_tensors_off_alignment_or_overlapping_are_not_repeated(ordinary):
         assert ordinary
 
 
-def test_recordings_are_bounded(ordinary, monkeypatch):
+def test_recorded_are_bounded(ordinary, monkeypatch):
     monkeypatch.setattr(launches, "MOST_RECORDINGS", 3)
     for n in range(3, 9):
         call(*make_inputs("Lit", "Normal", n, batch=1), "Lit")
-        assert len(launches._recordings) <= 3
+        assert len(launches._recorded) <= 3
 
 
 class Seen(TorchDispatchMode):
