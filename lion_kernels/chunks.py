@@ -1,23 +1,11 @@
 """LION along one curve: pairs inside a chunk of tokens, and the states of the other chunks.
 
-A short sequence is one chunk; CHUNKED adds what the states carry in (`states.py`). A program of
-`mix_fwd_kernel` and `mix_bwd_dq_kernel` has one chunk of one head of one image, whose keys and
-values stay in shared memory, as tiles of BLOCK tokens and one of the rest; tiles of queries pass
-by. A program of `mix_bwd_dkv_kernel`, with four products a pair instead of two, has room for one
-tile of keys and values; tiles of queries pass by.
-
-With phi and M as in `models_lion`, r_i the denominator and q'_i = scale phi(q_i) / r_i,
+A short sequence is one chunk; otherwise STATES carry the others in (`states.py`). Formulas and
+what is resident are in `docs/kernels.md`; in the comments here
 
     w_ij = M_ij scale phi(q_i) . phi(k_j)    r_i = sum_j w_ij + eps    out_i = sum_j w_ij v_j / r_i
-    dw_ij = M_ij (dO_i . v_j - delta_i)      delta_i = dO_i . out_i
-    d phi(q_i) = scale / r_i sum_j dw_ij phi(k_j)
-    d phi(k_j) = sum_i dw_ij q'_i
-    dv_j = sum_i M_ij (q'_i . phi(k_j)) dO_i
-
-A log decay's gradient needs sums of g_ij = (q'_i . phi(k_j)) dw_ij over the pairs on either side of
-the diagonal, by query and by key. They are q'_i and phi(k_j) times what is summed into d phi when
-the diagonal is reached, and cost no products of pairs. Both kernels round dw_ij alike, so that what
-begins at one token and ends at another cancels exactly between them.
+    dw_ij = M_ij (dO_i . v_j - delta_i)      delta_i = dO_i . out_i    q'_i = scale phi(q_i) / r_i
+    g_ij = (q'_i . phi(k_j)) dw_ij, the gradient of log M_ij, of which gates need sums
 """
 
 import triton

@@ -1,17 +1,8 @@
 """Cumulative sums of log decays, and the gradients of gates through them.
 
 Inside a chunk, x and y are the exclusive and the inclusive sums of log2 decays l along the curve:
-`x_t = sum_(s<t) l_s`, `y_t = sum_(s<=t) l_s`, and a pair has the weight
-
-    M_ij = 2^min(x_i - x_j, y_j - y_i).
-
-Outside diagonal tiles M factorises into a row and a column factor. With `end`, y of the last key of
-a tile, and `begin`, x of its first,
-
-    M_ij = 2^(x_i - end) 2^(end - x_j)      keys j before the queries i
-    M_ij = 2^(begin - y_i) 2^(y_j - begin)  keys j after the queries i
-
-where no exponent is above 0.
+a pair has the weight `M_ij = 2^min(x_i - x_j, y_j - y_i)`, which factorises outside diagonal tiles
+(see "Definition" in `docs/kernels.md`).
 """
 
 import triton
@@ -38,6 +29,12 @@ def _log1p(u):
 
 
 @triton.jit
+def _log_decay(z):
+    """`log(1 - sigmoid(z))`."""
+    return -tl.maximum(z, 0.0) - _log1p(tl.exp(-tl.abs(z)))
+
+
+@triton.jit
 def decay_cumsum(
     DECAY, DOCUMENTS, image, steps, tokens, valid, counts, prefix, stride,
     DECAYS: tl.constexpr,
@@ -48,15 +45,13 @@ def decay_cumsum(
     negligible in float32; larger sums would round those of the open gates beside them. Between
     documents both sums fall by 48: 2^-48 is negligible even beside the eps of the denominators.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     log_decay = tl.zeros_like(steps).to(tl.float32)
     if DECAYS != "none":
         if DECAYS == "logs":
             natural = tl.load(DECAY + tokens * stride, mask=valid, other=0.0)
         else:
-            z = _logits(DECAY, tokens, valid, stride, DECAYS)
-            natural = -tl.maximum(z, 0.0) - _log1p(tl.exp(-tl.abs(z)))  # log(1 - sigmoid(z))
-        natural = tl.where(counts & (tokens >= prefix), natural * LOG2_E, 0.0)
+            natural = _log_decay(_logits(DECAY, tokens, valid, stride, DECAYS))
+        natural = tl.where(counts & (tokens >= prefix), natural * common.LOG2_E, 0.0)
         log_decay += tl.where(natural < -32.0, -32.0, natural)  # a NaN stays one
     y = tl.cumsum(log_decay, 0)
     if DOCUMENTS is not None:
@@ -167,3 +162,27 @@ def gate_bwd_kernel(
     else:
         address = GRAD + b * decay_b + h + tokens * decay_n
         tl.store(address, dl.to(GRAD.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def head_bwd_kernel(
+    PARTS, DECAY, DDECAY, images, heads, length, stride, OF_EXPONENTS: tl.constexpr
+):
+    """Gradients of the heads' logits w, `[C, H]`: sums of PARTS `[C, B, H, stride]` over images and
+    `length`, OF_EXPONENTS those of g_ij t_ij (see `pairs.py`)."""
+    BLOCK: tl.constexpr = 4096
+    pid = tl.program_id(0)
+    c, h = pid // heads, pid % heads
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, images * length, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        sequence = ((c * images + part // length) * heads + h).to(tl.int64)
+        there = part < images * length
+        total += tl.load(PARTS + sequence * stride + part % length, mask=there, other=0.0)
+    dw = tl.sum(total, 0)
+    if OF_EXPONENTS:
+        z = -tl.load(DECAY + pid)
+        log_decay = _log_decay(z) * common.LOG2_E
+        # Nothing but rounding errors comes through a decay below 2^-23.
+        dw *= tl.where((z < 16) & (log_decay < 0), tl.sigmoid(z) / log_decay, 0.0)
+    tl.store(DDECAY + pid, dw.to(DDECAY.dtype.element_ty))

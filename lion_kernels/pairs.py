@@ -1,19 +1,10 @@
 """LION along several curves: all pairs of tokens under the mean of the curves' masks.
 
-Tokens stay in their order, and SUMS are by token: a pair's mask is the mean over curves of
-`2^min(x_i - x_j, y_j - y_i)`, whatever its place on each. So curves share the products of pairs,
-which pays up to some hundred tokens; longer sequences go along one curve after the other
-(`chunks.py`, which has the formulas).
-
-A program has a tile of queries (`mix_fwd_kernel`, `mix_bwd_dq_kernel`) or of keys and values
-(`mix_bwd_dkv_kernel`); tiles of their partners pass by. A row is in many tiles, so features come
-from PHI, `[2, B, N, H, D]`: q' (in the backward pass) and phi(k).
-
-Where decays are alike in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]` has the sum of a
-head's masks, symmetric, once for all images. A head's logit w then needs no sums by token: with
-n_ij decays between a pair on a curve, t_ij = n_ij log2 sigmoid(w) is its mask's exponent, and
-
-    dL/dw = sigmoid(-w) / log2 sigmoid(w) sum_ij g_ij t_ij
+Tokens stay in their order, SUMS are by token, and curves share the products of pairs, which pays up
+to some hundred tokens. Features come from PHI, `[2, B, N, H, D]`: q' (in the backward pass) and
+phi(k). Where decays are alike in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]` has
+the sum of a head's masks, symmetric, once for all images, and a logit's gradient comes from sums of
+g_ij t_ij, where t_ij is the exponent of a pair's mask (names as in `chunks.py`).
 """
 
 import triton

@@ -2,14 +2,8 @@
 
 A program has a head of an image, or some columns of its values, and walks with one state over the
 blocks of tokens: along each curve first forwards, then backwards, and then it adds the pairs inside
-the blocks. With the sums x (exclusive) and y (inclusive) of the log2 decays inside a block and
-their total g,
-
-    forwards   out_i += 2^(x_i) q_i S              S <- 2^g S + sum_j 2^(g - x_j) k_j v_j^T
-    backwards  out_i += 2^(g - y_i) q_i S + pairs  S <- 2^g S + sum_j 2^(y_j) k_j v_j^T
-
-where every exponent is at most 0. Between the walks OUT is the mean of the values so far, which
-float16 has room for, and DENOM its denominator.
+the blocks. States fade and are read as in `states.py`. Between the walks OUT is the mean of the
+values so far, which float16 has room for, and DENOM its denominator.
 """
 
 from typing import Any
@@ -20,7 +14,7 @@ from torch import Tensor
 
 from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
-from lion_kernels.ops import ARGUMENTS, Call, mix_operator
+from lion_kernels.ops import ARGUMENTS, Call, like_outputs, mix_operator, run
 from lion_kernels.registry import operator
 
 
@@ -105,18 +99,22 @@ def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK": block, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
 
 
-@operator("recurrence", lambda *a: Call(*a).like_out(), f"({ARGUMENTS}) -> Tensor")
+def _walk(*arguments: Any) -> None:
+    call = Call(*arguments)
+    options = launch_options(call.dim, call.qkv.element_size())
+    parts, rows = call.dim // options["COLUMNS"], call.values["n"] * call.values["NORMALISE"]
+    call.launch(
+        recurrence_kernel, (call.sequences, parts), options,
+        DENOM=call.empty(call.sequences, parts, rows),
+        eps=call.values["eps"] / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
+    )  # fmt: skip
+
+
+@operator("recurrence", lambda *a: like_outputs(*a)[0], f"({ARGUMENTS}) -> Tensor")
 def recurrence_operator(*arguments: Any) -> Tensor:
     """The output of `lion::mix`, `[B, N, H * D]`; it has no gradient."""
-    call = Call(*arguments)
-    if call.plan.forward == "linear":  # one state as it is
+    if arguments[4] is None and arguments[9]:  # no decay: one state as it is
         return mix_operator(*arguments)[0]
-    b, n, _ = call.qkv.shape
-    out, options = call.like_out(), launch_options(call.dim, call.qkv.element_size())
-    parts = call.dim // options["COLUMNS"]
-    call.launch(
-        recurrence_kernel, (call.sequences, parts), options, OUT=out,
-        DENOM=call.empty(b, call.heads, parts, n if call.normalise else 0),
-        eps=call.eps / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
-    )  # fmt: skip
+    out = like_outputs(*arguments)[0]
+    run(_walk, arguments, out)
     return out

@@ -6,7 +6,6 @@ which no two meet, take turns. The forward pass stores the states after each chu
 backward pass computes those inside again.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from lion_kernels import common
 from lion_kernels.registry import operator
 
 CHUNK = 8  # tokens
 BLOCK = 64  # channels of a program, which is one warp: its sums over channels cross no other
-
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -75,7 +73,7 @@ def forward_kernel(
         inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
         outputs = (zero,) * CHUNK
         for s in range(0, states):
-            a = tl.load(A + s * channels, mask=inside, other=0.0) * LOG2E
+            a = tl.load(A + s * channels, mask=inside, other=0.0) * common.LOG2_E
             b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
             c = _scalars(C + s * chunks * CHUNK + first, CHUNK)
             state = tl.load(before + s * channels, mask=inside & (m > 0), other=0.0)
@@ -126,7 +124,7 @@ def backward_kernel(
             state = tl.load(before, mask=inside & (m > 0), other=0.0)
             decays, decayed = (), ()  # and what each token leaves of the state before it
             for t in tl.static_range(CHUNK):
-                decays += (tl.exp2(deltas[t] * (a * LOG2E)),)
+                decays += (tl.exp2(deltas[t] * (a * common.LOG2_E)),)
                 decayed += (decays[t] * state,)
                 state = decayed[t] + inputs[t] * b[t]
             dstate = tl.load(DSTATE + s * channels, mask=inside & (i > 0), other=0.0)
@@ -169,7 +167,24 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return scan_operator(*inputs, keep)[0]
 
 
-@operator("selective_scan", lambda x, delta, a, b, c, keep: _outputs(x, a, keep))
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
+    return *scan_backward(grad, *ctx.saved_tensors), None
+
+
+@operator(
+    "selective_scan",
+    lambda x, delta, a, b, c, keep: _outputs(x, a, keep),
+    save=_save,
+    gradients=_gradients,
+)
 def scan_operator(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -224,18 +239,3 @@ def _inputs(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> dict[s
 
 def _grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.shape[2], BLOCK), x.shape[0]
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, _):
-    if grad is None:
-        return (None,) * 6
-    return *scan_backward(grad, *ctx.saved_tensors), None
-
-
-torch.library.register_autograd("lion::selective_scan", _gradients, setup_context=_save)

@@ -9,7 +9,6 @@ registers. With the running sums s of the log2 decays inside a chunk and their t
 where every exponent is at most 0.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from lion_kernels.registry import operator
 CHUNK = 64
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 
-LOG2E = tl.constexpr(math.log2(math.e))
 # A decay of 2^-32 is none, and larger sums would round those of the other tokens of a chunk.
 LEAST = tl.constexpr(-32.0)
 
@@ -42,7 +40,7 @@ def _matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _decays(DECAY, steps, valid, stride):
     """The log2 decays of a chunk, summed up to each token, and their total."""
     log = tl.load(DECAY + steps * stride, mask=valid, other=0.0).to(tl.float32)
-    log = tl.maximum(log * LOG2E, LEAST)
+    log = tl.maximum(log * common.LOG2_E, LEAST)
     return tl.cumsum(log, 0), tl.sum(log, 0)
 
 
@@ -154,7 +152,17 @@ def backward_kernel(
         dstate = dstate * tl.exp2(total) + _dot(read, dy)
 
 
-@operator("semiseparable_product", lambda x, *_: x.new_empty(x.shape))
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad):
+    return semiseparable_backward(grad, *ctx.saved_tensors)
+
+
+@operator(
+    "semiseparable_product", lambda x, *_: x.new_empty(x.shape), save=_save, gradients=_gradients
+)
 def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """As that of `state_space`: `x` `[B, N, H, P]`; `b`, `c` `[B, N, S]`; `log_decay` `[B, N, H]`.
 
@@ -199,14 +207,3 @@ def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict[str, Any
 
 def _grid(x: Tensor) -> tuple[int]:
     return (x.shape[0] * x.shape[2],)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, grad):
-    return semiseparable_backward(grad, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("lion::semiseparable_product", _gradients, setup_context=_save)

@@ -1,14 +1,12 @@
 """States that chunks of tokens hand on, along one curve.
 
-Inside a chunk, x and y are the exclusive and the inclusive sums of log2 decays (`decay.py`), and g
-is the total. A state of pairs (a_j, b_j) is carried
+With x, y and their total g (`decay.py`), a state of keys and values goes
 
-    to later chunks    S <- 2^g S + sum_j 2^(g - x_j) a_j b_j^T
-    to earlier chunks  S <- 2^g S + sum_j 2^(y_j) a_j b_j^T
+    to later chunks    S <- 2^g S + sum_j 2^(g - x_j) phi(k_j) v_j^T
+    to earlier chunks  S <- 2^g S + sum_j 2^(y_j) phi(k_j) v_j^T
 
-for keys and values; for queries q' and output gradients, whose states meet keys, x and y change
-places. No exponent is above 0. Beside each state `[D, D]` goes a vector `[D]`, the same sum with 1
-in the place of values, delta in that of output gradients.
+and one of q' and dO likewise, with x and y exchanged. Beside each state `[D, D]` goes a vector
+`[D]`, the same sum with 1 in the place of values, delta in that of dO.
 """
 
 import triton

@@ -16,10 +16,14 @@ VARIANTS = [(m, o) for m, o in product(FEATURE_MAPS, ("Normal", "S")) if (m, o) 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
-def make_inputs(mask, order, n, dim=16, dtype=torch.float32, batch=2, heads=2, gate=1.0):
-    """Projected tokens, LION-D's logits or None, curves or None, and the output's gradient."""
+def make_inputs(
+    mask, order, n, dim=16, dtype=torch.float32, batch=2, heads=2, gate=1.0, num_curves=None
+):  # fmt: skip
+    """Projected tokens, LION-D's logits or None, the order's curves (at most `num_curves`) or None,
+    and the output's gradient."""
     generator = torch.Generator().manual_seed(n)
-    scans = 2 if order == "S" else 1
+    curves = None if order == "Normal" or mask == "Lit" else curves_for(order, n)[:num_curves]
+    scans = 1 if curves is None else len(curves)
     gates = lion_kernels.padded_gates(scans * heads) if mask == "Selective" else 0
     projected, grad = (
         torch.randn(batch, n, width, generator=generator)
@@ -27,7 +31,6 @@ def make_inputs(mask, order, n, dim=16, dtype=torch.float32, batch=2, heads=2, g
     )
     projected[..., 3 * heads * dim :] *= gate
     decay = gate * torch.randn(scans, heads, generator=generator) if mask == "Decay" else None
-    curves = None if mask == "Lit" else curves_for(order, n)
     projected, grad = projected.to(DEVICE, dtype), grad.to(DEVICE, dtype)
     decay, curves = (t if t is None else t.to(DEVICE) for t in (decay, curves))
     if mask == "Decay":  # random gradients alone would cancel in the sum over tokens
@@ -41,7 +44,8 @@ def call(
     """The output of the kernels."""
     return lion_kernels.mix(
         projected, decay, curves, valid, documents,
-        heads=grad.shape[2] // dim, dim=dim, scans=1 if curves is None else 2, lit=mask == "Lit",
+        heads=grad.shape[2] // dim, dim=dim, lit=mask == "Lit",
+        scans=1 if curves is None else len(curves),
         **{"features": "elu" if mask == "Lit" else "silu", "prefix": 1, **options},
     )  # fmt: skip
 
@@ -52,7 +56,7 @@ def exact(
 ):  # fmt: skip
     leaves = [t.double().requires_grad_() for t in (projected, decay) if t is not None]
     b, n, width = grad.shape
-    heads, scans = width // dim, 1 if curves is None else 2
+    heads, scans = width // dim, 1 if curves is None else len(curves)
     qkv, gates = leaves[0][..., : 3 * width], leaves[0][..., 3 * width :][..., : scans * heads]
     q, k, v = qkv.view(b, n, 3, heads, dim).permute(2, 0, 3, 1, 4)
     if features != "none":

@@ -102,9 +102,9 @@ def test_the_scan_keeps_states_for_gradients_only():
 
 def test_operator_contracts():
     inputs = [t.requires_grad_() for t in make_inputs("selective_scan", 9, batch=1, channels=5)]
-    torch.library.opcheck(scan.scan_operator, (*inputs, True))
+    torch.library.opcheck(scan.scan_operator.dispatched, (*inputs, True))
     inputs = [t.requires_grad_() for t in make_inputs("semiseparable_product", 9, batch=1, heads=1)]
-    torch.library.opcheck(semiseparable.semiseparable_product, tuple(inputs))
+    torch.library.opcheck(semiseparable.semiseparable_product.dispatched, tuple(inputs))
 
 
 def small_model(name):

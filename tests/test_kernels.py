@@ -135,6 +135,22 @@ def test_without_feature_map(mask, plan):
     assert_close(actual, expected)
 
 
+EIGHT = "Snakes+Diagonal+Hilbert"
+
+
+@pytest.mark.parametrize(
+    "mask, num_curves",
+    slow_except(
+        [("Decay", 3), ("Selective", 8)],
+        [(mask, count) for mask in ("Decay", "Selective") for count in (3, 8)],
+    ),
+)
+def test_gradients_along_many_curves(mask, num_curves, plan):
+    tensors = make_inputs(mask, EIGHT, 37, batch=1, heads=1, num_curves=num_curves)
+    assert len(tensors[2]) == num_curves
+    assert_close(mix(*tensors, mask), exact(*tensors, mask))
+
+
 def test_strided_input():
     projected, decay, curves, _ = make_inputs("Decay", "S", 30)
     wider = torch.cat([projected, torch.full((2, 30, 8), torch.nan, device=DEVICE)], 2)
@@ -160,7 +176,7 @@ def test_operator_contract(mask, order):
     projected, decay, curves, _ = make_inputs(mask, order, 9, batch=1, heads=1)
     leaves = [t if t is None else t.requires_grad_() for t in (projected, decay)]
     options = (1, 16, 2 if order == "S" else 1, 1, mask == "Lit", "silu", True, 1e-6)
-    torch.library.opcheck(ops.mix_operator, (*leaves, curves, None, None, *options))
+    torch.library.opcheck(ops.mix_operator.dispatched, (*leaves, curves, None, None, *options))
 
 
 @pytest.mark.parametrize("format", ["Attention", "Chunk"])
@@ -251,6 +267,19 @@ def test_gpu_numerics(mask, order, n, gate, dtype):
     # keys have otherwise.
     least = 5e-2 if n == 1 or gate > 1 else 1e-2
     assert_close(mix(*tensors, mask, 64), expected, dtype, least=least)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("n", [63, 197, 333, 577, 701, 1025])
+@pytest.mark.parametrize("num_curves", [3, 8])
+@pytest.mark.parametrize("mask", ["Decay", "Selective"])
+def test_gpu_gradients_along_many_curves(mask, num_curves, n, dtype):
+    """Up to 320 tokens, up to 640 and beyond: one chunk, pairs, one curve after the other."""
+    tensors = make_inputs(mask, EIGHT, n, 64, dtype, batch=1, num_curves=num_curves)
+    expected = exact(*tensors, mask, 64, formula=attention)
+    assert_close(mix(*tensors, mask, 64), expected, dtype)
 
 
 @gpu

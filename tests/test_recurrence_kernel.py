@@ -63,7 +63,7 @@ def test_operator_contract(mask, order):
     projected, decay, curves, _ = make_inputs(mask, order, 9, batch=1, heads=1)
     options = (1, 16, 2 if order == "S" else 1, 1, mask == "Lit", "silu", True, 1e-6)
     tensors = (projected, decay, curves, None, None)
-    torch.library.opcheck(recurrence.recurrence_operator, (*tensors, *options))
+    torch.library.opcheck(recurrence.recurrence_operator.dispatched, (*tensors, *options))
 
 
 @pytest.mark.parametrize("mask, order", VARIANTS)
