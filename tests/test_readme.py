@@ -1,4 +1,4 @@
-"""Every command that the README shows runs, in a small form."""
+"""Every command that the README and the guides show runs, in a small form."""
 
 import os
 import re
@@ -13,9 +13,18 @@ import timm
 import torch
 from helpers import MODEL, ROOT, long, slow, weights
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+GUIDES = (
+    "README.md",
+    "docs/training.md",
+    "docs/own-data.md",
+    "docs/formats.md",
+    "docs/evidence.md",
+)
+TEXT = "".join((ROOT / page).read_text() for page in GUIDES)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = dict.fromkeys(
+    line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()
+)
 # They start few processes; the others take long.
 LONG = ("scripts/benchmark.py", "distill", "finetune_384")
 QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log")
@@ -120,7 +129,7 @@ def test_command(line, places, tmp_path):
 
 
 def test_python():
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    names = {}
-    exec(code, names)
-    assert names["logits"].shape == (1, 1000)
+    for code in [block for kind, block in BLOCKS if kind == "python"]:
+        names = {}
+        exec(code, names)
+        assert names["logits"].shape == (1, 1000)

@@ -1,0 +1,64 @@
+"""The documentation's examples run, its links lead somewhere, and its pictures are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from test_formats import assert_close
+
+import curves
+
+PAGES = sorted([ROOT / "README.md", ROOT / "mlm" / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.fixture
+def examples(monkeypatch) -> dict:
+    """What the examples of docs/extending.md define."""
+    monkeypatch.setattr(curves, "ORDERS", dict(curves.ORDERS))
+    page = (ROOT / "docs" / "extending.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    yield names
+
+
+def test_an_order_of_ones_own(examples):
+    spiral, transposed = curves.scan_curves("Spiral", (3, 4))
+    assert spiral.tolist() == [0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6]
+    assert transposed.sort().values.tolist() == list(range(12))
+    model = examples["model"].eval()
+    assert len(model.blocks[0].attn.gate_names) == 4
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(images)
+        model.set_format("Chunk", chunk_size=50)
+        assert_close([model(images)], [expected], 1e-4, "Chunk")
+
+
+def test_a_mask_of_ones_own(examples):
+    mixer, x = examples["mixer"].double(), torch.randn(2, 11, 64).double()
+    decays = mixer.log_decay(x)[0, 0, :, 0]
+    assert torch.allclose(decays, -(2.0 ** -torch.arange(1, 5)).double())
+    chunked = mixer(x)
+    mixer.set_format("Attention")
+    assert_close([chunked], [mixer(x)], 1e-9, "Attention")
+    assert not any(p.requires_grad for p in mixer._gates())
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
