@@ -21,7 +21,7 @@ def examples(monkeypatch) -> dict:
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
-    yield names
+    return names
 
 
 def test_an_order_of_ones_own(examples):
