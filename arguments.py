@@ -168,6 +168,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="on GPUs: equal runs, resumed ones too, end with equal weights bit for bit; slower",
     )
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND")
+    add("--torchcompile-mode", default=None, metavar="MODE",
+        help="of --torchcompile, such as reduce-overhead: CUDA graphs")  # fmt: skip
     add("--channels-last", action="store_true")
     add("--distributed", action="store_true", help="accepted for DeiT's scripts: torchrun decides")
     add("--world_size", default=1, type=int, within="[1, inf)",
@@ -180,9 +182,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that are invalid without any I/O."""
     check_ranges(get_args_parser(), args)
     check_numbers(args)
-    backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
-    if args.torchcompile and args.torchcompile not in backends:
-        raise ValueError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
+    check_compiler(args)
     check_model(args)
     if not args.eval:
         check_training(args)
@@ -190,6 +190,22 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto needs the --output_dir of the run.")
+
+
+def check_compiler(args: argparse.Namespace) -> None:
+    """Raises ValueError for a compiler that is not there, or a mode that it does not have."""
+    backend, mode = args.torchcompile, args.torchcompile_mode
+    if backend and backend not in (*torch._dynamo.list_backends(), "eager", "aot_eager"):
+        raise ValueError(f"There is no compiler {backend!r}: use --torchcompile alone.")
+    if mode is None:
+        return
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"There is no --torchcompile-mode {mode!r}: use {', '.join(modes)}.")
+    if backend is None:
+        raise ValueError("--torchcompile-mode goes with --torchcompile.")
+    if mode != "default" and backend != "inductor":
+        raise ValueError(f"--torchcompile {backend} has no modes: leave --torchcompile-mode out.")
 
 
 def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:

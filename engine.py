@@ -230,6 +230,7 @@ def evaluate(
             break
         samples = samples.to(world.device, non_blocking=True)
         targets = targets.to(world.device, non_blocking=True)
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast(world.device, amp_dtype):
             logits = model(samples).float()
         loss = F.cross_entropy(logits, targets, reduction="sum")

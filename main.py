@@ -45,6 +45,7 @@ from arguments import (
 )
 from augment import build_batch_transform, build_eval_transform, build_train_transform
 from cached_images import CachedLoader
+from compilation import compile_in_place
 from datasets import DeviceLoader, SeededDataset, Split, build_dataset, ignore_signals, normalized
 from device_augment import build_device_transform
 from engine import (
@@ -367,7 +368,7 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
     with autocast(world.device, amp_dtype(args, world)):
         models_timm.require_logits(model, args.model, len(classes), images.input_size)
     if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
+        compile_in_place(model, args.torchcompile, args.torchcompile_mode)
 
     def work() -> None:
         count = len(loader.dataset)
@@ -474,7 +475,7 @@ def fit(
     journal = Journal(folder, facts, position.epoch)
     model = world.distributed(run.model)
     if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
+        compile_in_place(run.model, args.torchcompile, args.torchcompile_mode)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     logger.info("number of params: %d", n_parameters)
     logger.info("Start training for %d epochs", args.epochs - position.epoch)

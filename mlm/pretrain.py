@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import checkpoint
+from compilation import compile_in_place
 from engine import LOG_INTERVAL, autocast, require_finite
 from journal import Journal, Mean, Progress, provenance, require_writable
 from locking import only_run_in
@@ -290,9 +291,9 @@ class Pretraining:
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
         self._open_output()
         folder = settings.output if world.is_main else None
-        if settings.compile:
-            self.model.lion.compile()
         model = world.distributed(self.model)
+        if settings.compile:
+            compile_in_place(self.model.lion)
         take_step = OptimizerStep(
             model, self.optimizer, world, seed=settings.seed, accumulate=self.accumulate,
             stop=stop, advice="Try a lower lr.",
