@@ -182,27 +182,6 @@ def train_one_epoch(
     return {name: meter.over(world) for name, meter in meters.items()}, speeds
 
 
-def train_and_save(
-    one_epoch: Callable[[], tuple[dict[str, float], dict[str, float]]],
-    position: Position,
-    save: Callable[[], None],
-    at_end: bool = True,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """`one_epoch()`, saved when it is interrupted, and `at_end` so that an evaluation may fail.
-
-    An epoch that had ended before is not saved again.
-    """
-    begun = position.step
-    try:
-        result = one_epoch()
-    except Interrupted:
-        save()
-        raise
-    if at_end and position.step > begun:
-        save()
-    return result
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
