@@ -246,6 +246,8 @@ def _add_device(add: Add, switch: Add) -> None:
         help="on GPUs: equal runs end with equal weights bit for bit; slower")  # fmt: skip
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND",
         help="compile the model, by inductor or the backend named")  # fmt: skip
+    add("--torchcompile-mode", default=None, metavar="MODE",
+        help="of --torchcompile, such as reduce-overhead: CUDA graphs")  # fmt: skip
     add("--channels-last", action="store_true", help="memory format of the weights, for CNNs")
     add("--dist_url", default="env://", metavar="URL", help="how processes find each other")
 
@@ -265,9 +267,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for arguments that are invalid without any I/O."""
     check_ranges(get_args_parser(), args)
     check_numbers(args)
-    backends = (*torch._dynamo.list_backends(), "eager", "aot_eager")
-    if args.torchcompile and args.torchcompile not in backends:
-        raise UserError(f"There is no compiler {args.torchcompile!r}: use --torchcompile alone.")
+    check_compiler(args)
     check_model(args)
     if not args.eval:
         check_training(args)
@@ -275,6 +275,22 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs the --output_dir of the run.")
+
+
+def check_compiler(args: argparse.Namespace) -> None:
+    """Raises UserError for a compiler that is not there, or a mode that it does not have."""
+    backend, mode = args.torchcompile, args.torchcompile_mode
+    if backend and backend not in (*torch._dynamo.list_backends(), "eager", "aot_eager"):
+        raise UserError(f"There is no compiler {backend!r}: use --torchcompile alone.")
+    if mode is None:
+        return
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise UserError(f"There is no --torchcompile-mode {mode!r}: use {', '.join(modes)}.")
+    if backend is None:
+        raise UserError("--torchcompile-mode goes with --torchcompile.")
+    if mode != "default" and backend != "inductor":
+        raise UserError(f"--torchcompile {backend} has no modes: leave --torchcompile-mode out.")
 
 
 def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:

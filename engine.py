@@ -183,27 +183,6 @@ def train_one_epoch(
     return {name: meter.over(world) for name, meter in meters.items()}, speeds
 
 
-def train_and_save(
-    one_epoch: Callable[[], tuple[dict[str, float], dict[str, float]]],
-    position: Position,
-    save: Callable[[], None],
-    at_end: bool = True,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """`one_epoch()`, saved when it is interrupted, and `at_end` so that an evaluation may fail.
-
-    An epoch that had ended before is not saved again.
-    """
-    begun = position.step
-    try:
-        result = one_epoch()
-    except Interrupted:
-        save()
-        raise
-    if at_end and position.step > begun:
-        save()
-    return result
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -231,6 +210,7 @@ def evaluate(
             break
         samples = samples.to(world.device, non_blocking=True)
         targets = targets.to(world.device, non_blocking=True)
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast(world.device, amp_dtype):
             logits = model(samples).float()
         loss = F.cross_entropy(logits, targets, reduction="sum")

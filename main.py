@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
@@ -38,13 +38,13 @@ from arguments import (
 from augment import build_batch_transform
 from cached_images import CachedLoader
 from commands import run_command
+from compilation import compile_in_place
 from engine import (
     Position,
     Run,
     autocast,
     evaluate,
     require_same,
-    train_and_save,
     train_one_epoch,
 )
 from errors import UserError
@@ -59,7 +59,6 @@ from preprocessing import Preprocessing
 from pretrained import named_model
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Found, Rule
-from samplers import EpochSampler
 from utils import make_deterministic, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -216,8 +215,8 @@ def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
 
 def build_run(
     args: argparse.Namespace, world: World, model: nn.Module, steps: int, facts: dict[str, Any]
-) -> tuple[Run, Callable[[int, int], None]]:
-    """The state of a run and `set_lr(epoch, step)`."""
+) -> Run:
+    """The state of a run at its beginning."""
     ema = None
     if args.model_ema:
         device = "cpu" if args.model_ema_force_cpu else None
@@ -242,53 +241,59 @@ def build_run(
         world.device.type, enabled=amp_dtype(args, world) is torch.float16
     )
 
-    def set_lr(epoch: int, step: int) -> None:
-        if scheduler is None:
-            return
-        if args.sched_on_updates:
-            scheduler.step_update(epoch * steps + step)
-        else:
-            scheduler.step(epoch)
-
     position = Position(args.start_epoch)
-    return Run(model, ema, optimizer, scheduler, scaler, position, facts), set_lr
+    return Run(model, ema, optimizer, scheduler, scaler, position, facts)
 
 
 def amp_dtype(args: argparse.Namespace, world: World) -> torch.dtype | None:
     return getattr(torch, args.amp_dtype) if args.amp and world.device.type == "cuda" else None
 
 
-def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
-    """Reads and checks all that --eval needs; the returned function does the work."""
-    found = resuming.read(args.resume, args.output_dir)
-    if args.resume and not found:
-        raise UserError(f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH.")
-    images = choose_preprocessing(args, found, keep_size=True)
-    loader = loaders.build_eval_loader(image_loading(args), world, images)
-    classes = loader.dataset.classes
-    if found:
-        checkpoint.check_classes(found[0], classes, found[1])
-    model = build_model(args, len(classes), images.size)
-    if found:
-        saved, source = found
-        state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
-        checkpoint.load_weights(model, state, source)
-        before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
-        resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
-    require_same(world, {"test": loader.dataset}, model)
-    model.to(world.device)
+def require_logits(
+    args: argparse.Namespace, world: World, model: nn.Module, classes: list[str],
+    images: Preprocessing,
+) -> None:  # fmt: skip
+    """Raises UserError if the model does not give a logit for every class."""
     with autocast(world.device, amp_dtype(args, world)):
         models_timm.require_logits(model, args.model, len(classes), images.input_size)
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
 
-    def work() -> None:
-        count = len(loader.dataset)
-        per_class = torch.zeros(len(classes), 2, dtype=torch.float64, device=world.device)
-        with peak_memory(world.device) as memory:
+
+class Evaluation:
+    """All that --eval needs, read and checked when it is made, and the work."""
+
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        self.args, self.world = args, world
+        found = resuming.read(args.resume, args.output_dir)
+        if args.resume and not found:
+            raise UserError(
+                f"{args.output_dir} holds no checkpoint to evaluate: give --resume PATH."
+            )
+        self.images = choose_preprocessing(args, found, keep_size=True)
+        self.loader = loaders.build_eval_loader(image_loading(args), world, self.images)
+        self.classes = self.loader.dataset.classes
+        if found:
+            checkpoint.check_classes(found[0], self.classes, found[1])
+        self.model = build_model(args, len(self.classes), self.images.size)
+        if found:
+            saved, source = found
+            state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
+            checkpoint.load_weights(self.model, state, source)
+            before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
+            resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
+        require_same(world, {"test": self.loader.dataset}, self.model)
+        self.model.to(world.device)
+        require_logits(args, world, self.model, self.classes, self.images)
+
+    def run(self) -> None:
+        args, world = self.args, self.world
+        if args.torchcompile:
+            compile_in_place(self.model, args.torchcompile, args.torchcompile_mode)
+        count, device = len(self.loader.dataset), world.device
+        per_class = torch.zeros(len(self.classes), 2, dtype=torch.float64, device=device)
+        with peak_memory(device) as memory:
             stats, images_per_second = evaluate(
-                model,
-                loader,
+                self.model,
+                self.loader,
                 world=world,
                 images=count,
                 amp_dtype=amp_dtype(args, world),
@@ -300,43 +305,179 @@ def evaluate_only(args: argparse.Namespace, world: World) -> Callable[[], None]:
             count / images_per_second, images_per_second, memory.bytes / 2**20,
         )  # fmt: skip
         if args.output_dir and world.is_main:
-            facts = {**stats, "images": count, "classes": classes, "data_config": images.state(),
-                     "args": vars(args), **provenance()}  # fmt: skip
-            write_scores(Path(args.output_dir), facts, classes, per_class.tolist())
+            facts = {**stats, "images": count, "classes": self.classes,
+                     "data_config": self.images.state(), "args": vars(args),
+                     **provenance()}  # fmt: skip
+            write_scores(Path(args.output_dir), facts, self.classes, per_class.tolist())
 
-    return work
+
+class Training:
+    """All that training needs, read and checked when it is made, and the epochs."""
+
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        check_optimizer(args, world.device)
+        self.args, self.world = args, world
+        found = resuming.read(args.resume, args.output_dir)
+        basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
+        images = choose_preprocessing(args, found or basis, keep_size=bool(found))
+        self.loader, classes = build_train_loader(args, world, images)
+        self.eval_loader = loaders.build_eval_loader(image_loading(args), world, images)
+        if found:
+            checkpoint.check_classes(found[0], classes, found[1])
+        seed_everything(args.seed)
+        model = self._build_model(classes, images, basis)
+        self.steps = len(self.loader.sampler) // (args.batch_size * args.grad_accum_steps)
+        facts = {"data_config": images.state(), "classes": classes,
+                 "images": len(self.loader.dataset), "processes": world.size}  # fmt: skip
+        self.run = build_run(args, world, model, self.steps, facts)
+        if found:
+            go_on(args, world, self.run, found)
+            # The rates of the step before: an evaluation that is left saves the same as it would.
+            self._set_lr(self.run.position.epoch, max(self.run.position.step - 1, 0))
+        data = {"training": self.loader.dataset.dataset, "test": self.eval_loader.dataset}
+        require_same(world, data, model, self.run.position)
+        self.batch_transform = batch_transform(args, len(classes))
+        self.criterion = build_criterion(args, classes, world, images)
+
+    def _build_model(
+        self, classes: list[str], images: Preprocessing, basis: Found | None
+    ) -> nn.Module:
+        args, world = self.args, self.world
+        model = build_model(args, len(classes), images.size)
+        if basis:
+            start_from(basis, model, classes)
+        model.to(world.device)
+        require_logits(args, world, model, classes, images)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model
+
+    def fit(self) -> None:
+        """The epochs that are left: train, save, evaluate, log, save. A signal saves, too."""
+        args, world, run = self.args, self.world, self.run
+        self.stop = StopSignal()
+        journal = self._open_journal()
+        model = world.distributed(run.model)
+        if args.torchcompile:
+            compile_in_place(run.model, args.torchcompile, args.torchcompile_mode)
+        n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        logger.info("number of params: %d", n_parameters)
+        logger.info("Start training for %d epochs", args.epochs - run.position.epoch)
+        began = time.perf_counter()
+        while (epoch := run.position.epoch) < args.epochs:
+            due = (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs
+            try:
+                train_stats, speeds = self._train_epoch(model, save_at_end=due)
+                test_stats = self._evaluate() if due else {}
+            except Interrupted:
+                self._leave()
+            is_best = due and test_stats["acc1"] >= run.max_accuracy
+            if due:
+                run.max_accuracy = max(run.max_accuracy, test_stats["acc1"])
+                logger.info("Max accuracy: %.2f%%", run.max_accuracy)
+            stats = {
+                **{f"train_{name}": value for name, value in train_stats.items()},
+                **{f"test_{name}": value for name, value in test_stats.items()},
+                "epoch": epoch,
+                "n_parameters": n_parameters,
+            }
+            run.position = Position(epoch + 1)
+            if is_best:
+                self._save("best_checkpoint.pth", keep_previous=False)
+            journal.write(stats, **{f"train_{name}": value for name, value in speeds.items()})
+            if due:
+                self._save(keep_previous=False)  # last: a run killed in between evaluates again
+        logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
+
+    def _train_epoch(
+        self, model: nn.Module, *, save_at_end: bool
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """What is left of the epoch, saved when it is interrupted, and maybe at its end."""
+        args, world, run = self.args, self.world, self.run
+        position, begun = run.position, run.position.step
+        images_per_process = args.batch_size * args.grad_accum_steps
+        self.loader.sampler.set_epoch(position.epoch, begun * images_per_process)
+        try:
+            result = train_one_epoch(
+                model,
+                self.criterion,
+                self.loader,
+                run.optimizer,
+                position,
+                world=world,
+                steps=self.steps,
+                epochs=args.epochs,
+                images_per_step=images_per_process * world.size,
+                set_lr=self._set_lr,
+                batch_transform=self.batch_transform,
+                scaler=run.scaler,
+                amp_dtype=amp_dtype(args, world),
+                accumulate=args.grad_accum_steps,
+                clip_grad=args.clip_grad,
+                after_step=partial(run.ema.update, run.model) if run.ema else (lambda: None),
+                train_mode=args.train_mode,
+                seed=args.seed,
+                stop=self.stop,
+            )
+        except Interrupted:
+            self._save()
+            raise
+        if save_at_end and position.step > begun:  # so that the evaluation may fail
+            self._save()
+        return result
+
+    def _set_lr(self, epoch: int, step: int) -> None:
+        if self.run.scheduler is None:
+            return
+        if self.args.sched_on_updates:
+            self.run.scheduler.step_update(epoch * self.steps + step)
+        else:
+            self.run.scheduler.step(epoch)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Test statistics of the weights, and as `ema_*` of their moving average."""
+        run, images = self.run, len(self.eval_loader.dataset)
+        score = partial(evaluate, loader=self.eval_loader, world=self.world, images=images,
+                        amp_dtype=amp_dtype(self.args, self.world), stop=self.stop)  # fmt: skip
+        stats, _ = score(run.model)
+        accuracy = "Accuracy of the %s on the %d test images: %.1f%%"
+        logger.info(accuracy, "network", images, stats["acc1"])
+        if run.ema:
+            average = run.ema.module.to(self.world.device)
+            ema_stats, _ = score(average)
+            if self.args.model_ema_force_cpu:
+                average.to("cpu")
+            logger.info(accuracy, "EMA", images, ema_stats["acc1"])
+            stats |= {f"ema_{name}": value for name, value in ema_stats.items()}
+        return stats
+
+    def _folder(self) -> Path | None:
+        """Where this process writes."""
+        return Path(self.args.output_dir) if self.args.output_dir and self.world.is_main else None
+
+    def _open_journal(self) -> Journal:
+        folder = self._folder()
+        if folder and self.args.overwrite and not goes_on(self.args):
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+        facts = {"args": vars(self.args), "data_config": self.run.facts["data_config"],
+                 "world_size": self.world.size, **provenance()}  # fmt: skip
+        return Journal(folder, facts, self.run.position.epoch)
+
+    def _save(self, name: str = "checkpoint.pth", **options: bool) -> None:
+        if folder := self._folder():
+            checkpoint.save(self.run.state(vars(self.args)), folder / name, **options)
+
+    def _leave(self) -> NoReturn:
+        position = self.run.position
+        folder = self.args.output_dir
+        left = "go on by --resume auto" if folder else "not saved, without --output_dir"
+        logger.info("Stopped at epoch %d, step %d: %s", position.epoch, position.step, left)
+        sys.exit(self.stop.exit_code)
 
 
-def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
-    """Reads and checks all that training needs; the returned function does the work."""
-    check_optimizer(args, world.device)
-    found = resuming.read(args.resume, args.output_dir)
-    basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
-    images = choose_preprocessing(args, found or basis, keep_size=bool(found))
-    train_loader, classes = build_train_loader(args, world, images)
-    eval_loader = loaders.build_eval_loader(image_loading(args), world, images)
-    if found:
-        checkpoint.check_classes(found[0], classes, found[1])
-    seed_everything(args.seed)
-    model = build_model(args, len(classes), images.size)
-    if basis:
-        start_from(basis, model, classes)
-    model.to(world.device)
-    with autocast(world.device, amp_dtype(args, world)):
-        models_timm.require_logits(model, args.model, len(classes), images.input_size)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    steps = len(train_loader.sampler) // (args.batch_size * args.grad_accum_steps)
-    facts = {"data_config": images.state(), "classes": classes,
-             "images": len(train_loader.dataset), "processes": world.size}  # fmt: skip
-    run, set_lr = build_run(args, world, model, steps, facts)
-    if found:
-        go_on(args, world, run, found)
-        # The rates of the step before: an evaluation that is left saves the same as it would have.
-        set_lr(run.position.epoch, max(run.position.step - 1, 0))
-    data = {"training": train_loader.dataset.dataset, "test": eval_loader.dataset}
-    require_same(world, data, run.model, run.position)
-    batch_transform = build_batch_transform(
+def batch_transform(args: argparse.Namespace, num_classes: int) -> Callable:
+    return build_batch_transform(
         mixup=args.mixup,
         cutmix=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
@@ -344,110 +485,9 @@ def train(args: argparse.Namespace, world: World) -> Callable[[], None]:
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
         smoothing=label_smoothing(args),
-        num_classes=len(classes),
+        num_classes=num_classes,
         cosub=args.cosub,
     )
-    one_epoch = partial(
-        train_one_epoch,
-        criterion=build_criterion(args, classes, world, images),
-        loader=train_loader,
-        optimizer=run.optimizer,
-        world=world,
-        steps=steps,
-        set_lr=set_lr,
-        images_per_step=args.batch_size * args.grad_accum_steps * world.size,
-        batch_transform=batch_transform,
-        scaler=run.scaler,
-        amp_dtype=amp_dtype(args, world),
-        accumulate=args.grad_accum_steps,
-        clip_grad=args.clip_grad,
-        after_step=partial(run.ema.update, model) if run.ema else (lambda: None),
-        train_mode=args.train_mode,
-        seed=args.seed,
-    )
-    return partial(fit, args, world, run, one_epoch, train_loader.sampler, eval_loader)
-
-
-def fit(
-    args: argparse.Namespace,
-    world: World,
-    run: Run,
-    one_epoch: Callable[..., tuple[dict[str, float], float]],
-    sampler: EpochSampler,
-    eval_loader: DataLoader,
-) -> None:
-    """The epochs that are left: train, save, evaluate, log, save. A signal saves, too."""
-    stop, position = StopSignal(), run.position
-    folder = Path(args.output_dir) if args.output_dir and world.is_main else None
-    if folder and args.overwrite and not goes_on(args):
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-    facts = {"args": vars(args), "data_config": run.facts["data_config"],
-             "world_size": world.size, **provenance()}  # fmt: skip
-    journal = Journal(folder, facts, position.epoch)
-    model = world.distributed(run.model)
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
-    n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    logger.info("number of params: %d", n_parameters)
-    logger.info("Start training for %d epochs", args.epochs - position.epoch)
-
-    def save(**options: bool) -> None:
-        if folder:
-            checkpoint.save(run.state(vars(args)), folder / "checkpoint.pth", **options)
-
-    began = time.perf_counter()
-    while position.epoch < args.epochs:
-        sampler.set_epoch(position.epoch, position.step * args.batch_size * args.grad_accum_steps)
-        left_of_epoch = partial(one_epoch, model, position=position, stop=stop, epochs=args.epochs)
-        try:
-            finished = position.epoch + 1
-            due = finished % args.eval_interval == 0 or finished == args.epochs
-            train_stats, speeds = train_and_save(left_of_epoch, position, save, due)
-            test_stats = evaluate_weights(args, world, run, eval_loader, stop) if due else {}
-        except Interrupted:
-            left = (
-                "go on by --resume auto" if args.output_dir else "not saved, without --output_dir"
-            )
-            logger.info("Stopped at epoch %d, step %d: %s", position.epoch, position.step, left)
-            sys.exit(stop.exit_code)
-        is_best = due and test_stats["acc1"] >= run.max_accuracy
-        if due:
-            run.max_accuracy = max(run.max_accuracy, test_stats["acc1"])
-            logger.info("Max accuracy: %.2f%%", run.max_accuracy)
-        stats = {
-            **{f"train_{name}": value for name, value in train_stats.items()},
-            **{f"test_{name}": value for name, value in test_stats.items()},
-            "epoch": position.epoch,
-            "n_parameters": n_parameters,
-        }
-        run.position = position = Position(position.epoch + 1)
-        if folder and is_best:
-            best = folder / "best_checkpoint.pth"
-            checkpoint.save(run.state(vars(args)), best, keep_previous=False)
-        journal.write(stats, **{f"train_{name}": value for name, value in speeds.items()})
-        if due:
-            save(keep_previous=False)  # last: a run killed in between evaluates again
-    logger.info("Training time %s", timedelta(seconds=int(time.perf_counter() - began)))
-
-
-def evaluate_weights(
-    args: argparse.Namespace, world: World, run: Run, loader: DataLoader, stop: StopSignal
-) -> dict[str, float]:
-    """Test statistics of the weights, and as `ema_*` of their moving average."""
-    images = len(loader.dataset)
-    score = partial(evaluate, loader=loader, world=world, images=images,
-                    amp_dtype=amp_dtype(args, world), stop=stop)  # fmt: skip
-    stats, _ = score(run.model)
-    logger.info("Accuracy of the network on the %d test images: %.1f%%", images, stats["acc1"])
-    if run.ema:
-        average = run.ema.module.to(world.device)
-        ema_stats, _ = score(average)
-        if args.model_ema_force_cpu:
-            average.to("cpu")
-        logger.info("Accuracy of the EMA on the %d test images: %.1f%%", images, ema_stats["acc1"])
-        stats |= {f"ema_{name}": value for name, value in ema_stats.items()}
-    return stats
 
 
 def main(args: argparse.Namespace) -> None:
@@ -464,7 +504,7 @@ def main(args: argparse.Namespace) -> None:
             if not args.eval:
                 held.enter_context(only_run_in(Path(args.output_dir), world))
             check_no_other_run(args)
-        return (evaluate_only if args.eval else train)(args, world)
+        return Evaluation(args, world).run if args.eval else Training(args, world).fit
 
     with held:
         run_command("main.py", build, args.dist_url)

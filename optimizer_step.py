@@ -85,6 +85,7 @@ class OptimizerStep:
         for part in range(self.accumulate):
             batch = next(batches)
             last = part == self.accumulate - 1
+            torch.compiler.cudagraph_mark_step_begin()
             with nullcontext() if last else without_sync(self.model):
                 loss = loss_of(batch)
                 self.scaler.scale(loss).backward()

@@ -71,8 +71,8 @@ RULES = {
     **dict.fromkeys(
         ("decay_init", "deterministic", "eval_interval", "model_ema_force_cpu", "resplit",
          "finetune", "num_workers", "pin_mem", "output_dir", "overwrite", "resume", "start_epoch",
-         "eval", "use_ema", "dist_eval", "device", "torchcompile", "channels_last", "distributed",
-         "world_size", "dist_url"),
+         "eval", "use_ema", "dist_eval", "device", "torchcompile", "torchcompile_mode",
+         "channels_last", "distributed", "world_size", "dist_url"),
         Rule.FREE,
     ),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 import checkpoint
 from commands import run_command
+from compilation import compile_in_place
 from engine import LOG_INTERVAL, autocast, require_finite
 from errors import UserError, as_user_error
 from journal import Journal, Mean, Progress, provenance, require_writable
@@ -296,9 +297,9 @@ class Pretraining:
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
         self._open_output()
         folder = settings.output if world.is_main else None
-        if settings.compile:
-            self.model.lion.compile()
         model = world.distributed(self.model)
+        if settings.compile:
+            compile_in_place(self.model.lion)
         take_step = OptimizerStep(
             model, self.optimizer, world, seed=settings.seed, accumulate=self.accumulate,
             clip_grad=settings.clip_grad, stop=stop, advice="Try a lower lr.",

@@ -69,6 +69,7 @@ NUMBERS = {
 WORDS = {
     "device": ("abacus", "cuda:x", "meta"),
     "torchcompile": ("nonsense",),
+    "torchcompile_mode": ("nonsense", "default"),
     "aa": ("nonsense",),
     "order": ("nonsense",),
     "remode": ("nonsense",),

@@ -275,6 +275,18 @@ def test_options_and_other_models(options, trained):
     assert epoch["train_grad_norm"] > 0 and 0 <= epoch["test_acc1"] <= 100
 
 
+def test_compiled_blocks_train_as_others_do_on_two_ranks(data_path, tmp_path):
+    options = (*PLAIN, "--model", "vit_tiny_patch16_224", "--data-path", data_path, "--batch-size",
+               "10", "--drop-path", "0.3", "--grad-accum-steps", "2")  # fmt: skip
+    for name, more in (("eager", ()), ("compiled", ("--torchcompile", "eager"))):
+        folder = ("--output_dir", tmp_path / name)
+        ranks = Ranks(tmp_path, *options, *more, *folder)
+        assert ranks.wait() == [0, 0], ranks.errors()
+    compiled, expected = (weights(tmp_path / name) for name in ("compiled", "eager"))
+    assert list(compiled) == list(expected)
+    assert all(torch.allclose(compiled[n], expected[n], atol=1e-6) for n in expected)
+
+
 def test_accumulated_batches_and_two_ranks_equal_one_large_batch(trained, data_path, tmp_path):
     whole = trained("--batch-size", "20", "--mask_type", "Selective", "--order", "S")
     half = (*PLAIN, "--mask_type", "Selective", "--order", "S", "--batch-size", "10",

@@ -15,8 +15,9 @@ def built(*options: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, main.R
     main.check_args(args)
     world = main.World(0, 1, torch.device("cpu"))
     model = main.build_model(args, 3, 16)
-    run, set_lr = main.build_run(args, world, model, 10, {})
-    set_lr(0, 0)
+    run = main.build_run(args, world, model, 10, {})
+    run.scheduler.step(0)
+    run.scheduler.step_update(0)
     return model, run.optimizer, run
 
 

@@ -47,6 +47,7 @@ OTHERS = {
     "num_workers": "1", "pin_mem": None, "output_dir": "{copy}/new --resume {run}/checkpoint.pth",
     "overwrite": "", "resume": "{own}/checkpoint.pth", "start_epoch": "0", "dist_eval": "",
     "device": "auto", "torchcompile": "eager", "channels_last": "", "distributed": "",
+    "torchcompile_mode": "default --torchcompile eager",
     "world_size": "2", "dist_url": "env://?",
 }  # fmt: skip
 GATED = ("--mask_type", "Selective")

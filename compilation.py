@@ -1,0 +1,27 @@
+"""torch.compile of a model in place: its weights keep their names, under DDP too."""
+
+import torch
+from torch import nn
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record what a model launches
+# Blocks share a cache. Where their rates of stochastic depth differ, each has entries of its own:
+# in training, in evaluation, and for another size of batch, or any, in each.
+ENTRIES = 4
+
+
+def compile_in_place(model: nn.Module, backend: str = "inductor", mode: str | None = None) -> None:
+    """Compiles each of `model.blocks` by itself, else the whole model.
+
+    The whole, too, for CUDA graphs. With blocks of their own, DDP averages the gradients of one
+    while those of the next are computed. To be called behind `World.distributed`, with the model
+    that was given there.
+    """
+    blocks = getattr(model, "blocks", None)
+    by_block = isinstance(blocks, nn.ModuleList | nn.Sequential) and mode not in CUDA_GRAPHS
+    parts = list(blocks) if by_block else [model]
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, ENTRIES * len(parts))
+    if by_block:
+        config.optimize_ddp = False  # it would cut a block where DDP's buckets end
+    for part in parts:
+        part.compile(backend=backend, mode=mode)
