@@ -41,7 +41,8 @@ def images(batch=2, height=32, width=32):
 
 
 def outputs_by_onnxruntime(path, sizes):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return [torch.from_numpy(session.run(None, {name: images(*size).numpy()})[0]) for size in sizes]
@@ -64,7 +65,6 @@ def test_traces_hold_for_any_batch(mask, order, format):
 
 @pytest.mark.parametrize("mask, order, format", VARIANTS)
 def test_any_batch_by_the_older_onnx_exporter(mask, order, format, tmp_path):
-    pytest.importorskip("onnx")
     model = small_model(mask, order, format)
     path = tmp_path / "model.onnx"
     axes = {"images": {0: "batch"}}
@@ -107,7 +107,6 @@ def test_an_exported_recurrence_takes_any_size_and_has_its_gradients():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_any_size_by_the_newer_onnx_exporter(format, tmp_path):
-    pytest.importorskip("onnxscript")
     model = small_model("Selective", "S", format, dynamic_img_size=True)
     path = tmp_path / "model.onnx"
     torch.onnx.export(
