@@ -288,7 +288,7 @@ def check_compiler(args: argparse.Namespace) -> None:
     if mode not in modes:
         raise UserError(f"There is no --torchcompile-mode {mode!r}: use {', '.join(modes)}.")
     if backend is None:
-        raise UserError("--torchcompile-mode goes with --torchcompile.")
+        raise UserError(f"--torchcompile-mode {mode} goes with --torchcompile: add it.")
     if mode != "default" and backend != "inductor":
         raise UserError(f"--torchcompile {backend} has no modes: leave --torchcompile-mode out.")
 

@@ -26,7 +26,7 @@ from errors import UserError
 POLL = 0.02  # seconds between two looks at what others have told
 PATIENCE = 10.0  # seconds for the others to end, once a process has failed
 MEETING = 1800.0  # seconds in which all processes have to start
-LAUNCHED = 60.0  # seconds to find a launcher's store, which is there before it starts processes
+LAUNCHED = 30.0  # seconds to find a launcher's store, which is there before it starts processes
 
 
 class PeerFailed(Exception):

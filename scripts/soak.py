@@ -47,7 +47,7 @@ PROGRAMS = {"images": RUN_IMAGES, "text": RUN_TEXT}
 CASES = [f"{program}-{launcher}" for program in PROGRAMS for launcher in LAUNCHERS]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LONGEST = 600  # seconds of a run, and
-ENDING = 120  # of a rank whose launcher has ended, which it may yet have to import PyTorch to see
+ENDING = 180  # of a rank whose launcher has ended, which it may yet have to import PyTorch to see
 
 
 def make_data(folder: Path) -> None:
