@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from errors import UserError
 from models_lion import FORMATS
 from pretrained import Pretrained
 from publishing import push_to_hf_hub, save_for_hf, save_weights
@@ -123,38 +124,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         check(options)
         options.trained = load(options)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     return options
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that contradict each other or the machine."""
+    """Raises UserError for options that contradict each other or the machine."""
     computes = options.to in ("onnx", "torch")
     if not computes and (options.format or options.chunk_size or options.fixed_size):
-        raise ValueError(
+        raise UserError(
             "--format, --chunk-size and --fixed-size are of --to onnx and torch: leave them out."
         )
     if options.half and options.to != "checkpoint":
-        raise ValueError("--half is of --to checkpoint: leave it out.")
+        raise UserError("--half is of --to checkpoint: leave it out.")
     suffix = SUFFIXES.get(options.to)
     if suffix and Path(options.output).suffix != suffix:
-        raise ValueError(f"--to {options.to} writes a file: --output must end in {suffix}.")
+        raise UserError(f"--to {options.to} writes a file: --output must end in {suffix}.")
     if options.to != "hub" and not Path(options.output).resolve().parent.is_dir():
-        raise ValueError(f"There is no folder for --output {options.output}: make it first.")
+        raise UserError(f"There is no folder for --output {options.output}: make it first.")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if options.to == "onnx" and missing:
-        raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+        raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")
 
 
 def load(options: argparse.Namespace) -> Pretrained:
-    """Raises ValueError for a checkpoint that cannot be read, or --format of other models."""
+    """Raises UserError for a checkpoint that cannot be read, or --format of other models."""
     trained = trained_model.load(options)
     if options.to in ("onnx", "torch") and not options.fixed_size and takes_any_size(trained.model):
         trained = trained_model.load(options, dynamic_img_size=True)
     if options.format or options.chunk_size:
         if not hasattr(trained.model, "set_format"):
-            raise ValueError("--format and --chunk-size are of LION models: leave them out.")
+            raise UserError("--format and --chunk-size are of LION models: leave them out.")
         form = options.format or trained.options["format"]
         trained.model.set_format(form, options.chunk_size)
     return trained
