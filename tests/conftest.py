@@ -39,7 +39,8 @@ def data_path(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, data_path) -> Path:
     """The checkpoint of a run of main.py, a few steps long."""
     folder = tmp_path_factory.mktemp("trained")
-    call_main(*TINY, *VARIANT, "--data-path", data_path, "--output_dir", folder, "--lr", "0.1")
+    call_main(*TINY, *VARIANT, "--data-path", data_path, "--output_dir", folder, "--lr", "0.1",
+              "--warmup-epochs", "0")  # fmt: skip
     return folder / "checkpoint.pth"
 
 
