@@ -258,6 +258,7 @@ class Pretraining:
         checkpoint.load_weights(self.model, saved["model"], source)
         checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
         self.step, self.saved_meters = saved["step"], saved["meters"]
+        self._set_lr(self.step - 1)  # for a line of log.txt that is outstanding
         self.restored = True
 
     def save(self, meter: Mean) -> None:
@@ -356,6 +357,10 @@ class Pretraining:
     def _save_due(self, step: int) -> bool:
         return step % self.settings.save_every == 0 or step == self.settings.steps
 
+    def _set_lr(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(step)
+
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
@@ -382,8 +387,7 @@ class Pretraining:
                 return take_step.model(**batch, num_items_in_batch=asked, targets_only=True).loss
 
         take_step.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(self.step)
+        self._set_lr(self.step)
         return take_step(parts, loss_of, look=look, step=self.step)
 
     def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
