@@ -16,7 +16,7 @@ from helpers import ROOT, slow_except, torchrun
 
 from mlm import glue, prepare, pretrain
 from mlm.shards import load_tokenizer
-from scripts import benchmark, collect_text
+from scripts import benchmark, collect_text, compare
 
 README = (ROOT / "mlm" / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -61,7 +61,10 @@ def download(repository: str, name: str, local_dir: Path, **_: str) -> str:
 
 @pytest.mark.parametrize(
     "line",
-    slow_except([(c,) for c in COMMANDS if "torchrun" not in c], [(c,) for c in COMMANDS]),
+    slow_except(
+        [(c,) for c in COMMANDS if "torchrun" not in c and "compare.py" not in c],
+        [(c,) for c in COMMANDS],
+    ),
 )
 def test_command(line, places, monkeypatch):
     monkeypatch.chdir(places)
@@ -72,6 +75,13 @@ def test_command(line, places, monkeypatch):
     if "scripts/benchmark.py" in words:
         words[-4:] = ["--sizes", "8x1", "--seconds", "0", "--device", "cpu", "--configs"]
         benchmark.main([*words[2:], benchmark.CONFIGS[0], benchmark.CONFIGS[3], *SMALL[:4]])
+        return
+    if "compare.py" in line:
+        arguments = [str(ROOT / words[2]), *words[3:], "--models", "lion-s", "--vary", "lr", "1e-3"]
+        small = [word for word in SMALL if word != "device=cpu"]
+        compare.main([*arguments, "--", *small, "length=16"])
+        scores = "outputs/compare/lion-s,lr=1e-3/seed17/fine_tuned/results.json"
+        assert json.loads((places / scores).read_text())["MR"] >= 0
         return
     program = words[words.index("-m") + 1]
     arguments = words[words.index("-m") + 2 :]
