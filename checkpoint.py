@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -176,18 +177,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     saved = state["param_groups"]
     # Before the state, for `fused` decides where it is held.
     groups = [{**theirs, **mine} for theirs, mine in zip(saved, own, strict=False)]
-    optimizer.load_state_dict({**state, "param_groups": groups + saved[len(groups) :]})
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                values[name] = _laid_out_like(parameter, value)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved for number in group["params"]]
+    values = dict(state["state"])
+    for number, parameter in zip(numbers, parameters, strict=False):
+        kept = values.get(number, {})
+        values[number] = {name: _laid_out_like(parameter, value) for name, value in kept.items()}
+    optimizer.load_state_dict({"state": {n: v for n, v in values.items() if v},
+                               "param_groups": groups + saved[len(groups) :]})  # fmt: skip
 
 
-def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`value` with the strides of `parameter`, which fused optimisers ask for."""
+def _laid_out_like(parameter: torch.Tensor, value: Any) -> Any:
+    """A tensor of its shape with the strides of `parameter`, as fused optimisers ask for."""
+    if not torch.is_tensor(value) or value.shape != parameter.shape:
+        return value
     if value.stride() == parameter.stride():
         return value
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
+    ).copy_(value)
 
 
 def adapt_weights(

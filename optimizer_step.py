@@ -67,6 +67,7 @@ class OptimizerStep:
         step that is looked at is not finite on any.
         """
         seed_everything(self.seed, *position.values(), self.world.rank)
+        torch.compiler.cudagraph_mark_step_begin()  # not for each part: gradients are outputs, too
         loss = reduce(add, self._backward(batches, loss_of))
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip_grad)
@@ -85,7 +86,6 @@ class OptimizerStep:
         for part in range(self.accumulate):
             batch = next(batches)
             last = part == self.accumulate - 1
-            torch.compiler.cudagraph_mark_step_begin()
             with nullcontext() if last else without_sync(self.model):
                 loss = loss_of(batch)
                 self.scaler.scale(loss).backward()

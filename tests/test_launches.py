@@ -77,11 +77,12 @@ def other(tensors, seed=1):
     return *random[:2], curves if curves is None else curves.flip(0), random[2]
 
 
+PAIRS, BLOCK = {"BLOCK_N": 16}, {"BLOCK": 16}
 PLANS = {
-    "one chunk": tuning.Plan("chunks", "chunks", 48, 16, *[{"BLOCK_N": 16}] * 4),
-    "chunks": tuning.Plan("chunks", "chunks", 32, 16, *[{"BLOCK_N": 16, "BLOCK": 16}] * 4),
-    "pairs": tuning.Plan("pairs", "pairs", 48, 16, *[{"BLOCK_N": 16}] * 4),
-    "linear": tuning.Plan("linear", "linear", 32, 16, *[{"BLOCK": 16}] * 4),
+    "one chunk": tuning.Plan("chunks", "chunks", 48, 16, dkv=PAIRS),
+    "chunks": tuning.Plan("chunks", "chunks", 32, 16, dkv=PAIRS, state={"BLOCK": 32}),
+    "pairs": tuning.Plan("pairs", "pairs", 48, 16, PAIRS, PAIRS, PAIRS),
+    "linear": tuning.Plan("linear", "linear", 32, 16, BLOCK, BLOCK, BLOCK, BLOCK),
 }
 
 

@@ -18,7 +18,9 @@ from utils import seed_everything
 
 def small_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 2, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)
+    )
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
