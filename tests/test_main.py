@@ -130,6 +130,7 @@ def test_training_commands(module, options, data_path, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_command(run, data_path, tmp_path):
     shared = ("--model", "lion_tiny_patch16_224", "--mask_type", "Selective", "--order", "S",
               "--data-path", data_path)  # fmt: skip
@@ -273,6 +274,7 @@ def test_options_and_other_models(options, trained):
     assert epoch["train_grad_norm"] > 0 and 0 <= epoch["test_acc1"] <= 100
 
 
+@pytest.mark.slow
 def test_accumulated_batches_and_two_ranks_equal_one_large_batch(trained, data_path, tmp_path):
     whole = trained("--batch-size", "20", "--mask_type", "Selective", "--order", "S")
     half = (*PLAIN, "--mask_type", "Selective", "--order", "S", "--batch-size", "10",
