@@ -138,6 +138,7 @@ def test_a_bad_number_ends_the_command(name, run, data_path, tmp_path):
 # Optimisers and schedules
 
 
+@pytest.mark.slow
 def test_every_optimiser_runs_or_is_refused_by_name():
     reasons = {}
     for name in timm.optim.list_optimizers():

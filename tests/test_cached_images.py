@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, assert_same_run, refused
+from helpers import TINY, assert_same_run, refused, slow
 from test_resume import signal_at
 
 import checkpoint
@@ -78,7 +78,7 @@ def test_evaluation_is_that_without_the_cache(run, data_path, tmp_path):
     assert scores[0] == scores[1] and len(scores[0]) == 1
 
 
-@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("interval", [slow(1), 2])
 def test_an_interrupted_run_equals_a_whole_one(interval, run, data_path, tmp_path, monkeypatch):
     options = (*CACHED, "--data-path", data_path, "--eval-interval", interval)
     assert run(*options, "--output_dir", tmp_path / "whole").code == 0

@@ -95,6 +95,7 @@ def save_for_ever(path, first: int) -> None:
         checkpoint.save(state(step), path)
 
 
+@pytest.mark.slow
 def test_killed_while_saving(path):
     fork = multiprocessing.get_context("fork")
     delays = random.Random(0)

@@ -144,6 +144,7 @@ def test_report_without_a_finished_run(tmp_path, ending):
     assert ended.code == 2 and "holds no finished run of this recipe yet" in ended.err
 
 
+@pytest.mark.slow
 def test_failures_are_told(tmp_path, ending, data_path):
     path = recipe(tmp_path, seeds=[0], models={"a": "--mask_type Lit --model-kwargs depth=none"})
     arguments = [str(path), "--output", str(tmp_path), "--data-path", str(data_path)]

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import timm
 import torch
-from helpers import MODEL, TINY, Ranks, weights
+from helpers import MODEL, TINY, Ranks, slow, weights
 from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
@@ -193,6 +193,7 @@ def teacher_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_arguments_of_deit_over_two_processes(data_path, teacher_file, tmp_path):
     options = (*TINY, "--distillation-type", "hard", "--teacher-model", TEACHER,
                "--teacher-path", teacher_file, "--data-path", data_path,
@@ -203,7 +204,7 @@ def test_the_arguments_of_deit_over_two_processes(data_path, teacher_file, tmp_p
     assert {"dist_token", "head_dist.weight"} <= set(weights(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("kind", [slow("soft"), "hard"])
 def test_a_distilled_run_is_resumed_and_scored(kind, data_path, teacher_file, tmp_path, run):
     options = (*TINY, "--distillation-type", kind, "--teacher-model", TEACHER, "--teacher-path",
                teacher_file, "--data-path", data_path, "--distillation-tau", 2)  # fmt: skip

@@ -131,6 +131,7 @@ def test_training_commands(module, options, data_path, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_command(run, data_path, tmp_path):
     shared = ("--model", "lion_tiny_patch16_224", "--mask_type", "Selective", "--order", "S",
               "--data-path", data_path)  # fmt: skip
@@ -275,6 +276,7 @@ def test_options_and_other_models(options, trained):
     assert epoch["train_grad_norm"] > 0 and 0 <= epoch["test_acc1"] <= 100
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_as_others_do_on_two_ranks(data_path, tmp_path):
     options = (*PLAIN, "--model", "vit_tiny_patch16_224", "--data-path", data_path, "--batch-size",
                "10", "--drop-path", "0.3", "--grad-accum-steps", "2")  # fmt: skip
@@ -287,6 +289,7 @@ def test_compiled_blocks_train_as_others_do_on_two_ranks(data_path, tmp_path):
     assert all(torch.allclose(compiled[n], expected[n], atol=1e-6) for n in expected)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_and_two_ranks_equal_one_large_batch(trained, data_path, tmp_path):
     whole = trained("--batch-size", "20", "--mask_type", "Selective", "--order", "S")
     half = (*PLAIN, "--mask_type", "Selective", "--order", "S", "--batch-size", "10",

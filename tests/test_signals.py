@@ -57,6 +57,7 @@ def test_workers_ignore_what_stops_a_run(ending):  # which restores the handlers
     assert set(STOP_SIGNALS) >= {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 
+@pytest.mark.slow
 def test_nohup_is_respected():
     code = """
 import os, signal

@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 
 import main as training
-from errors import UserError
+from errors import UserError, as_user_error
 from mlm import glue, pretrain
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, override, read_yaml, typed
@@ -141,7 +141,7 @@ class Text:
         settings = typed(pretrain.Settings, _settings(arguments), arguments[0])
         settings.check()
         options = check(LionBertConfig.__annotations__, settings.model, "the section model")
-        with torch.device("meta"):  # weights that take no memory
+        with as_user_error(), torch.device("meta"):  # weights that take no memory
             LionBertForMaskedLM(LionBertConfig(**options))
         if fine_tune:
             tasks = typed(glue.Settings, _settings(fine_tune), fine_tune[0]).tasks
