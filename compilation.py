@@ -17,8 +17,9 @@ def compile_in_place(model: nn.Module, backend: str = "inductor", mode: str | No
     that was given there.
     """
     blocks = getattr(model, "blocks", None)
-    by_block = isinstance(blocks, nn.ModuleList | nn.Sequential) and mode not in CUDA_GRAPHS
-    parts = list(blocks) if by_block else [model]
+    parts, by_block = [model], False
+    if isinstance(blocks, nn.ModuleList | nn.Sequential) and mode not in CUDA_GRAPHS:
+        parts, by_block = list(blocks), True
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, ENTRIES * len(parts))
     if by_block:

@@ -129,10 +129,10 @@ class Progress:
             return
         done = step + 1
         self.last, self.shown = self._since(self.shown, done), self._mark(done)
-        values = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
+        shown = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
         waiting = f"data: {self.last.waiting:.0%}"
         left = f" (run {self._time_of(self._run_left(done))})" if self.steps_after else ""
-        self.bar.set_postfix_str(f"{values}  {waiting}{left}", refresh=False)
+        self.bar.set_postfix_str(f"{shown}  {waiting}{left}", refresh=False)
         if self.bar.disable:
             speed = self.speed(done)
             eta = self._time_of((self.steps - done) * self.images / speed)

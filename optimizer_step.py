@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import add
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from optimization import clip_gradients
 from processes import StopSignal, World
@@ -149,5 +150,5 @@ def looks_every_step(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def without_sync(model: nn.Module) -> object:
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+def without_sync(model: nn.Module) -> AbstractContextManager:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

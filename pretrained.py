@@ -33,7 +33,7 @@ class Pretrained:
         options: what `timm.create_model` built the model with, but for size and classes.
     """
 
-    model: nn.Module
+    model: Any  # of timm: an nn.Module with attributes of its own
     images: Preprocessing
     classes: list[str]
     saved: dict[str, Any]
@@ -73,7 +73,7 @@ def load(
     weights = checkpoint.weights_of(saved, ema=ema, source=source)
     classes = list(saved.get("classes") or [])
     count = len(classes) or _outputs(name, weights)
-    model = models_timm.create(name, input_size=images.size, num_classes=count, **options)
+    model: Any = models_timm.create(name, input_size=images.size, num_classes=count, **options)
     checkpoint.load_weights(model, weights, source)
     if input_size and input_size != images.size:
         images = images.at(input_size)
@@ -87,7 +87,8 @@ def load(
 
 def named_model(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name in timm, and the options, of the model that main.py's `settings` ask for."""
-    name, options = settings["model"], {}
+    name: str = settings["model"]
+    options: dict[str, Any] = {}
     if (kind := settings.get("distillation_type", "none")) != "none":
         name = models_timm.built_name(name, kind)
     if name.startswith("lion_"):
@@ -113,10 +114,12 @@ def _outputs(name: str, weights: Mapping[str, Any]) -> int:
     head = heads if isinstance(heads, str) else heads[0]
     bare = {key.rpartition("module.")[2]: value for key, value in weights.items()}
     weight = bare.get(f"{head}.weight")
-    return timm.get_pretrained_cfg_value(name, "num_classes") if weight is None else len(weight)
+    if weight is not None:
+        return len(weight)
+    return int(timm.get_pretrained_cfg_value(name, "num_classes") or 0)
 
 
-def _resize(model: nn.Module, size: int) -> None:
+def _resize(model: Any, size: int) -> None:
     try:
         model.set_input_size(img_size=size)
     except Exception as error:  # every family has its own reasons

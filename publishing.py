@@ -76,7 +76,7 @@ def save_for_hf(trained: Pretrained, folder: str | Path) -> None:
     extra = {hub.TRAINING: recipe(trained.saved["args"])} if trained.saved["args"] else {}
     timm.models.save_for_hf(
         trained.model,
-        folder,
+        str(folder),
         model_config={"label_names": trained.classes, **extra},
         model_args=trained.options,
         safe_serialization=True,

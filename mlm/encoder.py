@@ -180,9 +180,8 @@ class LionBertModel(LionBertPreTrainedModel):
         self.embeddings = LionBertEmbeddings(config)
         block = BLOCKS[config.norm]
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.Identity()
-        if config.norm == "pre":
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        last = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm: nn.Module = last if config.norm == "pre" else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
