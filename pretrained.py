@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
 
 import checkpoint
 import models_hydra  # noqa: F401  (these register the models)
