@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -32,6 +34,11 @@ VARIANT = ("--mask_type", "Selective", "--order", "S", "--pos_emb", "--mean", "0
 # Forks processes that have imported torch already; clean ones, as it does nothing else.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["timm", "torch._dynamo", "torch.utils.tensorboard"])
+
+
+def older(package: str, version: str) -> bool:
+    """Whether another version of a package is installed, lower than this one."""
+    return Version(metadata.version(package)) < Version(version)
 
 
 def slow(*values: Any) -> Any:

@@ -8,7 +8,7 @@ import gc
 import pytest
 import timm
 import torch
-from helpers import TINY, refused
+from helpers import TINY, older, refused
 
 import main
 import models_timm
@@ -39,6 +39,9 @@ SMALL = (
 SHORTER = {name: {"depth": 1} for name in ("deepseek_vit", "gemma4_vit", "qwen3_vit")}
 # Families that do not take images of 128 pixels, though their configuration fixes no size.
 WHOLE = ("byoanet", "deepseek_vit")
+
+
+COMPUTE_IN_INIT = ("csatv2", "gemma4_vit_167m", "regnetx_004_tv")
 
 
 def smallest(family: str) -> str:
@@ -85,6 +88,8 @@ def test_a_model_learns_and_starts_from_its_own_weights(name):
 
 @pytest.mark.parametrize("name", ["vgg11", *map(smallest, timm.list_modules())])
 def test_one_model_of_every_family_is_built(name):
+    if older("timm", "1.0.31") and name in COMPUTE_IN_INIT:
+        pytest.skip("timm 1.0.31 builds it without memory")
     with torch.device("meta"):  # without memory, and without the time to fill it
         assert built(name, 0, own_size(name)).num_classes == 3
 
@@ -104,9 +109,10 @@ def test_what_a_family_does_not_have_is_left_out_and_said(run, data_path):
     ("options", "message"),
     [
         # An encoder without a head, as all of timm's that end in _enc
-        (
+        pytest.param(
             ("qwen3_vit_88m_enc", "--model-kwargs", "depth=1"),
             r"is no classifier .* is \[2, 4, 1024\]",
+            marks=pytest.mark.skipif(older("timm", "1.0.31"), reason="timm 1.0.31 has it"),
         ),
         (("test_resnet", "--model-kwargs", "num_classes=5"), r"is no classifier of .* is \[2, 5\]"),
         # Attention between the patches of 224 pixels alone
