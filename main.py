@@ -52,14 +52,12 @@ from journal import Journal, provenance, require_writable, write_scores
 from loaders import ImageLoading
 from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
-from memory import peak_memory
-from optimization import MovingAverage, create_optimizer
-from parameter_groups import set_apart
+from optimization import MovingAverage, create_optimizer, set_apart
 from preprocessing import Preprocessing
 from pretrained import named_model
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Found, Rule
-from utils import make_deterministic, seed_everything
+from utils import make_deterministic, peak_memory, seed_everything
 
 logger = logging.getLogger(__name__)
 

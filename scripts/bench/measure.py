@@ -21,9 +21,9 @@ from typing import TypeVar
 
 import torch
 
-from memory import peak_memory
 from scripts.bench.cases import BACKENDS, BACKWARD, INFERENCE, PATCH, TRAINING, Case
 from scripts.bench.steps import Step, images, prepare
+from utils import peak_memory
 from workers import end_with_parent
 
 Result = TypeVar("Result")
