@@ -94,18 +94,14 @@ def build_model(
                 "model."
             )
         logger.info("Distillation needs a distillation token: building %s", name)
-    options = {
-        "num_classes": num_classes,
-        "drop_rate": args.drop,
-        "drop_path_rate": args.drop_path,
-    }
     name, own = named_model(vars(args))
+    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
     model = models_timm.create(
         name,
         input_size=input_size,
         required=[option for option, argument in given.items() if argument in args.given],
-        **{**options, **own},
+        **{"num_classes": num_classes, **rates, **own},
     )
     if args.distillation_type != "none":
         model.set_distilled_training()
@@ -200,15 +196,6 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
     # Weights of another name or shape are told better by load_weights.
     resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     resuming.tell_changes(before, now, resuming.RULES, source)
-
-
-def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
-    """Loads what a checkpoint (--finetune) shares with the model, and says what it does not."""
-    saved, source = found
-    weights = checkpoint.weights_of(saved, source=source)
-    keep_head = not checkpoint.differing_classes(saved, classes)
-    for note in checkpoint.adapt_weights(model, weights, source, keep_head=keep_head):
-        logger.info("Fine-tuning from %s: %s", source, note)
 
 
 def build_run(
@@ -343,7 +330,7 @@ class Training:
         args, world = self.args, self.world
         model = build_model(args, len(classes), images.size)
         if basis:
-            start_from(basis, model, classes)
+            resuming.start_from(basis, model, classes)
         model.to(world.device)
         require_logits(args, world, model, classes, images)
         if args.channels_last:

@@ -5,6 +5,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import checkpoint
 import models_timm
 import preprocessing
@@ -132,3 +134,12 @@ def differences(
     saved: dict[str, Any], now: dict[str, Any], rules: dict[str, Rule], rule: Rule
 ) -> list[str]:
     return checkpoint.difference(saved, now, [name for name in rules if rules[name] is rule])
+
+
+def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
+    """Loads what a checkpoint (--finetune) shares with the model, and says what it does not."""
+    saved, source = found
+    weights = checkpoint.weights_of(saved, source=source)
+    keep_head = not checkpoint.differing_classes(saved, classes)
+    for note in checkpoint.adapt_weights(model, weights, source, keep_head=keep_head):
+        logger.info("Fine-tuning from %s: %s", source, note)
