@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.

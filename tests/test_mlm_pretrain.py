@@ -205,12 +205,12 @@ def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeyp
 def test_two_ranks_go_on_bit_for_bit(at, corpus, tmp_path):
     settings = {"workers": 0}
     ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)
-    assert ranks.wait() == [0, 0], ranks.errors()
+    assert ranks.wait(180) == [0, 0], ranks.errors()
     ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, at, function=interrupted_rank)
-    assert ranks.wait() == [143, 143], ranks.errors()
+    assert ranks.wait(180) == [143, 143], ranks.errors()
     settings = {"workers": 2, "resume": "auto"}
     ranks = Ranks(tmp_path, corpus, tmp_path / "run", settings, function=rank)
-    assert ranks.wait() == [0, 0], ranks.errors()
+    assert ranks.wait(180) == [0, 0], ranks.errors()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 

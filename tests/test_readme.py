@@ -22,12 +22,14 @@ GUIDES = (
 )
 TEXT = "".join((ROOT / page).read_text() for page in GUIDES)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = dict.fromkeys(
-    line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()
-)
+LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+# Those of language models have tests of their own.
+COMMANDS = list(dict.fromkeys(line for line in LINES if "text" not in line))
 # They start few processes; the others take long.
 LONG = ("scripts/benchmark.py", "distill", "finetune_384")
-QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log")
+QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log", "predict.py")
+# What is done with the trained model in demo/.
+TRAINED = ("predict.py", "visualize.py", "export.py")
 # The two that set up a machine: this test runs in one of them, and the other takes minutes.
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
@@ -84,7 +86,7 @@ def case(line: str) -> Any:
     return long(line) if any(name in line for name in LONG) else slow(line)
 
 
-@pytest.mark.parametrize("line", map(case, COMMANDS))
+@pytest.mark.parametrize("line", [case(line) for line in COMMANDS])
 def test_command(line, places, tmp_path):
     line = line.split("  #")[0].strip()
     if any(name in line for name in SETTING_UP):
@@ -93,7 +95,8 @@ def test_command(line, places, tmp_path):
     for name, here in places.items():
         line = line.replace(name, here)
     line = line.replace("/outputpath", str(tmp_path / "run")).replace("jobs/%j", f"{tmp_path}/%j")
-    line = line.replace("curves.png", str(tmp_path / "curves.png"))
+    for name in ("curves.png", "predictions.csv", "pictures", "lion.onnx"):
+        line = line.replace(f"--output {name}", f"--output {tmp_path / name}")
     words = shlex.split(line)
     if "benchmark" in line:
         words += ["--device", "cpu", "--scales", "tiny", "--sizes", "32x1", "--models", "LION-S♮"]
@@ -103,7 +106,7 @@ def test_command(line, places, tmp_path):
     elif "compare.py" in line:
         words += ["--models", "lion-s-curves", "--seeds", "0"]
         words += ["--", *SMALL, "--torchcompile", "eager"]
-    elif "plot_log" not in line:
+    elif not any(name in line for name in ("plot_log", *TRAINED)):
         words += SMALL
     if words[0] == "bash" and "distill_cifar10" not in line:  # compiled for speed on GPUs
         words += ["--torchcompile", "eager", "--teacher-model", "test_resnet"]
@@ -120,6 +123,8 @@ def test_command(line, places, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     if "--output_dir" in line:
         assert weights(tmp_path / "run")
+    if any(name in line for name in TRAINED):
+        assert (tmp_path / Path(words[words.index("--output") + 1]).name).exists()
     if "compare.py" in line:
         assert "1 of 1 runs are finished" in done.stdout
     if "distill_cifar10" in line:
