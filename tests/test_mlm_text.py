@@ -9,7 +9,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
-from helpers import ROOT
+from helpers import ROOT, older
 from pyarrow import parquet
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -151,7 +151,11 @@ def test_cased_vocabularies_keep_capitals(tmp_path, ending):
     ("change", "message"),
     [
         (lambda words: words.update(zebra=1000), "gives 'zebra' the id 1000, beyond its vocabul"),
-        (lambda words: words.update(zebra=7), "gives the id 7 to two words, '.' and 'zebra'"),
+        pytest.param(
+            lambda words: words.update(zebra=7),
+            "gives the id 7 to two words, '.' and 'zebra'",
+            marks=pytest.mark.skipif(older("transformers", "5.21"), reason="it hides one of them"),
+        ),
         (lambda words: words.pop("[MASK]"), "has no mask_token: name them in tokenizer_config"),
     ],
     ids=["beyond", "two", "mask"],
