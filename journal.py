@@ -138,7 +138,7 @@ class Progress:
             eta = self._time_of((self.steps - done) * self.images / speed)
             logger.info(
                 "%s  [%*d/%d]  eta: %s%s  %s  %s/s: %.1f (mean %.1f)  %s",
-                self.header, len(str(self.steps)), step, self.steps, eta, left, values, self.unit,
+                self.header, len(str(self.steps)), step, self.steps, eta, left, shown, self.unit,
                 self.last.speed, speed, waiting,
             )  # fmt: skip
 

@@ -110,7 +110,7 @@ class HydraMixer(nn.Module):
             _with_flipped(b, b_back),
             _with_flipped(c, c_back),
         )
-        forward, backward = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0)).chunk(2)
+        forward, backward = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0)).unflatten(0, (2, -1))
         return forward + backward.flip(1)
 
 

@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import UserError
+from errors import UserError, as_user_error
+from models_hydra import HydraMixer
 from models_lion import FORMATS
+from models_vim import VimMixer
 from pretrained import Pretrained
 from publishing import push_to_hf_hub, save_for_hf, save_weights
 from scripts import trained_model
@@ -47,9 +49,11 @@ Size = tuple[int, int, int, int]
 
 def takes_any_size(model: nn.Module) -> bool:
     """Whether an export holds for other sizes than the one that it was made with."""
-    order = getattr(model, "order", "Normal")
-    return isinstance(model, VisionTransformer) and not any(
-        name in order.split("+") for name in DECIDED_BY_LOOPS
+    order = getattr(model, "order", "Normal").split("+")
+    return (
+        isinstance(model, VisionTransformer)
+        and not any(name in order for name in DECIDED_BY_LOOPS)
+        and not any(isinstance(module, HydraMixer | VimMixer) for module in model.modules())
     )
 
 
@@ -68,7 +72,8 @@ def shapes(model: nn.Module, size: Sequence[int], any_size: bool) -> tuple[dict,
 
 def to_torch(model: nn.Module, example: Tensor, varying: dict, path: Path) -> Callable:
     """Writes the file; returns what it computes."""
-    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(varying,)), path)
+    program = torch.export.export(model, (example,), dynamic_shapes=(varying,))
+    torch.export.save(program.run_decompositions({}), path)  # as it is, it cannot hold autocast
     return torch.export.load(path).module()
 
 
@@ -157,7 +162,8 @@ def load(options: argparse.Namespace) -> Pretrained:
         if not hasattr(trained.model, "set_format"):
             raise UserError("--format and --chunk-size are of LION models: leave them out.")
         form = options.format or trained.options["format"]
-        trained.model.set_format(form, options.chunk_size)
+        with as_user_error():
+            trained.model.set_format(form, options.chunk_size)
     return trained
 
 

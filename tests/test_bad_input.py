@@ -39,7 +39,10 @@ from mlm import glue, pretrain
         (("--sched", "plateau"), "--sched plateau is deprecated"),
         (("--torchcompile", "nonsense"), "no compiler 'nonsense'"),
         (("--torchcompile", "--torchcompile-mode", "x"), "no --torchcompile-mode 'x': use default"),
-        (("--torchcompile-mode", "reduce-overhead"), "mode goes with --torchcompile"),
+        (
+            ("--torchcompile-mode", "reduce-overhead"),
+            "mode reduce-overhead goes with --torchcompile",
+        ),
         (("--torchcompile", "eager", "--torchcompile-mode", "reduce-overhead"), "has no modes"),
         (("--model-kwargs", "patch=4"), "cannot be built .*'patch'"),
         (("--model-kwargs", "embed_dim=10"), "width 10 is not divisible by 3 heads"),

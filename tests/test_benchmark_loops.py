@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from helpers import long
 from test_benchmark import BLANK, CONFIG, SMALL, make_case, tables_of
 
 from scripts.bench import entry, loops
@@ -19,7 +20,7 @@ def a_setting(folder, **values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, long(2)])
 def test_main_runs_and_tells(tmp_path, processes):
     case = make_case(loops.MAIN, "LION-S♮", "Attention", processes=processes)
     result = loops.run_entry(case, a_setting(tmp_path, extra=["--mixup", "0"]))
@@ -30,6 +31,7 @@ def test_main_runs_and_tells(tmp_path, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pretrain_runs_and_tells(tmp_path):
     values = [word for word in SMALL if "vocab" not in word]
     (case,) = text_cases("pretrain", presets("cpu")["loops"].parts["pretrain"], BLANK,

@@ -160,6 +160,7 @@ def test_the_best_of_each_model_comes_first(tmp_path, ending):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_from_text_to_the_table(tmp_path, text, ending, monkeypatch):
     """In whatever folder it is called."""
     monkeypatch.chdir(tmp_path)

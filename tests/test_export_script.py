@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from helpers import same, slow
+from helpers import long, same, slow
 
 import checkpoint
 import pretrained
@@ -40,8 +40,8 @@ def saved_model(folder, name="lion_tiny_patch16_224", **options):
 
 @pytest.mark.parametrize(
     ("kind", "format"),
-    [("torch", "Attention"), slow("torch", "Chunk"), slow("torch", "RNN"),
-     ("onnx", "Attention"), slow("onnx", "Chunk"), slow("onnx", "RNN")],
+    [("torch", "Attention"), slow("torch", "Chunk"), long("torch", "RNN"),
+     ("onnx", "Attention"), long("onnx", "Chunk"), slow("onnx", "RNN")],
 )  # fmt: skip
 def test_any_batch_and_size(kind, format, call, trained, tmp_path):
     path = tmp_path / f"model{export.SUFFIXES[kind]}"
@@ -65,7 +65,7 @@ def test_any_batch_and_size(kind, format, call, trained, tmp_path):
     [
         ("lion_tiny_patch16_224", {"mask_type": "Decay", "order": "Hilbert"}),
         slow("lion_tiny_patch16_224", {"mask_type": "Selective", "order": "S+Morton"}),
-        slow("vim_tiny_patch16_224", {}),
+        long("vim_tiny_patch16_224", {}),
         slow("hydra_tiny_patch16_224", {}),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import ROOT, slow_except, torchrun
+from helpers import ROOT, long, slow, torchrun
 
 from mlm import glue, prepare, pretrain
 from mlm.shards import load_tokenizer
@@ -61,10 +61,7 @@ def download(repository: str, name: str, local_dir: Path, **_: str) -> str:
 
 @pytest.mark.parametrize(
     "line",
-    slow_except(
-        [(c,) for c in COMMANDS if "torchrun" not in c and "compare.py" not in c],
-        [(c,) for c in COMMANDS],
-    ),
+    [long(c) if "compare.py" in c else slow(c) if "torchrun" in c else c for c in COMMANDS],
 )
 def test_command(line, places, monkeypatch):
     monkeypatch.chdir(places)

@@ -32,6 +32,7 @@ class MeanColour(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.head = nn.Linear(3, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
