@@ -43,7 +43,7 @@ class CachedLoader:
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
-        self.sampler = sampler
+        self.sampler: Any = sampler
         self.transform = transform
         self.device = device
         self.drop_last = drop_last

@@ -2,15 +2,14 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import checkpoint
 from errors import UserError
@@ -21,6 +20,15 @@ from urls import without_secrets
 from utils import digest, fingerprint
 
 logger = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """Images and labels, a known number of times."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int: ...
+
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LOG_INTERVAL = 10  # steps between two lines; on a GPU the host waits for the device only then
@@ -93,12 +101,12 @@ class Run:
 
 
 def require_same(
-    world: World, data: dict[str, Dataset], model: nn.Module, position: Position | None = None
+    world: World, data: dict[str, Any], model: nn.Module, position: Position | None = None
 ) -> None:
     """Raises UserError if the processes found other images or weights, or stand elsewhere."""
     if world.size == 1:
         return
-    facts = {"their number of classes": len(next(iter(data.values())).classes)}
+    facts: dict[str, Any] = {"their number of classes": len(next(iter(data.values())).classes)}
     for name, images in data.items():
         facts[f"their number of {name} images"] = len(images)
         facts[f"the names or labels of their {name} images"] = fingerprint(images)
@@ -186,7 +194,7 @@ def train_one_epoch(
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Batches,
     *,
     world: World,
     images: int,

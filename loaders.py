@@ -194,7 +194,7 @@ def build_train_loader(
     repeats: int = 1,
     seed: int = 0,
     accumulate: int = 1,
-) -> tuple[DeviceLoader | CachedLoader, Sequence[str]]:
+) -> tuple[DeviceLoader | CachedLoader, list[str]]:
     """Batches for training, and the names of the classes.
 
     Args:
@@ -216,12 +216,12 @@ def build_train_loader(
         )
     if loading.cached:
         cached = _cached_train_loader(loading, world, images, found, sampler, augmentation, seed)
-        return cached, found.classes
+        return cached, list(found.classes)
     transform = _train_transform(images, augmentation)
     dataset = SeededDataset(found, transform, seed=seed)
     loader = DeviceLoader(dataset, loading.batch_size, sampler=sampler, drop_last=True,
                           **loading.loader_options(world, images))  # fmt: skip
-    return loader, found.classes
+    return loader, list(found.classes)
 
 
 def build_eval_loader(

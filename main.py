@@ -17,7 +17,6 @@ from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
-from torch.utils.data import DataLoader
 
 import checkpoint
 import loaders
@@ -49,7 +48,7 @@ from engine import (
 )
 from errors import UserError
 from journal import Journal, provenance, require_writable, write_scores
-from loaders import ImageLoading
+from loaders import DeviceLoader, ImageLoading
 from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher
 from optimization import MovingAverage, create_optimizer, set_apart
@@ -97,7 +96,7 @@ def build_model(
     name, own = named_model(vars(args))
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
-    model = models_timm.create(
+    model: Any = models_timm.create(
         name,
         input_size=input_size,
         required=[option for option, argument in given.items() if argument in args.given],
@@ -167,7 +166,7 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def build_train_loader(
     args: argparse.Namespace, world: World, images: Preprocessing
-) -> tuple[DataLoader | CachedLoader, list[str]]:
+) -> tuple[DeviceLoader | CachedLoader, list[str]]:
     """Batches for training, and the names of the classes."""
     return loaders.build_train_loader(
         image_loading(args),
@@ -199,7 +198,7 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
 
 
 def build_run(
-    args: argparse.Namespace, world: World, model: nn.Module, steps: int, facts: dict[str, Any]
+    args: argparse.Namespace, world: World, model: Any, steps: int, facts: dict[str, Any]
 ) -> Run:
     """The state of a run at its beginning."""
     ema = None

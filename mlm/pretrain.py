@@ -173,7 +173,7 @@ def build_loaders(
     settings: Settings, world: World, tokenizer: PreTrainedTokenizerFast, step: int
 ) -> tuple[DataLoader, DataLoader]:
     """Training windows from `step` on, without end, and the windows for evaluation."""
-    ranks = {"num_replicas": world.size, "rank": world.rank}
+    ranks: dict[str, Any] = {"num_replicas": world.size, "rank": world.rank}
     corpora = {split: Corpus(settings.data, split, settings.length) for split in ("train", "eval")}
     shares = {"train": settings.mask_share, "eval": settings.eval_mask_share}
     windows = {
@@ -192,7 +192,7 @@ def build_loaders(
         "eval": EvalSampler(len(windows["eval"]), **ranks),
     }
     workers = min(settings.workers, os.cpu_count() or 1)
-    return tuple(
+    train, evaluation = (
         DataLoader(
             windows[split],
             settings.micro_batch,
@@ -203,6 +203,7 @@ def build_loaders(
         )
         for split in ("train", "eval")
     )
+    return train, evaluation
 
 
 class Pretraining:
@@ -221,7 +222,8 @@ class Pretraining:
         self.tokenizer = load_tokenizer(Path(settings.data, "tokenizer"))
         self.data = data_digest(Path(settings.data))
         seed_everything(settings.seed)
-        self.model = build_model(settings, self.tokenizer).to(world.device)
+        model: Any = build_model(settings, self.tokenizer)
+        self.model = model.to(world.device)
         most = self.model.config.max_position_embeddings  # what the tokeniser cuts at if asked
         self.tokenizer.model_max_length = max(settings.length, most)
         self.optimizer = build_optimizer(settings, self.model, world.device)
@@ -238,7 +240,8 @@ class Pretraining:
         if self.world.size == 1:
             return
         facts = {"their step": self.step, "their weights": digest(self.model)}
-        for name, loader in (("training", self.loader), ("evaluation", self.eval_loader)):
+        loaders: dict[str, Any] = {"training": self.loader, "evaluation": self.eval_loader}
+        for name, loader in loaders.items():
             facts[f"their {name} data"] = loader.dataset.corpus.description()
         self.world.peers.agree(facts, "give them the same data and checkpoints")
 
@@ -246,7 +249,7 @@ class Pretraining:
         found = checkpoint.latest(self.settings.output)
         if found is None:
             return
-        saved, source = found
+        saved, source = found[0], str(found[1])
         before, now = saved.get("args", {}), asdict(self.settings)
         check_settings(before, now, RULES, source, Rule.RUN)
         tell_changes(before, now, RULES, source)
@@ -371,7 +374,7 @@ class Pretraining:
         """
         while True:
             parts = [self._moved(next(batches)) for _ in range(self.accumulate)]
-            asked = sum((part["labels"] >= 0).sum() for part in parts)
+            asked = torch.stack([(part["labels"] >= 0).sum() for part in parts]).sum()
             # Gradients are averaged over processes.
             asked = self.world.reduce(asked).clamp(min=1) / self.world.size
             yield from ((part, asked) for part in parts)
