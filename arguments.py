@@ -20,14 +20,11 @@ from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
-from errors import UserError, as_user_error
+from errors import UserError, as_user_error, one_line
 from models_lion_plus import PLUS
 from optimization import create_optimizer
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
-LION_ARGUMENTS = (
-    "mask_type", "order", "format", "chunk_size", "decay_init", "pos_emb", "cls_tok",
-)  # fmt: skip
 OF_GATES = ("gate_lr_scale", "gate_weight_decay")
 PREPROCESSING_ARGUMENTS = {  # of the fields of Preprocessing
     "crop_pct": "eval_crop_ratio",
@@ -393,7 +390,7 @@ def check_model(args: argparse.Namespace) -> None:
     with as_user_error():
         check_order(args.order)
     default = get_args_parser().get_default
-    names = (*LION_ARGUMENTS, *OF_GATES, "plus")
+    names = (*models_timm.LION_OPTIONS, *OF_GATES, "plus")
     given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
         raise UserError(
@@ -404,13 +401,8 @@ def check_model(args: argparse.Namespace) -> None:
         raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
     if args.sched == "none" and args.gate_lr_scale != 1:
         raise UserError("--sched none scales no rate: leave --gate_lr_scale out.")
-    if args.plus and not timm.is_model(plus_name(args.model)):
+    if args.plus and not timm.is_model(models_timm.plus_name(args.model)):
         raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
-
-
-def plus_name(model: str) -> str:
-    """The model that is the LION model of this name with what --plus adds."""
-    return model.replace("lion_", "lion_plus_", 1)
 
 
 def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
@@ -466,7 +458,3 @@ def optimizer_of_probe(args: argparse.Namespace, device: torch.device) -> torch.
     probe(torch.ones(1, 2, device=device)).sum().backward()
     options = {**optimizer_kwargs(args), "layer_decay": None}  # that is the model's
     return create_optimizer(probe, device, **options)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

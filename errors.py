@@ -21,3 +21,13 @@ def as_user_error() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """All that an error says; its kind if that is nothing."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def first_line(error: Exception) -> str:
+    """What an error says before its details; its kind if that is nothing."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__

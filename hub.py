@@ -11,7 +11,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError as EntryNotFoundErro
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
-from errors import UserError
+from errors import UserError, first_line
 from preprocessing import Preprocessing
 
 PREFIX = "hf-hub:"
@@ -47,10 +47,9 @@ def download(source: str) -> Path:
             "scripts/export.py has written."
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"cannot download {source}: {reason} (name it hf-hub:OWNER/NAME[@REVISION]; private "
-            "models need `hf auth login`)"
+            f"cannot download {source}: {first_line(error)} (name it "
+            "hf-hub:OWNER/NAME[@REVISION]; private models need `hf auth login`)"
         ) from error
     return folder
 

@@ -23,6 +23,7 @@ from errors import UserError
 from preprocessing import Preprocessing
 from processes import World
 from samplers import EpochSampler, ShardSampler
+from utils import seed_host
 from workers import ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class SeededDataset(Dataset):
         index, draw = key
         # A worker's random states serve nothing else; the training process needs its own.
         with nullcontext() if get_worker_info() else _random_states_restored():
-            _seed_random_states(self.seed, draw)
+            seed_host(self.seed, draw)
             image, label = self._readable(index)
             return self.transform(image), label
 
@@ -282,14 +283,6 @@ def _eval_transform(images: Preprocessing) -> Transform:
 def _normalizing(device: torch.device, images: Preprocessing) -> Callable[[Tensor], Tensor]:
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (images.mean, images.std))
     return partial(normalized, mean=mean, std=std)
-
-
-def _seed_random_states(seed: int, draw: int) -> None:
-    words = np.random.SeedSequence((seed, draw)).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    # torch.manual_seed would also queue work for CUDA, with a stack trace for each call.
-    torch.default_generator.manual_seed(words[2])
 
 
 @contextmanager

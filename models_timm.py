@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,10 @@ OPTIONAL = {
     "drop_rate": "--drop",
     "img_size": "--input-size",
 }
+# The options of LION models that main.py has arguments for.
+LION_OPTIONS = (
+    "mask_type", "order", "format", "chunk_size", "decay_init", "pos_emb", "cls_tok",
+)  # fmt: skip
 
 
 def check_name(name: str, kind: str = "model") -> None:
@@ -53,6 +57,11 @@ def built_name(name: str, distillation_type: str) -> str:
     return name.replace("_patch16", "_distilled_patch16")
 
 
+def plus_name(name: str) -> str:
+    """The model that is the LION model of this name with what --plus adds."""
+    return name.replace("lion_", "lion_plus_", 1)
+
+
 def create(
     name: str,
     *,
@@ -79,9 +88,8 @@ def create(
             if unknown and unknown in required and options[unknown]:
                 raise UserError(f"{name} has no {OPTIONAL[unknown]}: leave it out.") from error
             if unknown is None or not _can_do_without(name, unknown, options[unknown]):
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
-                    f"{name} cannot be built with these arguments ({reason}): "
+                    f"{name} cannot be built with these arguments ({one_line(error)}): "
                     "check --model-kwargs and --input-size."
                 ) from error
         if options.pop(unknown) and unknown != "img_size":
@@ -97,10 +105,10 @@ def require_logits(
     try:
         logits = model.eval()(torch.zeros(2, *input_size, device=device))
     except Exception as error:  # every family has its own reasons
-        reason = " ".join(str(error).split())
+        size = "x".join(map(str, input_size[1:]))
         raise UserError(
-            f"{name} cannot read images of {'x'.join(map(str, input_size[1:]))} pixels ({reason}): "
-            "use another --input-size."
+            f"{name} cannot read images of {size} pixels ({one_line(error)}): use another "
+            "--input-size."
         ) from error
     model.train(training)
     shape = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__

@@ -16,8 +16,7 @@ import models_masked_softmax  # noqa: F401
 import models_timm
 import models_vim  # noqa: F401
 import preprocessing
-from arguments import LION_ARGUMENTS, plus_name
-from errors import UserError
+from errors import UserError, first_line
 from preprocessing import Preprocessing
 
 
@@ -91,9 +90,9 @@ def named_model(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if (kind := settings.get("distillation_type", "none")) != "none":
         name = models_timm.built_name(name, kind)
     if name.startswith("lion_"):
-        options = {key: settings[key] for key in LION_ARGUMENTS if key in settings}
+        options = {key: settings[key] for key in models_timm.LION_OPTIONS if key in settings}
     if settings.get("plus"):
-        name, options["plus"] = plus_name(name), settings["plus"]
+        name, options["plus"] = models_timm.plus_name(name), settings["plus"]
     return name, {**options, **settings.get("model_kwargs", {})}
 
 
@@ -122,5 +121,6 @@ def _resize(model: Any, size: int) -> None:
     try:
         model.set_input_size(img_size=size)
     except Exception as error:  # every family has its own reasons
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"The model takes no images of {size} pixels ({reason}).") from error
+        raise UserError(
+            f"The model takes no images of {size} pixels ({first_line(error)})."
+        ) from error

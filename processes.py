@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from errors import UserError, first_line
 
 POLL = 0.02  # seconds between two looks at what others have told
 PATIENCE = 10.0  # seconds for the others to end, once a process has failed
@@ -271,10 +271,9 @@ def meet(dist_url: str = "env://") -> Peers:
         store.set_timeout(timedelta(seconds=MEETING))
         return Peers(rank, size, dist.PrefixStore(_attempt(store, rank, size), store))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
         raise UserError(
             f"Rank {rank} on {socket.gethostname()} cannot meet the others at --dist_url "
-            f"{dist_url} ({reason}): use env:// with torchrun."
+            f"{dist_url} ({first_line(error)}): use env:// with torchrun."
         ) from error
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 import checkpoint
 import hub
 from arguments import get_args_parser
-from errors import UserError
+from errors import UserError, first_line
 from pretrained import Pretrained
 from resuming import RULES, Rule
 
@@ -102,9 +102,9 @@ def push_to_hf_hub(trained: Pretrained, name: str) -> str:
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the model",
                               ignore_patterns=[CARD] if written else None)  # fmt: skip
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot upload {name}: {reason} (name it OWNER/NAME, log in by `hf auth login`)"
+            f"cannot upload {name}: {first_line(error)} (name it OWNER/NAME, log in by "
+            "`hf auth login`)"
         ) from error
     return f"{hub.PREFIX}{name}"
 

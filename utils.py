@@ -24,23 +24,24 @@ def seed_everything(*entropy: int) -> None:
     Called with (seed, epoch, step, rank) at every step, it makes dropout, stochastic depth and
     mixup pure functions of the position in training: a resumed run needs no saved random states.
     """
-    words = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    seed_torch(words[2])
-
-
-def seed_torch(seed: int) -> None:
-    """Seeds the CPU and the current GPU.
-
-    `torch.manual_seed` also prepares seeds of kinds of devices that are not in use, with a stack
-    trace for each, and takes ten times as long.
-    """
-    torch.default_generator.manual_seed(seed)
+    seed = seed_host(*entropy)
     if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
     elif torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)  # once it is initialised
+
+
+def seed_host(*entropy: int) -> int:
+    """Seeds Python, numpy and torch's CPU generator by a mix of `entropy`; returns torch's seed.
+
+    `torch.manual_seed` would also prepare seeds of all kinds of devices, with a stack trace for
+    each, which takes ten times as long.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
+    return words[2]
 
 
 def make_deterministic() -> None:

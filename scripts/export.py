@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import UserError, as_user_error
+from errors import UserError, as_user_error, first_line
 from models_hydra import HydraMixer
 from models_lion import FORMATS
 from models_vim import VimMixer
@@ -108,7 +108,7 @@ def export(trained: Pretrained, kind: str, path: Path, *, any_size: bool) -> lis
             torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-3)
     except Exception as error:  # exporters raise whatever happens inside them
         path.unlink(missing_ok=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise RuntimeError(f"This model cannot be exported to {kind}: {reason}") from error
     return tried
 
@@ -146,8 +146,8 @@ def check(options: argparse.Namespace) -> None:
     suffix = SUFFIXES.get(options.to)
     if suffix and Path(options.output).suffix != suffix:
         raise UserError(f"--to {options.to} writes a file: --output must end in {suffix}.")
-    if options.to != "hub" and not Path(options.output).resolve().parent.is_dir():
-        raise UserError(f"There is no folder for --output {options.output}: make it first.")
+    if options.to != "hub":
+        trained_model.require_folder_of(Path(options.output))
     missing = [name for name in NEEDED if find_spec(name) is None]
     if options.to == "onnx" and missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")

@@ -112,8 +112,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError("--top and --batch-size must be at least 1.")
         if options.output and options.output.suffix[1:] not in FORMATS:
             raise UserError(f"--output {options.output} must end in .csv or .json.")
-        if options.output and not options.output.resolve().parent.is_dir():
-            raise UserError(f"There is no folder for --output {options.output}: make it first.")
+        if options.output:
+            trained_model.require_folder_of(options.output)
         options.files = find_images(options.images)
         options.device = init_distributed(options.device).device
         options.trained = trained_model.load(options)

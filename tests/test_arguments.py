@@ -13,8 +13,9 @@ import torch
 from helpers import ROOT, TINY, older, refused
 
 from argument_parser import ArgumentParser
-from arguments import LION_ARGUMENTS, OF_GATES, check_args, check_optimizer, get_args_parser
+from arguments import OF_GATES, check_args, check_optimizer, get_args_parser
 from intervals import in_words
+from models_timm import LION_OPTIONS
 
 # Of every argument that takes numbers: some at the ends of what it takes, and some beyond.
 NUMBERS = {
@@ -278,7 +279,7 @@ def test_the_help_is_in_groups_lions_first():
     assert [group.title for group in groups][:2] == ["options", "LION"]
     assert [action.dest for action in groups[0]._group_actions] == ["help"]
     lions = {action.dest for action in groups[1]._group_actions}
-    assert lions == {*LION_ARGUMENTS, *OF_GATES, "plus"}
+    assert lions == {*LION_OPTIONS, *OF_GATES, "plus"}
 
 
 def test_an_option_without_a_word_is_refused():

@@ -170,7 +170,7 @@ def default_precision(device: str, part: str) -> str:
 
 
 def tokens_of(pixels: int) -> int:
-    """ValueError for a size that no model takes."""
+    """Raises UserError for a size that no model takes."""
     if pixels % PATCH or pixels < 2 * PATCH:
         raise UserError(
             f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, not {pixels}"

@@ -70,6 +70,11 @@ def across_seeds(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}{spread}"
 
 
+def remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("*.pth"):
+        checkpoint.unlink()
+
+
 def last(name: str) -> Callable[[Sequence["Run"]], str]:
     return lambda runs: across_seeds([run.log[-1][name] for run in runs])
 
@@ -105,8 +110,7 @@ class Images:
         return [*command, "--device", device] if device else command
 
     def tidy(self, run: "Run") -> None:
-        for checkpoint in run.folder.glob("*.pth"):
-            checkpoint.unlink()
+        remove_checkpoints(run.folder)
 
     def merit(self, run: "Run") -> float:
         return run.log[-1]["test_acc1"]
@@ -170,8 +174,7 @@ class Text:
                 *where]  # fmt: skip
 
     def tidy(self, run: "Run") -> None:
-        for checkpoint in run.folder.glob("*.pth"):
-            checkpoint.unlink()
+        remove_checkpoints(run.folder)
         folders = [run.folder / "model", *(run.folder / FINE_TUNED).glob("*/")]
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from errors import UserError
+from errors import UserError, one_line
 from scripts.comparing.programs import DATA, PROGRAMS, Program
 from scripts.plot_log import read_log
 
@@ -125,8 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
         recipe["seeds"] = list(recipe["seeds"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no recipe ({' '.join(str(error).split())}): it needs arguments, seeds and "
-            "models."
+            f"{path} is no recipe ({one_line(error)}): it needs arguments, seeds and models."
         ) from error
     if recipe["program"] not in PROGRAMS:
         raise UserError(
