@@ -1,7 +1,9 @@
-"""torch.compile of a model in place: its weights keep their names, under DDP too."""
+"""torch.compile of a model in place, whose weights keep their names, and of augmentation."""
+
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record what a model launches
 # Blocks share a cache. Where their rates of stochastic depth differ, each has entries of its own:
@@ -26,3 +28,11 @@ def compile_in_place(model: nn.Module, backend: str = "inductor", mode: str | No
         config.optimize_ddp = False  # it would cut a block where DDP's buckets end
     for part in parts:
         part.compile(backend=backend, mode=mode)
+
+
+def compile_augmentation(
+    transform: Callable[[Tensor], Tensor], backend: str = "inductor"
+) -> Callable[[Tensor], Tensor]:
+    """In few kernels, with the random numbers that `transform` draws by itself."""
+    options = {"fallback_random": True} if backend == "inductor" else None
+    return torch.compile(transform, backend=backend, options=options)

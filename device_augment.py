@@ -204,10 +204,7 @@ def equalized(pixels: Tensor) -> Tensor:
 
 def smoothed(pixels: Tensor) -> Tensor:
     """Means of 3 x 3 pixels, of which the centre counts five times; edges stay as they are."""
-    kernel = torch.ones(3, 3, device=pixels.device)
-    kernel[1, 1] = 5
-    kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
-    inner = F.conv2d(pixels, kernel, groups=3)
+    inner = (9 * F.avg_pool2d(pixels, 3, stride=1) + 4 * pixels[:, :, 1:-1, 1:-1]) / 13
     return torch.cat([
         pixels[:, :, :1],
         torch.cat([pixels[:, :, 1:-1, :1], inner, pixels[:, :, 1:-1, -1:]], 3),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from augment import build_eval_transform, build_train_transform
 from cached_images import CachedLoader
+from compilation import compile_augmentation
 from datasets import LabelledImages, Split, Transform, build_dataset
 from device_augment import build_device_transform
 from errors import UserError
@@ -145,6 +146,7 @@ class ImageLoading:
         num_workers: processes that load images, of which there is at most one per CPU core.
         pin_memory: use pinned host memory where the device is a GPU.
         cached: keep all images on the device, and augment whole batches there.
+        compiler: backend of torch.compile for that augmentation; None leaves it as it is.
     """
 
     data_set: str
@@ -155,6 +157,7 @@ class ImageLoading:
     num_workers: int = 0
     pin_memory: bool = False
     cached: bool = False
+    compiler: str | None = None
 
     def find(
         self, world: World, *, train: bool, transform: Transform | None = None
@@ -255,6 +258,8 @@ def _cached_train_loader(
         transform = build_device_transform(
             mean=images.mean, std=images.std, device=world.device, **known
         )
+        if loading.compiler:
+            transform = compile_augmentation(transform, loading.compiler)
     dataset = SeededDataset(found, _eval_transform(images), seed=seed)
     keys = [(index, index) for index in range(len(found))]
     return CachedLoader(dataset, loading.batch_size, sampler=sampler, transform=transform,

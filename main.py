@@ -145,6 +145,7 @@ def image_loading(args: argparse.Namespace) -> ImageLoading:
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
         cached=args.cache,
+        compiler=args.torchcompile,
     )
 
 
