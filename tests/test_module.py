@@ -229,6 +229,23 @@ def test_one_product_for_bare_layers(bias, monkeypatch):
     assert (bare.count, wrapped.count) == (2, 4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_are_filled_up_with_what_is_there_and_without_gradients(bias):
+    layer, x = mixer(qkv_bias=bias), tokens()
+    projected = layer._project(x)
+    layers = (layer.qkv, layer.a_i, layer.a2_i)
+    expected = torch.cat([part(x) for part in layers], dim=-1)
+    rest = projected.shape[2] - expected.shape[2]
+    assert projected.shape[2] % 32 == 0 and rest == 60
+    expected = torch.cat([expected, expected[..., :rest]], dim=-1)
+    assert torch.allclose(projected, expected, atol=1e-6)
+    of_rest = torch.zeros_like(projected)
+    of_rest[..., -rest:] = 1
+    parameters = [p for part in layers for p in part.parameters()]
+    gradients = torch.autograd.grad(projected, parameters, of_rest)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("wrap", [with_low_rank, with_forward_hook, with_parametrization])
 def test_wrapped_layers_compile_and_export_whole(wrap, kernels):
     torch.compiler.reset()
