@@ -256,32 +256,8 @@ def like_inputs(projected: Tensor, decay: Tensor | None, *_: Any) -> tuple[Tenso
     return projected.new_empty(projected.shape), ddecay
 
 
-def _save(ctx, inputs, output):
-    ctx.options = inputs[NUM_TENSORS:]
-    ctx.save_for_backward(*output, *inputs[:NUM_TENSORS])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, _):
-    if grad is None:
-        return (None,) * 13
-    out, inv_denom, *tensors = ctx.saved_tensors
-    dprojected, ddecay = mix_backward(grad, out, inv_denom, *tensors, *ctx.options)
-    return dprojected, None if tensors[1] is None else ddecay, *(None,) * 11
-
-
-@operator("mix", like_outputs, f"({ARGUMENTS}) -> (Tensor, Tensor)", _save, _gradients)
-def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Output `[B, N, H * D]` and 1 / (denominator + eps), float32 `[B, H, N]`."""
-    out, inv_denom = like_outputs(*arguments)
-    if not arguments[-2]:  # normalise
-        inv_denom.fill_(1.0)
-    run(_forward, arguments, out, inv_denom)
-    return out, inv_denom
-
-
 @operator(
-    "mix_backward", lambda grad, out, inv_denom, *a: like_inputs(*a),
+    "mix_backward", lambda grad, out, inv_denom, *arguments: like_inputs(*arguments),
     f"(Tensor grad, Tensor out, Tensor inv_denom, {ARGUMENTS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def mix_backward(
@@ -295,3 +271,15 @@ def mix_backward(
         dqkv.narrow(2, written, dqkv.shape[2] - written).zero_()
     run(_backward, arguments, out, inv_denom, grad.contiguous(), dqkv, ddecay)
     return dqkv, ddecay
+
+
+@operator(
+    "mix", like_outputs, f"({ARGUMENTS}) -> (Tensor, Tensor)", mix_backward, NUM_TENSORS, slice(2)
+)
+def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H * D]` and 1 / (denominator + eps), float32 `[B, H, N]`."""
+    out, inv_denom = like_outputs(*arguments)
+    if not arguments[-2]:  # normalise
+        inv_denom.fill_(1.0)
+    run(_forward, arguments, out, inv_denom)
+    return out, inv_denom

@@ -13,15 +13,17 @@ def operator(
     name: str,
     like: Callable,
     schema: str = "",
-    save: Callable | None = None,
-    gradients: Callable | None = None,
+    backward: Callable | None = None,
+    tensors: int = 0,
+    saved: slice = slice(0),
 ) -> Callable:
     """Makes a function of tensors that changes none of them the operator `lion::name`.
 
-    `like` takes the same arguments and returns tensors like the results, without their values;
-    `save` and `gradients` are what `torch.library.register_autograd` takes. The schema is inferred
-    if it is not given. An eager call goes round the dispatcher, whose Python takes longer than the
-    launches, and which `dispatched` goes through.
+    `like` takes the same arguments and returns tensors like the results, without their values. The
+    schema is inferred if it is not given. `backward` takes the first output's gradient, the outputs
+    that are `saved`, and the arguments, of which the first ones are `tensors`; it returns gradients
+    of some from the first on. Eager calls go round the dispatcher, whose Python takes longer than
+    the launches; `dispatched` goes through it.
     """
 
     def register(function: Callable) -> Callable:
@@ -30,9 +32,18 @@ def operator(
         torch.library.impl(f"lion::{name}", "default", function)
         torch.library.register_fake(f"lion::{name}", like)
         dispatched, direct = getattr(torch.ops.lion, name).default, function
-        if gradients is not None:
+        if backward is not None:
+            save, gradients = _autograd(backward, tensors, saved)
             torch.library.register_autograd(f"lion::{name}", gradients, setup_context=save)
-            direct = _function(name, function, save, gradients).apply
+
+            def forward(ctx, *inputs):  # a `setup_context`'s signature is looked at in each call
+                output = function(*inputs)
+                save(ctx, inputs, output)
+                return output
+
+            methods = {"forward": forward, "backward": once_differentiable(gradients)}
+            methods = {key: staticmethod(method) for key, method in methods.items()}
+            direct = type(name, (Function,), methods).apply
 
         @wraps(function)
         def call(*arguments):
@@ -44,16 +55,20 @@ def operator(
     return register
 
 
-def _function(name: str, function: Callable, save: Callable, gradients: Callable) -> type[Function]:
-    def forward(
-        ctx, *inputs
-    ):  # with a `setup_context`, PyTorch would inspect each call's signature
-        output = function(*inputs)
-        save(ctx, inputs, output)
-        return output
+def _autograd(backward: Callable, tensors: int, saved: slice) -> tuple[Callable, Callable]:
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[tensors:]
+        outputs = output[saved] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*outputs, *inputs[:tensors])
 
-    methods = {"forward": forward, "backward": once_differentiable(gradients)}
-    return type(name, (Function,), {key: staticmethod(f) for key, f in methods.items()})
+    def gradients(ctx, grad, *_):
+        needed = ctx.needs_input_grad
+        given = () if grad is None else backward(grad, *ctx.saved_tensors, *ctx.options)
+        given = [g if need else None for g, need in zip(given, needed, strict=False)]
+        return *given, *(None,) * (len(needed) - len(given))
+
+    return save, gradients
 
 
 def _is_eager(tensor: Tensor) -> bool:

@@ -22,13 +22,14 @@ BLOCK = 64  # channels of a program, which is one warp: its sums over channels c
 
 
 @triton.jit
-def _tokens(pointer, first, n, stride, inside, CHUNK: tl.constexpr):
-    """For each token of a chunk the vector over the channels, float32; 0 beyond the last token."""
+def _tokens(pointer, first, n, stride, inside, CHUNK: tl.constexpr, factors=None):
+    """For each token of a chunk the vector over the channels, float32, times what `factors` has
+    for it, if given; 0 beyond the last token."""
     vectors = ()
     for t in tl.static_range(CHUNK):
         valid = inside & (first + t < n)
-        vector = tl.load(pointer + (first + t) * stride, mask=valid, other=0.0)
-        vectors += (vector.to(tl.float32),)
+        vector = tl.load(pointer + (first + t) * stride, mask=valid, other=0.0).to(tl.float32)
+        vectors += (vector if factors is None else factors[t] * vector,)
     return vectors
 
 
@@ -39,14 +40,6 @@ def _scalars(pointer, CHUNK: tl.constexpr):
     for t in tl.static_range(CHUNK):
         numbers += (tl.load(pointer + t),)
     return numbers
-
-
-@triton.jit
-def _products(first, second, CHUNK: tl.constexpr):
-    products = ()
-    for t in tl.static_range(CHUNK):
-        products += (first[t] * second[t],)
-    return products
 
 
 @triton.jit
@@ -70,7 +63,7 @@ def forward_kernel(
         before = STATES + (m - 1) % kept * states * channels
         after = STATES + m % kept * states * channels
         deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
-        inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
+        inputs = _tokens(X, first, n, channels, inside, CHUNK, deltas)
         outputs = (zero,) * CHUNK
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0) * common.LOG2_E
@@ -113,7 +106,7 @@ def backward_kernel(
         m = chunks - 1 - i
         first = m * CHUNK
         deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
-        inputs = _products(deltas, _tokens(X, first, n, channels, inside, CHUNK), CHUNK)
+        inputs = _tokens(X, first, n, channels, inside, CHUNK, deltas)
         grads = _tokens(DY, first, n, channels, inside, CHUNK)
         dinputs, ddeltas = (zero,) * CHUNK, (zero,) * CHUNK
         for s in range(0, states):
@@ -167,47 +160,16 @@ def selective_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
     return scan_operator(*inputs, keep)[0]
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, _):
-    if grad is None:
-        return (None,) * 6
-    return *scan_backward(grad, *ctx.saved_tensors), None
-
-
-@operator(
-    "selective_scan",
-    lambda x, delta, a, b, c, keep: _outputs(x, a, keep),
-    save=_save,
-    gradients=_gradients,
-)
-def scan_operator(
-    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Outputs, and the states after each chunk, `[B, M, S, C]` (M = 1, for scratch, unless `keep`).
-
-    `keep` is needed for gradients.
-    """
-    y, states = _outputs(x, a, keep)
-    forward_kernel[_grid(x)](
-        **_inputs(x, delta, a, b, c), STATES=states, Y=y, kept=states.shape[1], num_warps=1
-    )
-    return y, states
-
-
-def _like_inputs(grad, x, delta, a, b, c, states):
-    dx, ddelta, da, db, dc = (t.new_empty(t.shape) for t in (x, delta, a.mT, b.mT, c.mT))
-    return dx, ddelta, da.mT, db.mT, dc.mT
+def _like_inputs(grad, states, x, delta, a, b, c, keep):
+    dx, ddelta = (t.new_empty(t.shape) for t in (x, delta))
+    return dx, ddelta, *(t.mT.new_empty(t.mT.shape).mT for t in (a, b, c))
 
 
 @operator("selective_scan_backward", _like_inputs)
 def scan_backward(
-    grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, states: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the five inputs, in their dtypes."""
     inputs = _inputs(x, delta, a, b, c)
     dx, ddelta = (torch.empty_like(inputs[name]) for name in ("X", "DELTA"))
@@ -215,25 +177,39 @@ def scan_backward(
     db, dc = (inputs["B"].new_empty(_grid(x)[0], *inputs["B"].shape) for _ in range(2))
     backward_kernel[_grid(x)](
         **inputs, STATES=states, DY=grad.contiguous(), DX=dx, DDELTA=ddelta, DA=da, DB=db, DC=dc,
-        DSTATE=dstate, num_warps=1,
+        DSTATE=dstate,
     )  # fmt: skip
     db, dc = (t.sum(0).mT[:, : x.shape[1]].to(b.dtype) for t in (db, dc))
     return dx, ddelta, da.sum(0).mT.to(a.dtype), db, dc
 
 
-def _outputs(x: Tensor, a: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _like_outputs(x, delta, a, b, c, keep):
     chunks = triton.cdiv(x.shape[1], CHUNK) if keep else 1
-    states = x.new_empty(x.shape[0], chunks, a.shape[1], a.shape[0], dtype=torch.float32)
+    states = x.new_empty(x.shape[0], chunks, *a.mT.shape, dtype=torch.float32)
     return x.new_empty(x.shape), states
 
 
+@operator("selective_scan", _like_outputs, backward=scan_backward, tensors=5, saved=slice(1, 2))
+def scan_operator(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and the states after each chunk, `[B, M, S, C]` (M = 1, for scratch, unless `keep`).
+
+    `keep` is needed for gradients.
+    """
+    y, states = _like_outputs(x, delta, a, b, c, keep)
+    forward_kernel[_grid(x)](**_inputs(x, delta, a, b, c), STATES=states, Y=y, kept=states.shape[1])
+    return y, states
+
+
 def _inputs(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Any]:
-    """What both kernels read: A `[S, C]`, and B and C `[B, S, M * CHUNK]` of whole chunks."""
+    """What both launches have in common: A `[S, C]`, B and C `[B, S, M * CHUNK]`, whole chunks."""
     padded = (F.pad(t, (0, 0, 0, -t.shape[1] % CHUNK)) for t in (b, c))
     a, b, c = (t.float().mT.contiguous() for t in (a, *padded))
     return {
         "X": x.contiguous(), "DELTA": delta.contiguous(), "A": a, "B": b, "C": c,
         "n": x.shape[1], "channels": x.shape[2], "states": len(a), "CHUNK": CHUNK, "BLOCK": BLOCK,
+        "num_warps": 1,
     }  # fmt: skip
 
 

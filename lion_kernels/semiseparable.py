@@ -20,28 +20,23 @@ from lion_kernels import common
 from lion_kernels.registry import operator
 
 CHUNK = 64
-OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 # A decay of 2^-32 is none, and larger sums would round those of the other tokens of a chunk.
 LEAST = tl.constexpr(-32.0)
 
 
 @triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
-def _matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)
-
-
-@triton.jit
-def _decays(DECAY, steps, valid, stride):
-    """The log2 decays of a chunk, summed up to each token, and their total."""
-    log = tl.load(DECAY + steps * stride, mask=valid, other=0.0).to(tl.float32)
+def _chunk(
+    X, DECAY, B, first, n, heads, WIDTH: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr
+):
+    """A chunk's steps, which are there, x, b, the sums of log2 decays up to each, and the total."""
+    steps = first + tl.arange(0, CHUNK)
+    valid = steps < n
+    x = common.load_tile(X, steps, valid, heads * WIDTH, WIDTH)
+    b = common.load_tile(B, steps, valid, STATES, STATES)
+    log = tl.load(DECAY + steps * heads, mask=valid, other=0.0).to(tl.float32)
     log = tl.maximum(log * common.LOG2_E, LEAST)
-    return tl.cumsum(log, 0), tl.sum(log, 0)
+    return steps, valid, x, b, tl.cumsum(log, 0), tl.sum(log, 0)
 
 
 @triton.jit
@@ -54,7 +49,7 @@ def _between(later, earlier, causal):
 def _added(state, total, b, sums, x):
     """The state after a chunk."""
     left = (b * tl.exp2(total - sums)[:, None]).to(x.dtype)
-    return state * tl.exp2(total) + _dot(tl.trans(left), x)
+    return common.add_dot(tl.trans(left), x, state * tl.exp2(total))
 
 
 @triton.jit
@@ -70,16 +65,12 @@ def forward_kernel(
     order = tl.arange(0, CHUNK)
     state = tl.zeros((STATES, WIDTH), tl.float32)
     for first in range(0, n, CHUNK):
-        steps = first + order
-        valid = steps < n
-        x = common.load_tile(X, steps, valid, heads * WIDTH, WIDTH)
-        b = common.load_tile(B, steps, valid, STATES, STATES)
+        steps, valid, x, b, sums, total = _chunk(X, DECAY, B, first, n, heads, WIDTH, STATES, CHUNK)
         c = common.load_tile(C, steps, valid, STATES, STATES)
-        sums, total = _decays(DECAY, steps, valid, heads)
-        weights = _dot(c, tl.trans(b))
+        weights = common.dot(c, tl.trans(b))  # [CHUNK, CHUNK]
         weights *= _between(sums[:, None], sums[None, :], order[:, None] >= order[None, :])
-        y = _dot(c, state.to(x.dtype)) * tl.exp2(sums)[:, None]
-        y += _dot(weights.to(x.dtype), x)
+        y = common.dot(c, state.to(x.dtype)) * tl.exp2(sums)[:, None]  # [CHUNK, WIDTH]
+        y = common.add_dot(weights.to(x.dtype), x, y)
         common.store_tile(Y, steps, valid, heads * WIDTH, y, WIDTH)
         state = _added(state, total, b, sums, x)
 
@@ -98,49 +89,44 @@ def backward_kernel(
     DB, DC = DB + pid * n * STATES, DC + pid * n * STATES
     chunks = tl.cdiv(n, CHUNK)
     SCRATCH += pid * chunks * STATES * WIDTH
+    SCRATCH += tl.arange(0, STATES)[:, None] * WIDTH + tl.arange(0, WIDTH)
     dtype = X.dtype.element_ty
     order = tl.arange(0, CHUNK)
     state = tl.zeros((STATES, WIDTH), tl.float32)
     for m in range(0, chunks):  # the states before each chunk, as in the forward pass
-        tl.store(_matrix(SCRATCH + m * STATES * WIDTH, STATES, WIDTH), state.to(dtype))
-        steps = m * CHUNK + order
-        valid = steps < n
-        x = common.load_tile(X, steps, valid, heads * WIDTH, WIDTH)
-        b = common.load_tile(B, steps, valid, STATES, STATES)
-        sums, total = _decays(DECAY, steps, valid, heads)
+        tl.store(SCRATCH + m * STATES * WIDTH, state.to(dtype))
+        _, _, x, b, sums, total = _chunk(X, DECAY, B, m * CHUNK, n, heads, WIDTH, STATES, CHUNK)
         state = _added(state, total, b, sums, x)
     tl.debug_barrier()  # other threads stored what this one loads
     dstate = tl.zeros((STATES, WIDTH), tl.float32)  # of the state after the chunk
     for i in range(0, chunks):
         m = chunks - 1 - i
-        steps = m * CHUNK + order
-        valid = steps < n
-        x = common.load_tile(X, steps, valid, heads * WIDTH, WIDTH)
+        steps, valid, x, b, sums, total = _chunk(
+            X, DECAY, B, m * CHUNK, n, heads, WIDTH, STATES, CHUNK
+        )
         dy = common.load_tile(DY, steps, valid, heads * WIDTH, WIDTH)
-        b = common.load_tile(B, steps, valid, STATES, STATES)
         c = common.load_tile(C, steps, valid, STATES, STATES)
-        sums, total = _decays(DECAY, steps, valid, heads)
-        before = tl.load(_matrix(SCRATCH + m * STATES * WIDTH, STATES, WIDTH))
+        before = tl.load(SCRATCH + m * STATES * WIDTH)
         after = dstate.to(dtype)
         reached = tl.exp2(sums)[:, None]
         left = tl.exp2(total - sums)[:, None]
         # Rows are queries, columns keys.
         decay = _between(sums[:, None], sums[None, :], order[:, None] >= order[None, :])
-        pairs = _dot(dy, tl.trans(x)) * decay
-        dc = _dot(dy, tl.trans(before)) * reached
+        pairs = common.dot(dy, tl.trans(x)) * decay  # [CHUNK, CHUNK]
+        dc = common.dot(dy, tl.trans(before)) * reached  # [CHUNK, STATES]
         ends = tl.sum(c * dc, 1)
-        dc += _dot(pairs.to(dtype), b)
+        dc = common.add_dot(pairs.to(dtype), b, dc)
         common.store_tile(DC, steps, valid, STATES, dc, STATES)
         # Rows are keys, columns queries: a transposed product as an operand is miscompiled.
         decay = _between(sums[None, :], sums[:, None], order[:, None] <= order[None, :])
-        weights = _dot(b, tl.trans(c)) * decay
-        dx = _dot(b, after) * left
-        dx += _dot(weights.to(dtype), dy)
+        weights = common.dot(b, tl.trans(c)) * decay  # [CHUNK, CHUNK]
+        dx = common.dot(b, after) * left  # [CHUNK, WIDTH]
+        dx = common.add_dot(weights.to(dtype), dy, dx)
         common.store_tile(DX, steps, valid, heads * WIDTH, dx, WIDTH)
-        pairs = _dot(x, tl.trans(dy))
-        db = _dot(x, tl.trans(after)) * left
+        pairs = common.dot(x, tl.trans(dy))  # [CHUNK, CHUNK]
+        db = common.dot(x, tl.trans(after)) * left  # [CHUNK, STATES]
         begins = tl.sum(b * db, 1)
-        db += _dot((pairs * decay).to(dtype), c)
+        db = common.add_dot((pairs * decay).to(dtype), c, db)
         common.store_tile(DB, steps, valid, STATES, db, STATES)
         # A token's log decay meets every pair that has it after the key and up to the query.
         pairs *= weights
@@ -149,31 +135,7 @@ def backward_kernel(
         meets += tl.exp2(total) * tl.sum(tl.sum(before.to(tl.float32) * dstate, 1), 0)
         tl.store(DDECAY + steps * heads, meets, mask=valid)
         read = tl.trans((c * reached).to(dtype))
-        dstate = dstate * tl.exp2(total) + _dot(read, dy)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, grad):
-    return semiseparable_backward(grad, *ctx.saved_tensors)
-
-
-@operator(
-    "semiseparable_product", lambda x, *_: x.new_empty(x.shape), save=_save, gradients=_gradients
-)
-def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """As that of `state_space`: `x` `[B, N, H, P]`; `b`, `c` `[B, N, S]`; `log_decay` `[B, N, H]`.
-
-    `x`, `b` and `c` are float32, bfloat16 or float16, all of one dtype, that of matrix products
-    (float32: three tf32 products); sums and states are float32. P and S are 16, 32, 64 or 128.
-    Bitwise repeatable, as are the gradients.
-    """
-    inputs = _inputs(x, log_decay, b, c)
-    y = torch.empty_like(inputs["X"])
-    forward_kernel[_grid(x)](**inputs, Y=y, **OPTIONS)
-    return y
+        dstate = common.add_dot(read, dy, dstate * tl.exp2(total))  # [STATES, WIDTH]
 
 
 @operator("semiseparable_backward", lambda _, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
@@ -186,24 +148,37 @@ def semiseparable_backward(
     dx, ddecay = (torch.empty_like(inputs[name]) for name in ("X", "DECAY"))
     db, dc = (x.new_empty(images, heads, n, b.shape[2]) for _ in range(2))
     chunks = triton.cdiv(n, inputs["CHUNK"])
-    backward_kernel[_grid(x)](
+    backward_kernel[(images * heads,)](
         **inputs, DY=grad.contiguous(), DX=dx, DDECAY=ddecay, DB=db, DC=dc,
-        SCRATCH=x.new_empty(images, heads, chunks, b.shape[2], width), **OPTIONS,
+        SCRATCH=x.new_empty(images, heads, chunks, b.shape[2], width),
     )  # fmt: skip
     return dx, ddecay, db.sum(1), dc.sum(1)
 
 
+@operator(
+    "semiseparable_product", lambda x, *_: x.new_empty(x.shape),
+    backward=semiseparable_backward, tensors=4,
+)  # fmt: skip
+def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """As that of `state_space`: `x` `[B, N, H, P]`; `b`, `c` `[B, N, S]`; `log_decay` `[B, N, H]`.
+
+    `x`, `b` and `c` are float32, bfloat16 or float16, all of one dtype, that of matrix products
+    (float32: three tf32 products); sums and states are float32. P and S are 16, 32, 64 or 128.
+    Bitwise repeatable, as are the gradients.
+    """
+    inputs = _inputs(x, log_decay, b, c)
+    y = torch.empty_like(inputs["X"])
+    forward_kernel[(x.shape[0] * x.shape[2],)](**inputs, Y=y)
+    return y
+
+
 def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict[str, Any]:
-    """What both kernels read, and their sizes."""
+    """What both launches have in common."""
     _, n, heads, width = x.shape
     large = max(width, b.shape[2]) > 64 or x.dtype == torch.float32  # for the registers
     tensors = dict(zip(("X", "DECAY", "B", "C"), (x, log_decay, b, c), strict=True))
     return {
         **{name: tensor.contiguous() for name, tensor in tensors.items()},
         "n": n, "heads": heads, "WIDTH": width, "STATES": b.shape[2],
-        "CHUNK": CHUNK // 2 if large else CHUNK,
+        "CHUNK": CHUNK // 2 if large else CHUNK, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
-
-
-def _grid(x: Tensor) -> tuple[int]:
-    return (x.shape[0] * x.shape[2],)
