@@ -22,14 +22,14 @@ MOST_RECORDINGS = 1024
 class Launches:
     """Launches kernels, and keeps what is needed to repeat them with other tensors."""
 
-    def __init__(self, tensors: list[Tensor]):
-        self.tensors = tensors
+    def __init__(self, tensors: Sequence[Tensor | None]):
+        self.given = [t for t in tensors if t is not None]
         self.scratch: list[Tensor] = []
         self.steps: list[tuple[Any, tuple[int, ...], list[Any]]] = []
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor for the time of the call."""
-        self.scratch.append(self.tensors[0].new_empty(shape, dtype=dtype))
+        self.scratch.append(self.given[0].new_empty(shape, dtype=dtype))
         return self.scratch[-1]
 
     def launch(self, kernel: triton.JITFunction, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -41,34 +41,29 @@ class Launches:
     def repeatable(self) -> Callable[[Sequence[Tensor]], None] | None:
         """Repeats the launches with other tensors; None if that would be wrong: interpreted ones,
         and tensors that overlap."""
-        sizes = [t.nbytes for t in self.tensors] + [-(-t.nbytes // 512) * 512 for t in self.scratch]
-        starts = [0] * len(self.tensors) + [*accumulate(sizes[len(self.tensors) :], initial=0)]
+        count = len(self.given)
+        sizes = (-(-t.nbytes // 512) * 512 for t in self.scratch)
+        places = [0] * count + [*accumulate(sizes, initial=0)]
         ranges = sorted(
-            (t.data_ptr(), t.data_ptr() + t.nbytes, min(i, len(self.tensors)), starts[i])
-            for i, t in enumerate((*self.tensors, *self.scratch))
+            (t.data_ptr(), t.data_ptr() + t.nbytes, min(i, count), places[i])
+            for i, t in enumerate((*self.given, *self.scratch))
             if t.nbytes
         )
         overlap = any(a[1] > b[0] for a, b in pairwise(ranges))
         if overlap or any(compiled is None for compiled, *_ in self.steps):
             return None
-        steps = [
-            (compiled[grid], *_addressed(values, ranges)) for compiled, grid, values in self.steps
-        ]
-        return partial(_repeat, steps, starts[-1])
-
-
-def _addressed(
-    values: list[Any], ranges: list[tuple[int, int, int, int]]
-) -> tuple[list[Any], list[tuple[int, int, int]]]:
-    """Arguments with 0 for tensors, and where these are: (argument, tensor of the call, byte)."""
-    slots = [
-        (place, i, first + value.data_ptr() - start)
-        for place, value in enumerate(values)
-        if isinstance(value, Tensor)
-        for start, end, i, first in ranges
-        if start <= value.data_ptr() < end
-    ]
-    return [0 if isinstance(value, Tensor) else value for value in values], slots
+        steps = []
+        for compiled, grid, values in self.steps:
+            slots = [  # (argument, tensor of the call, byte)
+                (argument, i, place + value.data_ptr() - start)
+                for argument, value in enumerate(values)
+                if isinstance(value, Tensor)
+                for start, end, i, place in ranges
+                if start <= value.data_ptr() < end
+            ]
+            values = [0 if isinstance(value, Tensor) else value for value in values]
+            steps.append((compiled[grid], values, slots))
+        return partial(_repeat, steps, places[-1])
 
 
 def _repeat(steps: list[tuple[Any, list[Any], list]], scratch: int, tensors: list[Tensor]) -> None:
@@ -77,16 +72,19 @@ def _repeat(steps: list[tuple[Any, list[Any], list]], scratch: int, tensors: lis
     addresses = [t.data_ptr() for t in (*tensors, workspace)]
     for run, values, slots in steps:
         values = values.copy()
-        for place, i, offset in slots:
-            values[place] = addresses[i] + offset
+        for argument, i, offset in slots:
+            values[argument] = addresses[i] + offset
         run(*values)
 
 
 _recorded: dict[Any, Callable[[Sequence[Tensor]], None] | None] = {}
 
 
-def run(schedule: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> None:
-    """Launches what `schedule(launches, tensors, options)` launches, of contiguous `tensors`."""
+def run(
+    schedule: Callable[..., Launches], tensors: Sequence[Tensor | None], options: tuple[Any, ...]
+) -> None:
+    """Launches what `schedule(tensors, options)` launches; `tensors` are made contiguous."""
+    tensors = [t if t is None else t.contiguous() for t in tensors]
     given = [t for t in tensors if t is not None]
     aligned = not any(t.data_ptr() % 16 for t in given)
     layout = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
@@ -94,8 +92,7 @@ def run(schedule: Callable, tensors: Sequence[Tensor | None], options: tuple[Any
     key = (schedule, tuning.make_plan, given[0].device, aligned, layout, options)
     if repeat := _recorded.get(key):
         return repeat(given)
-    launches = Launches(given)
-    schedule(launches, tensors, options)
+    launches = schedule(tensors, options)
     if len(_recorded) >= MOST_RECORDINGS:
         _recorded.clear()
     _recorded[key] = launches.repeatable() if aligned else None

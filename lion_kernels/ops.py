@@ -1,7 +1,7 @@
 """The custom operator `lion::mix` and its gradient: what `torch.compile` and export see."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,14 @@ ARGUMENTS = (
 NUM_TENSORS = 5
 
 
-class Call:
+class Call(launches.Launches):
     """One call of an operator: how it is cut, and what its launches have in common."""
 
-    def __init__(
-        self, launcher: launches.Launches, tensors: Sequence[Tensor | None], options: Sequence[Any]
-    ):
+    def __init__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]):
+        super().__init__(tensors)
         self.qkv, self.decay, self.curves, valid, documents, *results = tensors
         heads, dim, num_curves, prefix, lit, features, normalise, eps = options
-        self.launcher, self.heads, self.dim, self.num_curves = launcher, heads, dim, num_curves
+        self.heads, self.dim, self.num_curves = heads, dim, num_curves
         b, n, width = self.qkv.shape
         no_decay = lit and documents is None
         self.plan = tuning.make_plan(n, dim, self.qkv.element_size(), num_curves, no_decay)
@@ -59,9 +58,6 @@ class Call:
         }  # fmt: skip
         self.values.update(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False))
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.launcher.empty(shape, dtype)
-
     def like_out(self, *leading: int) -> Tensor:
         """`[B, N, H * D]` in the dtype of `qkv`."""
         b, n, _ = self.qkv.shape
@@ -81,7 +77,7 @@ class Call:
         """The kernel takes from `values` what is not its `own`; `options` go before them."""
         own = {**options, **own}
         shared = {name: self.values[name] for name in kernel.arg_names if name not in own}
-        self.launcher.launch(kernel, grid, **shared, **own)
+        super().launch(kernel, grid, **shared, **own)
 
     def sum_decays(self) -> None:
         """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; if
@@ -228,21 +224,16 @@ FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": _linear
 BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _linear_backward}
 
 
-def _forward(*arguments: Any) -> None:
+def _forward(*arguments: Any) -> Call:
     call = Call(*arguments)
     FORWARD[call.plan.forward](call)
+    return call
 
 
-def _backward(*arguments: Any) -> None:
+def _backward(*arguments: Any) -> Call:
     call = Call(*arguments)
     BACKWARD[call.plan.backward](call)
-
-
-def run(schedule: Callable[..., None], arguments: Sequence[Any], *results: Tensor) -> None:
-    """Launches a schedule, which makes a `Call`, for an operator's arguments and what it reads or
-    writes besides."""
-    tensors = [t if t is None else t.contiguous() for t in arguments[:NUM_TENSORS]]
-    launches.run(schedule, (*tensors, *results), arguments[NUM_TENSORS:])
+    return call
 
 
 def like_outputs(projected: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -269,7 +260,8 @@ def mix_backward(
     written = heads * (3 * dim + (0 if lit or ddecay.numel() else num_curves))
     if written < dqkv.shape[2]:
         dqkv.narrow(2, written, dqkv.shape[2] - written).zero_()
-    run(_backward, arguments, out, inv_denom, grad.contiguous(), dqkv, ddecay)
+    tensors = (*arguments[:NUM_TENSORS], out, inv_denom, grad, dqkv, ddecay)
+    launches.run(_backward, tensors, arguments[NUM_TENSORS:])
     return dqkv, ddecay
 
 
@@ -281,5 +273,6 @@ def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     out, inv_denom = like_outputs(*arguments)
     if not arguments[-2]:  # normalise
         inv_denom.fill_(1.0)
-    run(_forward, arguments, out, inv_denom)
+    tensors = (*arguments[:NUM_TENSORS], out, inv_denom)
+    launches.run(_forward, tensors, arguments[NUM_TENSORS:])
     return out, inv_denom

@@ -26,6 +26,11 @@ LEAST = tl.constexpr(-32.0)
 
 
 @triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
 def _chunk(
     X, DECAY, B, first, n, heads, WIDTH: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -49,7 +54,7 @@ def _between(later, earlier, causal):
 def _added(state, total, b, sums, x):
     """The state after a chunk."""
     left = (b * tl.exp2(total - sums)[:, None]).to(x.dtype)
-    return common.add_dot(tl.trans(left), x, state * tl.exp2(total))
+    return state * tl.exp2(total) + _dot(tl.trans(left), x)
 
 
 @triton.jit
@@ -67,10 +72,10 @@ def forward_kernel(
     for first in range(0, n, CHUNK):
         steps, valid, x, b, sums, total = _chunk(X, DECAY, B, first, n, heads, WIDTH, STATES, CHUNK)
         c = common.load_tile(C, steps, valid, STATES, STATES)
-        weights = common.dot(c, tl.trans(b))  # [CHUNK, CHUNK]
+        weights = _dot(c, tl.trans(b))  # [CHUNK, CHUNK]
         weights *= _between(sums[:, None], sums[None, :], order[:, None] >= order[None, :])
-        y = common.dot(c, state.to(x.dtype)) * tl.exp2(sums)[:, None]  # [CHUNK, WIDTH]
-        y = common.add_dot(weights.to(x.dtype), x, y)
+        y = _dot(c, state.to(x.dtype)) * tl.exp2(sums)[:, None]  # [CHUNK, WIDTH]
+        y += _dot(weights.to(x.dtype), x)
         common.store_tile(Y, steps, valid, heads * WIDTH, y, WIDTH)
         state = _added(state, total, b, sums, x)
 
@@ -112,21 +117,21 @@ def backward_kernel(
         left = tl.exp2(total - sums)[:, None]
         # Rows are queries, columns keys.
         decay = _between(sums[:, None], sums[None, :], order[:, None] >= order[None, :])
-        pairs = common.dot(dy, tl.trans(x)) * decay  # [CHUNK, CHUNK]
-        dc = common.dot(dy, tl.trans(before)) * reached  # [CHUNK, STATES]
+        pairs = _dot(dy, tl.trans(x)) * decay  # [CHUNK, CHUNK]
+        dc = _dot(dy, tl.trans(before)) * reached  # [CHUNK, STATES]
         ends = tl.sum(c * dc, 1)
-        dc = common.add_dot(pairs.to(dtype), b, dc)
+        dc += _dot(pairs.to(dtype), b)
         common.store_tile(DC, steps, valid, STATES, dc, STATES)
         # Rows are keys, columns queries: a transposed product as an operand is miscompiled.
         decay = _between(sums[None, :], sums[:, None], order[:, None] <= order[None, :])
-        weights = common.dot(b, tl.trans(c)) * decay  # [CHUNK, CHUNK]
-        dx = common.dot(b, after) * left  # [CHUNK, WIDTH]
-        dx = common.add_dot(weights.to(dtype), dy, dx)
+        weights = _dot(b, tl.trans(c)) * decay  # [CHUNK, CHUNK]
+        dx = _dot(b, after) * left  # [CHUNK, WIDTH]
+        dx += _dot(weights.to(dtype), dy)
         common.store_tile(DX, steps, valid, heads * WIDTH, dx, WIDTH)
-        pairs = common.dot(x, tl.trans(dy))  # [CHUNK, CHUNK]
-        db = common.dot(x, tl.trans(after)) * left  # [CHUNK, STATES]
+        pairs = _dot(x, tl.trans(dy))  # [CHUNK, CHUNK]
+        db = _dot(x, tl.trans(after)) * left  # [CHUNK, STATES]
         begins = tl.sum(b * db, 1)
-        db = common.add_dot((pairs * decay).to(dtype), c, db)
+        db += _dot((pairs * decay).to(dtype), c)
         common.store_tile(DB, steps, valid, STATES, db, STATES)
         # A token's log decay meets every pair that has it after the key and up to the query.
         pairs *= weights
@@ -135,7 +140,7 @@ def backward_kernel(
         meets += tl.exp2(total) * tl.sum(tl.sum(before.to(tl.float32) * dstate, 1), 0)
         tl.store(DDECAY + steps * heads, meets, mask=valid)
         read = tl.trans((c * reached).to(dtype))
-        dstate = common.add_dot(read, dy, dstate * tl.exp2(total))  # [STATES, WIDTH]
+        dstate = dstate * tl.exp2(total) + _dot(read, dy)  # [STATES, WIDTH]
 
 
 @operator("semiseparable_backward", lambda _, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
