@@ -84,12 +84,10 @@ def mix_fwd_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
     dtype = QKV.dtype.element_ty
-    Q = QKV + b * n * stride_n + h * D
+    Q, OUT, INV_DENOM = QKV + row, OUT + own, INV_DENOM + bh * n
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
-    OUT += (b * n * heads + h) * D
-    INV_DENOM += bh * n
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
     keys, values = _resident_keys(
         Q, CURVE, VALID, None, b * n, start, size, heads, stride_n, D, CHUNK, BLOCK, FEATURES
@@ -159,12 +157,10 @@ def mix_bwd_dq_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
     dtype = QKV.dtype.element_ty
-    Q = QKV + b * n * stride_n + h * D
-    DQ = DQKV + b * n * stride_n + h * D
+    Q, DQ = QKV + row, DQKV + row
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
-    own = (b * n * heads + h) * D
     OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
     DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
@@ -275,15 +271,13 @@ def mix_bwd_dkv_kernel(
     A chunk has `tiles` of keys; as a constant, that number made threads spill 272 bytes, not 80.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    part, bh, b, h = common.part_of_sequence(num_chunks * tiles, heads)
+    part, bh, b, h, row, rows = common.place(num_chunks * tiles, n, heads, stride_n, D)
     chunk = part // tiles
     low, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n)
     first = low + part % tiles * BLOCK
-    K = QKV + b * n * stride_n + (heads + h) * D
-    DK = DQKV + b * n * stride_n + (heads + h) * D
+    K, DK = QKV + row + heads * D, DQKV + row + heads * D
     V, DV = K + heads * D, DK + heads * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE - low
-    rows = (b * n * heads + h) * D
     DO, PHI_Q, PHI_K, DELTA = DO + rows, PHI_Q + rows, PHI_K + rows, DELTA + bh * n
     own = first + tl.arange(0, BLOCK)
     valid = own < end

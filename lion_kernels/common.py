@@ -21,6 +21,13 @@ def part_of_sequence(num_parts, heads):
 
 
 @triton.jit
+def place(num_parts, n, heads, stride_n, D: tl.constexpr):
+    """The same; also where the head's columns begin in the image's rows of QKV and of OUT."""
+    part, bh, b, h = part_of_sequence(num_parts, heads)
+    return part, bh, b, h, b * n * stride_n + h * D, (b * n * heads + h) * D
+
+
+@triton.jit
 def add_dot(a, b, acc):
     """`acc + a b`; in float32 three tf32 products, but wide tiles have no room for them."""
     WIDE: tl.constexpr = a.shape[1] > 64 or b.shape[1] > 64

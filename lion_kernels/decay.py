@@ -48,7 +48,7 @@ def decay_cumsum(
     log_decay = tl.zeros_like(steps).to(tl.float32)
     if DECAYS != "none":
         if DECAYS == "logs":
-            natural = tl.load(DECAY + tokens * stride, mask=valid, other=0.0)
+            natural = tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
         else:
             natural = _log_decay(_logits(DECAY, tokens, valid, stride, DECAYS))
         natural = tl.where(counts & (tokens >= prefix), natural * common.LOG2_E, 0.0)

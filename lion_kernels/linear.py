@@ -46,8 +46,8 @@ def key_state_kernel(
 ):  # fmt: skip
     """S and z of each chunk, `[B, H, chunks, D, D]` and `[B, H, chunks, D]`, float32."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
-    K = QKV + b * n * stride_n + (heads + h) * D
+    chunk, bh, b, h, row, _ = common.place(num_chunks, n, heads, stride_n, D)
+    K = QKV + row + heads * D
     state, vector = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)
@@ -70,9 +70,9 @@ def mix_fwd_kernel(
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]`; OUT_SCALE, if not normalised, makes means sums."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    Q = QKV + row
     dtype = QKV.dtype.element_ty
-    Q = QKV + b * n * stride_n + h * D
     state, vector = _mean_state(STATES, VECTORS, bh * num_chunks, num_chunks, D)
     state = state.to(dtype)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
@@ -87,7 +87,7 @@ def mix_fwd_kernel(
             tl.store(INV_DENOM + bh * n + tokens, inv_denom, mask=valid)
         else:
             out *= out_scale
-        common.store_tile(OUT + (b * n * heads + h) * D, tokens, valid, heads * D, out, D)
+        common.store_tile(OUT + own, tokens, valid, heads * D, out, D)
 
 
 @triton.jit
@@ -99,11 +99,9 @@ def mix_bwd_dq_kernel(
 ):  # fmt: skip
     """dq into DQKV, and T and u of each chunk. For the rounding residual, see `chunks.py`."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
     dtype = QKV.dtype.element_ty
-    Q = QKV + b * n * stride_n + h * D
-    DQ = DQKV + b * n * stride_n + h * D
-    own = (b * n * heads + h) * D
+    Q, DQ = QKV + row, DQKV + row
     state, vector = _mean_state(STATES, VECTORS, bh * num_chunks, num_chunks, D)
     query_state, query_vector = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
@@ -136,9 +134,8 @@ def mix_bwd_dkv_kernel(
 ):  # fmt: skip
     """dk and dv into DQKV."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
-    K = QKV + b * n * stride_n + (heads + h) * D
-    DK = DQKV + b * n * stride_n + (heads + h) * D
+    chunk, bh, b, h, row, _ = common.place(num_chunks, n, heads, stride_n, D)
+    K, DK = QKV + row + heads * D, DQKV + row + heads * D
     state, vector = _mean_state(QUERY_STATES, QUERY_VECTORS, bh * num_chunks, num_chunks, D)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         tokens = first + tl.arange(0, BLOCK)

@@ -58,10 +58,10 @@ class Call(launches.Launches):
         }  # fmt: skip
         self.values.update(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False))
 
-    def like_out(self, *leading: int) -> Tensor:
+    def like_out(self) -> Tensor:
         """`[B, N, H * D]` in the dtype of `qkv`."""
         b, n, _ = self.qkv.shape
-        return self.empty(*leading, b, n, self.heads * self.dim, dtype=self.qkv.dtype)
+        return self.empty(b, n, self.heads * self.dim, dtype=self.qkv.dtype)
 
     def like_rows(self) -> Tensor:
         """A number for each query: float32 `[B, H, N]`."""
@@ -180,9 +180,9 @@ def _pairs_forward(call: Call) -> None:
 
 def _pairs_backward(call: Call) -> None:
     call.sum_decays()
-    phi = call.like_out(2)
     dlog_mask = call.empty(call.num_curves, call.sequences, 6, call.plan.size)
-    call.values.update(PHI=phi, PHI_K=phi[1], DELTA=call.like_rows(), DLOG_MASK=dlog_mask)
+    phi_q, phi_k, delta = call.like_out(), call.like_out(), call.like_rows()
+    call.values.update(PHI_Q=phi_q, PHI_K=phi_k, DELTA=delta, DLOG_MASK=dlog_mask)
     call.launch(pairs.key_feature_kernel, call.tiles, {})
     call.launch(pairs.mix_bwd_dq_kernel, call.tiles, call.plan.dq)
     call.launch(pairs.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)

@@ -1,10 +1,10 @@
 """LION along several curves: all pairs of tokens under the mean of the curves' masks.
 
 Tokens stay in their order, SUMS are by token, and curves share the products of pairs, which pays up
-to some hundred tokens. Features come from PHI, `[2, B, N, H, D]`: q' (in the backward pass) and
-phi(k). Where decays are alike in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]` has
-the sum of a head's masks, symmetric, once for all images, and a logit's gradient comes from sums of
-g_ij t_ij, where t_ij is the exponent of a pair's mask (names as in `chunks.py`).
+to some hundred tokens. Features come from PHI_K and, in the backward pass, as q' from PHI_Q, both
+`[B, N, H, D]`. Where decays are alike in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]`
+has the sum of a head's masks, symmetric, once for all images, and a logit's gradient comes from
+sums of g_ij t_ij, where t_ij is the exponent of a pair's mask (names as in `chunks.py`).
 """
 
 import triton
@@ -20,13 +20,13 @@ def key_feature_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """phi of the keys, zero where none count: `[B, N, H, D]`."""
-    part, bh, b, h = common.part_of_sequence(tl.cdiv(n, BLOCK), heads)
+    part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), n, heads, stride_n, D)
     tokens = part * BLOCK + tl.arange(0, BLOCK)
     valid = tokens < n
     counts = common.key_mask(VALID, b * n, tokens, valid)
-    k = common.load_tile(QKV + b * n * stride_n + (heads + h) * D, tokens, valid, stride_n, D)
+    k = common.load_tile(QKV + row + heads * D, tokens, valid, stride_n, D)
     phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0)
-    common.store_tile(PHI_K + (b * n * heads + h) * D, tokens, valid, heads * D, phi, D)
+    common.store_tile(PHI_K + own, tokens, valid, heads * D, phi, D)
 
 
 @triton.jit
@@ -54,11 +54,9 @@ def mix_fwd_kernel(
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`."""
-    part, bh, b, h = common.part_of_sequence(tl.cdiv(n, BLOCK), heads)
-    Q = QKV + b * n * stride_n + h * D
-    V = Q + 2 * heads * D
-    PHI_K += (b * n * heads + h) * D
-    OUT += (b * n * heads + h) * D
+    part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), n, heads, stride_n, D)
+    Q, V = QKV + row, QKV + row + 2 * heads * D
+    PHI_K, OUT = PHI_K + own, OUT + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
@@ -88,40 +86,37 @@ def mix_fwd_kernel(
 
 @triton.jit
 def mix_bwd_dq_kernel(
-    QKV, PHI, SUMS, TABLE, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """dq into DQKV, q' into PHI, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
+    """dq into DQKV, q' into PHI_Q, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
     earlier keys and with others, or, where there is a TABLE, of g_ij t_ij.
 
     PLACES `[C, N]` has each token's step on the curves. For the rounding residual, see `chunks.py`.
     """
     SIDES: tl.constexpr = 2 if TABLE is None else 1
     num_parts = tl.cdiv(n, BLOCK)
-    part, bh, b, h = common.part_of_sequence(num_parts, heads)
+    part, bh, b, h, row, own = common.place(num_parts, n, heads, stride_n, D)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
     dtype = QKV.dtype.element_ty
-    Q = QKV + b * n * stride_n + h * D
-    V = Q + 2 * heads * D
-    PHI += (b * n * heads + h) * D
-    PHI_K = PHI + images * n * heads * D
+    Q, V = QKV + row, QKV + row + 2 * heads * D
+    OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
     ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
-    do = common.load_tile(DO + (b * n * heads + h) * D, rows, valid, heads * D, D)
-    OUT += (b * n * heads + h) * D
+    do = common.load_tile(DO, rows, valid, heads * D, D)
     delta = common.load_delta(do, OUT, rows, valid, heads * D, NORMALISE)
     tl.store(DELTA + bh * n + rows, delta, mask=valid)
     inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
     factor = inv_denom * (D**-0.5 / NUM_CURVES)
     q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)
     q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
-    common.store_tile(PHI, rows, valid, heads * D, q, D)
+    common.store_tile(PHI_Q, rows, valid, heads * D, q, D)
     dq = tl.zeros((BLOCK, D), tl.float32)
     sums = (tl.zeros((BLOCK,), tl.float32),) * (SIDES * NUM_CURVES)
     for start in range(0, n, BLOCK_N):
@@ -157,12 +152,12 @@ def mix_bwd_dq_kernel(
         residual = tl.sum(q.to(tl.float32) * dq, 1) - eps * delta * inv_denom
         dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
     dq = common.back_to_rows(Q, rows, valid, stride_n, dq * factor[:, None], D, FEATURES)
-    common.store_tile(DQKV + b * n * stride_n + h * D, rows, valid, stride_n, dq, D)
+    common.store_tile(DQKV + row, rows, valid, stride_n, dq, D)
 
 
 @triton.jit
 def mix_bwd_dkv_kernel(
-    QKV, PHI, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
@@ -171,20 +166,16 @@ def mix_bwd_dkv_kernel(
     later queries, and with others. Products are keys by queries.
     """
     num_parts = tl.cdiv(n, BLOCK)
-    part, bh, b, h = common.part_of_sequence(num_parts, heads)
+    part, bh, b, h, row, own = common.place(num_parts, n, heads, stride_n, D)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
-    K = QKV + b * n * stride_n + (heads + h) * D
-    DK = DQKV + b * n * stride_n + (heads + h) * D
-    PHI += (b * n * heads + h) * D
-    DO += (b * n * heads + h) * D
-    DELTA += bh * n
+    K, DK = QKV + row + heads * D, DQKV + row + heads * D
+    DO, PHI_Q, PHI_K, DELTA = DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
     ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
-    PHI_K = PHI + images * n * heads * D
     k = common.load_tile(PHI_K, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
     v = common.load_tile(K + heads * D, rows, valid, stride_n, D)
     dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
@@ -192,7 +183,7 @@ def mix_bwd_dkv_kernel(
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         there = columns < n
-        q = common.load_tile(PHI, columns, there, heads * D, D)  # q', [BLOCK_N, D]
+        q = common.load_tile(PHI_Q, columns, there, heads * D, D)  # q', [BLOCK_N, D]
         do = common.load_tile(DO, columns, there, heads * D, D)
         delta = tl.load(DELTA + columns, mask=there, other=0.0)
         w = common.dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]

@@ -17,12 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lion_kernels import common
+from lion_kernels.decay import decay_cumsum
 from lion_kernels.registry import operator
 
 CHUNK = 64
-
-# A decay of 2^-32 is none, and larger sums would round those of the other tokens of a chunk.
-LEAST = tl.constexpr(-32.0)
 
 
 @triton.jit
@@ -39,9 +37,8 @@ def _chunk(
     valid = steps < n
     x = common.load_tile(X, steps, valid, heads * WIDTH, WIDTH)
     b = common.load_tile(B, steps, valid, STATES, STATES)
-    log = tl.load(DECAY + steps * heads, mask=valid, other=0.0).to(tl.float32)
-    log = tl.maximum(log * common.LOG2_E, LEAST)
-    return steps, valid, x, b, tl.cumsum(log, 0), tl.sum(log, 0)
+    _, sums = decay_cumsum(DECAY, None, 0, steps, steps, valid, valid, 0, heads, "logs")
+    return steps, valid, x, b, sums, tl.min(sums, 0)
 
 
 @triton.jit

@@ -29,11 +29,10 @@ def chunk_state_kernel(
     for later (2) and earlier (3) ones.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    Q = QKV + row
     dtype = QKV.dtype.element_ty
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * CHUNK
-    Q = QKV + b * n * stride_n + h * D
-    own = (b * n * heads + h) * D
     later, earlier = tl.zeros((D, D), tl.float32), tl.zeros((D, D), tl.float32)
     later_vector, earlier_vector = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
     total = tl.load(SUMS + 2 * CHUNK - 1)
