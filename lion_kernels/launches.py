@@ -17,12 +17,13 @@ from torch import Tensor
 from lion_kernels import tuning
 
 MOST_RECORDINGS = 1024
+_recorded: dict[Any, Callable[[Sequence[Tensor]], None] | None] = {}
 
 
 class Launches:
     """Launches kernels, and keeps what is needed to repeat them with other tensors."""
 
-    def __init__(self, tensors: Sequence[Tensor | None]):
+    def __init__(self, tensors: Sequence[Tensor | None], options: tuple[Any, ...]):
         self.given = [t for t in tensors if t is not None]
         self.scratch: list[Tensor] = []
         self.steps: list[tuple[Any, tuple[int, ...], list[Any]]] = []
@@ -65,6 +66,25 @@ class Launches:
             steps.append((compiled[grid], values, slots))
         return partial(_repeat, steps, places[-1])
 
+    @classmethod
+    def run(
+        cls, schedule: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
+    ) -> None:
+        """Launches what `schedule(cls(tensors, options))` does; `tensors` are made contiguous."""
+        tensors = [t if t is None else t.contiguous() for t in tensors]
+        given = [t for t in tensors if t is not None]
+        aligned = not any(t.data_ptr() % 16 for t in given)
+        layout = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
+        # `make_plan` is replaced to tune it.
+        key = (schedule, tuning.make_plan, given[0].device, aligned, layout, options)
+        if repeat := _recorded.get(key):
+            return repeat(given)
+        call = cls(tensors, options)
+        schedule(call)
+        if len(_recorded) >= MOST_RECORDINGS:
+            _recorded.clear()
+        _recorded[key] = call.repeatable() if aligned else None
+
 
 def _repeat(steps: list[tuple[Any, list[Any], list]], scratch: int, tensors: list[Tensor]) -> None:
     """The tensor after those of the call is memory for all that they had for the time of it."""
@@ -75,24 +95,3 @@ def _repeat(steps: list[tuple[Any, list[Any], list]], scratch: int, tensors: lis
         for argument, i, offset in slots:
             values[argument] = addresses[i] + offset
         run(*values)
-
-
-_recorded: dict[Any, Callable[[Sequence[Tensor]], None] | None] = {}
-
-
-def run(
-    schedule: Callable[..., Launches], tensors: Sequence[Tensor | None], options: tuple[Any, ...]
-) -> None:
-    """Launches what `schedule(tensors, options)` launches; `tensors` are made contiguous."""
-    tensors = [t if t is None else t.contiguous() for t in tensors]
-    given = [t for t in tensors if t is not None]
-    aligned = not any(t.data_ptr() % 16 for t in given)
-    layout = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
-    # `make_plan` is replaced to tune it.
-    key = (schedule, tuning.make_plan, given[0].device, aligned, layout, options)
-    if repeat := _recorded.get(key):
-        return repeat(given)
-    launches = schedule(tensors, options)
-    if len(_recorded) >= MOST_RECORDINGS:
-        _recorded.clear()
-    _recorded[key] = launches.repeatable() if aligned else None

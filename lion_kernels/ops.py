@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from lion_kernels import chunks, decay, launches, linear, pairs, states, tuning
+from lion_kernels import chunks, decay, linear, pairs, states, tuning
+from lion_kernels.launches import Launches
 from lion_kernels.registry import operator
 
 # Of every operator of the mixer, as in `lion_kernels.mix`: tensors, then options.
@@ -20,11 +21,11 @@ ARGUMENTS = (
 NUM_TENSORS = 5
 
 
-class Call(launches.Launches):
+class Call(Launches):
     """One call of an operator: how it is cut, and what its launches have in common."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]):
-        super().__init__(tensors)
+    def __init__(self, tensors: Sequence[Tensor | None], options: tuple[Any, ...]):
+        super().__init__(tensors, options)
         self.qkv, self.decay, self.curves, valid, documents, *results = tensors
         heads, dim, num_curves, prefix, lit, features, normalise, eps = options
         self.heads, self.dim, self.num_curves = heads, dim, num_curves
@@ -224,16 +225,12 @@ FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": _linear
 BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _linear_backward}
 
 
-def _forward(*arguments: Any) -> Call:
-    call = Call(*arguments)
+def _forward(call: Call) -> None:
     FORWARD[call.plan.forward](call)
-    return call
 
 
-def _backward(*arguments: Any) -> Call:
-    call = Call(*arguments)
+def _backward(call: Call) -> None:
     BACKWARD[call.plan.backward](call)
-    return call
 
 
 def like_outputs(projected: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -261,7 +258,7 @@ def mix_backward(
     if written < dqkv.shape[2]:
         dqkv.narrow(2, written, dqkv.shape[2] - written).zero_()
     tensors = (*arguments[:NUM_TENSORS], out, inv_denom, grad, dqkv, ddecay)
-    launches.run(_backward, tensors, arguments[NUM_TENSORS:])
+    Call.run(_backward, tensors, arguments[NUM_TENSORS:])
     return dqkv, ddecay
 
 
@@ -274,5 +271,5 @@ def mix_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     if not arguments[-2]:  # normalise
         inv_denom.fill_(1.0)
     tensors = (*arguments[:NUM_TENSORS], out, inv_denom)
-    launches.run(_forward, tensors, arguments[NUM_TENSORS:])
+    Call.run(_forward, tensors, arguments[NUM_TENSORS:])
     return out, inv_denom

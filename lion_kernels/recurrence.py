@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels import common, launches
+from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
 from lion_kernels.ops import ARGUMENTS, NUM_TENSORS, Call, like_outputs, mix_operator
 from lion_kernels.registry import operator
@@ -99,8 +99,7 @@ def launch_options(dim: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK": block, "COLUMNS": columns, "num_warps": warps, "num_stages": 1}
 
 
-def _walk(*arguments: Any) -> Call:
-    call = Call(*arguments)
+def _walk(call: Call) -> None:
     options = launch_options(call.dim, call.qkv.element_size())
     parts, rows = call.dim // options["COLUMNS"], call.values["n"] * call.values["NORMALISE"]
     call.launch(
@@ -108,7 +107,6 @@ def _walk(*arguments: Any) -> Call:
         DENOM=call.empty(call.sequences, parts, rows),
         eps=call.values["eps"] / (2 * call.num_curves), scale=call.dim**-0.5 / call.num_curves,
     )  # fmt: skip
-    return call
 
 
 @operator("recurrence", lambda *a: like_outputs(*a)[0], f"({ARGUMENTS}) -> Tensor")
@@ -117,5 +115,5 @@ def recurrence_operator(*arguments: Any) -> Tensor:
     if arguments[4] is None and arguments[9]:  # no decay: one state as it is
         return mix_operator(*arguments)[0]
     out = like_outputs(*arguments)[0]
-    launches.run(_walk, (*arguments[:NUM_TENSORS], out), arguments[NUM_TENSORS:])
+    Call.run(_walk, (*arguments[:NUM_TENSORS], out), arguments[NUM_TENSORS:])
     return out

@@ -52,21 +52,18 @@ def make_plan(n: int, dim: int, itemsize: int, num_curves: int, no_decay: bool) 
         fwd, dkv = {**tiles, **four}, {**tiles, **three}
         return Plan("linear", "linear", 512, block, fwd=fwd, dq=tiles, dkv=dkv, state=fwd)
     tiles = {**warps, "BLOCK_N": 32}
-    longest = block if not half else LONGEST_CHUNK if dim <= 64 else CHUNK
+    resident, streamed = {**warps, **three}, {**tiles, **three}
+    one_chunk = n <= (block if not half else LONGEST_CHUNK if dim <= 64 else CHUNK)
     if num_curves > 1 and n <= (LONGEST_PAIRS if half else block):
-        both = {**tiles, **three}
+        forward, fwd = ("chunks", resident) if one_chunk else ("pairs", {**tiles, **four})
+        return Plan(forward, "pairs", _whole_tiles(n, block), block, fwd, streamed, streamed)
+    if one_chunk:
         chunk = _whole_tiles(n, block)
-        if n <= longest:
-            return Plan("chunks", "pairs", chunk, block, {**warps, **three}, both, both)
-        return Plan("pairs", "pairs", chunk, block, {**tiles, **four}, both, both)
-    if n <= longest:
-        one = {**warps, **three}
-        chunk = _whole_tiles(n, block)
-        return Plan("chunks", "chunks", chunk, block, fwd=one, dq=one, dkv={**tiles, **three})
+        return Plan("chunks", "chunks", chunk, block, fwd=resident, dq=resident, dkv=streamed)
     chunk = CHUNK if half else block
     return Plan(
-        "chunks", "chunks", chunk, block, fwd={**warps, **three}, dq=warps,
-        dkv={**warps, "BLOCK_N": block}, state={**warps, **three, "BLOCK": chunk},
+        "chunks", "chunks", chunk, block, fwd=resident, dq=warps,
+        dkv={**warps, "BLOCK_N": block}, state={**resident, "BLOCK": chunk},
     )  # fmt: skip
 
 
