@@ -16,17 +16,6 @@ from lion_kernels.decay import NUM_VECTORS
 
 
 @triton.jit
-def _tile(start, size, first, CURVE, ROWS: tl.constexpr):
-    """ROWS steps inside a chunk from `first` on, their tokens, and which of them are there.
-
-    The chunk has `size` tokens, from the step `start` of the curve on.
-    """
-    inside = first + tl.arange(0, ROWS)
-    valid = inside < size
-    return inside, common.token_at(CURVE, start + inside, valid), valid
-
-
-@triton.jit
 def _resident_keys(
     Q, CURVE, VALID, PHI_K, image, start, size, heads, stride_n,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
@@ -38,7 +27,7 @@ def _resident_keys(
     K, V = Q + heads * D, Q + 2 * heads * D
     keys, values = (), ()
     for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
-        _, tokens, valid = _tile(
+        _, tokens, valid = common.tile(
             start, size, t * BLOCK, CURVE, BLOCK if t < CHUNK // BLOCK else CHUNK % BLOCK
         )
         counts = common.key_mask(VALID, image, tokens, valid)
@@ -98,7 +87,7 @@ def mix_fwd_kernel(
         earlier, later = common.load_state(STATES, D), common.load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
-        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
+        inside, tokens, valid = common.tile(start, size, i * BLOCK, CURVE, BLOCK)
         xs = common.rows_of(SUMS, sums_c, inside, NUM_CURVES)
         ys = common.rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
@@ -173,7 +162,7 @@ def mix_bwd_dq_kernel(
         earlier, later = common.load_state(STATES, D), common.load_state(STATES + D * D, D)
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
-        inside, tokens, valid = _tile(start, size, i * BLOCK, CURVE, BLOCK)
+        inside, tokens, valid = common.tile(start, size, i * BLOCK, CURVE, BLOCK)
         x_i, y_i = tl.load(SUMS + inside), tl.load(SUMS + SIZE + inside)
         do = common.load_tile(DO, tokens, valid, heads * D, D)
         delta = common.load_delta(do, OUT, tokens, valid, heads * D, NORMALISE)
@@ -279,9 +268,7 @@ def mix_bwd_dkv_kernel(
     V, DV = K + heads * D, DK + heads * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE - low
     DO, PHI_Q, PHI_K, DELTA = DO + rows, PHI_Q + rows, PHI_K + rows, DELTA + bh * n
-    own = first + tl.arange(0, BLOCK)
-    valid = own < end
-    tokens = common.token_at(CURVE, own, valid)
+    own, tokens, valid = common.tile(0, end, first, CURVE, BLOCK)
     x_j, y_j = tl.load(SUMS + own), tl.load(SUMS + SIZE + own)
     k = common.load_tile(PHI_K, tokens, valid, heads * D, D)  # phi(k), [BLOCK, D]
     v = common.load_tile(V, tokens, valid, stride_n, D)

@@ -154,6 +154,17 @@ def token_at(CURVE, steps, valid, start=0):
 
 
 @triton.jit
+def tile(start, size, first, CURVE, ROWS: tl.constexpr):
+    """ROWS steps inside a chunk from `first` on, their tokens, and which of them are there.
+
+    The chunk has `size` tokens, from the step `start` of the curve on.
+    """
+    inside = first + tl.arange(0, ROWS)
+    valid = inside < size
+    return inside, token_at(CURVE, start + inside, valid), valid
+
+
+@triton.jit
 def key_mask(VALID, start, tokens, valid):
     """Which tokens of the image from `start` on count as keys: those there that no VALID denies."""
     if VALID is not None:

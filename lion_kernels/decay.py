@@ -123,10 +123,8 @@ def gate_bwd_kernel(
     """
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
-    inside = tl.arange(0, triton.next_power_of_2(SIZE))
-    steps = chunk * CHUNK + inside
-    valid = (inside < CHUNK) & (steps < n)
-    tokens = common.token_at(CURVE, steps, valid)
+    start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
+    inside, tokens, valid = common.tile(start, size, 0, CURVE, triton.next_power_of_2(SIZE))
     DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE + (tokens if BY_TOKEN else inside)
     dx = tl.load(DLOG_MASK, mask=valid, other=0.0)
     dx -= tl.load(DLOG_MASK + 2 * SIZE, mask=valid, other=0.0)

@@ -36,11 +36,9 @@ def chunk_state_kernel(
     later, earlier = tl.zeros((D, D), tl.float32), tl.zeros((D, D), tl.float32)
     later_vector, earlier_vector = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
     total = tl.load(SUMS + 2 * CHUNK - 1)
-    for first in range(0, tl.minimum(CHUNK, n - chunk * CHUNK), BLOCK):
-        inside = first + tl.arange(0, BLOCK)
-        steps = chunk * CHUNK + inside
-        valid = steps < n
-        tokens = common.token_at(CURVE, steps, valid)
+    start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
+    for first in range(0, size, BLOCK):
+        inside, tokens, valid = common.tile(start, size, first, CURVE, BLOCK)
         x, y = tl.load(SUMS + inside), tl.load(SUMS + CHUNK + inside)
         if OF_QUERIES:
             a = common.load_tile(Q, tokens, valid, stride_n, D)
