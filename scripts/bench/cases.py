@@ -62,6 +62,7 @@ class Case:
     compiled: str = ""  # blocks, or the whole model
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
+    drop_path: float = 0.0  # rate of stochastic depth
     seconds: float = math.nan  # the median of the runs
     runs: int = 0  # each of several iterations, if they are short
     iterations: int = 1

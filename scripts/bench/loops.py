@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from arguments import get_args_parser
 from scripts.bench.cases import LIONS, MAIN, MODELS, TEXT, TRAINING, Case
 from scripts.bench.entry import ROOT, TRACED
 from scripts.bench.measure import OUT_OF_MEMORY, OUT_OF_TIME, in_new_process, measure
 from scripts.bench.report import number, rows
 
+DROP_PATH = get_args_parser().get_default("drop_path")
 LOADER = "loader alone"  # the entry point with a model of next to no time
 # What the progress lines say of the time in which a step waits for its batch, in percent.
 DATA_WAIT = re.compile(r"\bdata: ([\d.]+) ?%")
@@ -66,7 +68,8 @@ def with_companions(cases: Sequence[Case]) -> list[Case]:
     found, known = [], set()
     for case in cases:
         step = TRAINING if case.step == MAIN else TEXT
-        companions = [replace(case, step=step, processes=1)]
+        rate = DROP_PATH if case.step == MAIN else 0.0
+        companions = [replace(case, step=step, processes=1, drop_path=rate)]
         if case.processes not in known and not case.compiled:
             companions.insert(0, replace(case, model=LOADER, form=""))
         known.add(case.processes)
