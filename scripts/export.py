@@ -157,7 +157,7 @@ def load(options: argparse.Namespace) -> Pretrained:
     """Raises UserError for a checkpoint that cannot be read, or --format of other models."""
     trained = trained_model.load(options)
     if options.to in ("onnx", "torch") and not options.fixed_size and takes_any_size(trained.model):
-        trained = trained_model.load(options, dynamic_img_size=True)
+        trained = trained_model.load(options, trained.saved, dynamic_img_size=True)
     if options.format or options.chunk_size:
         if not hasattr(trained.model, "set_format"):
             raise UserError("--format and --chunk-size are of LION models: leave them out.")

@@ -92,6 +92,14 @@ def test_every_mask_and_open_order(mask, order, call, tmp_path):
     assert ended.code == 0 and "1x3x32x32" in ended.out, ended.err
 
 
+def test_a_checkpoint_is_read_once(trained, monkeypatch):
+    read, load = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda source: read.append(source) or load(source))
+    words = ("--checkpoint", trained, "--to", "torch", "--output", "m.pt2")
+    assert export.parse(list(map(str, words))).trained.model.dynamic_img_size
+    assert read == [str(trained)]
+
+
 def test_a_fixed_size(call, tmp_path):
     ended = call("torch", tmp_path / "model.pt2", "--fixed-size")
     assert ended.code == 0 and ended.out.startswith("agrees with the model for 2x3x16x16, 1x3x16x1")
