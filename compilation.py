@@ -69,5 +69,5 @@ def compile_augmentation(
     transform: Callable[[Tensor], Tensor], backend: str = "inductor"
 ) -> Callable[[Tensor], Tensor]:
     """In few kernels, with the random numbers that `transform` draws by itself."""
-    options = {"fallback_random": True} if backend == "inductor" else None
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     return torch.compile(transform, backend=backend, options=options)
