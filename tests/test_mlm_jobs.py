@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, slow, wait_for
+from helpers import ROOT, is_running, slow, wait_for
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -234,13 +234,6 @@ def test_jobs_end_with_their_parent(number, tmp_path):
         wait_for(lambda: not is_running(child), 20)
     finally:
         parent.kill()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:
-        return False
 
 
 def test_constant_outputs_correlate_by_nothing():

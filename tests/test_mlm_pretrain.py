@@ -1,6 +1,7 @@
 """Pre-training: what it learns, that it resumes bit for bit, and what it refuses."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -49,14 +50,15 @@ def rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -
 
 
 def interrupted(monkeypatch, call: int, method: str = "_train_step") -> None:
-    """This process receives SIGTERM in the given call of a method, counted from 1."""
+    """SIGTERM comes in the given call of a method, counted from 1, to the loader's workers too."""
     original, calls = getattr(pretrain.Pretraining, method), 0
 
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for pid in (*(p.pid for p in multiprocessing.active_children()), os.getpid()):
+                os.kill(pid, signal.SIGTERM)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(pretrain.Pretraining, method, counted)
@@ -181,7 +183,9 @@ def test_a_kill_after_an_evaluation_logs_it_once(whole, corpus, ending, tmp_path
     assert [record["step"] for record in records(tmp_path)] == [4, 8]
     # As two processes would have saved it.
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
-    checkpoint.save({**saved, "meters": saved["meters"] * 2}, tmp_path / "checkpoint.pth")
+    ((total, count),) = saved["meters"]
+    meters = [(2 * total, count), (0.0, count)]
+    checkpoint.save({**saved, "meters": meters}, tmp_path / "checkpoint.pth")
     assert ending(short, corpus, tmp_path, resume="auto").code == 0
     assert_same_run(tmp_path, whole)
 
