@@ -25,6 +25,7 @@ from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM
 from mlm.settings import override, read_yaml, typed
 from mlm.shards import HEADER, Corpus, load_tokenizer
 from processes import World
+from resuming import Rule
 
 CONFIGS = ROOT / "mlm" / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -197,6 +198,13 @@ def test_every_setting_has_a_rule(whole, corpus, ending, tmp_path):
     assert ended.code == 0, ended.err
     said = re.findall(r"Going on from .* with another setting: (.*)", ended.out)
     assert said == ["eval_every: checkpoint 4, now 3", "micro_batch: checkpoint 4, now 2"]
+
+
+def test_the_docs_name_what_is_taken_up():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    (sentence,) = re.findall(r"`mlm.pretrain` takes up (.*?), leaves", text, re.DOTALL)
+    taken_up = {name for name, rule in pretrain.RULES.items() if rule is Rule.TAKEN_UP}
+    assert set(re.findall(r"`(\w+)`", sentence)) == taken_up
 
 
 def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeypatch):
