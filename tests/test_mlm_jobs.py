@@ -194,14 +194,14 @@ def test_what_is_not_finite_stops_and_saves_nothing(what, model, tmp_path, endin
 
         monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
     step = 0 if what == "loss" else 3
-    message = f"The loss of T, seed 1, is not finite .step {step}.; nothing of it is saved"
+    message = rf"T, seed 1: its loss is not finite \(step {step}\): nothing of it is saved"
     with pytest.raises(FloatingPointError, match=message):
-        glue.fine_tune(this, torch.device("cpu"))
+        glue._run(this)
     assert not this.folder.exists()
-    monkeypatch.setattr(glue, "run_jobs", lambda *_: glue.fine_tune(this, torch.device("cpu")))
+    monkeypatch.setattr(glue, "run_jobs", lambda *_: glue._run(this))
     if what == "loss":
         ended = ending(call, tmp_path, model)
-        assert ended.code == 1 and "Try a lower lr" in ended.err and "Traceback" not in ended.err
+        assert ended.code == 1 and "try a lower lr" in ended.err and "Traceback" not in ended.err
 
 
 PARENT = """
