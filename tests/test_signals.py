@@ -15,7 +15,7 @@ from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step
 
 import checkpoint
 import main
-from processes import STOP_SIGNALS
+from processes import STOP_SIGNALS, StopSignal
 from workers import ignore_signals
 
 SHORT = (*TINY, "--batch-size", "24", "--epochs", "2", "--model-ema-decay", "0.9")
@@ -55,6 +55,14 @@ def test_workers_ignore_what_stops_a_run(ending):  # which restores the handlers
     ignore_signals(0)
     assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOP_SIGNALS)
     assert set(STOP_SIGNALS) >= {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+
+
+def test_a_second_ctrl_c_ends_at_once(ending):  # which restores the handlers
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.slow
