@@ -361,6 +361,11 @@ def test_configs_build_what_they_name(path):
         ({"length": 10**6}, "split of .* has no window of 1000000 tokens"),
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"resume": "auto"}, "resume=auto needs the output"),
+        ({"resume": "last"}, "resume must be auto or nothing, not 'last'"),
+        ({"precision": "fp16"}, "precision must be bf16 or fp32, not 'fp16'"),
+        ({"model.mixer": "softmax", "length": 513}, "length 513 is more than the 512 positions"),
+        ({"lr.peak": 1}, "lr in 'lr.peak=1' is no section of settings"),
+        ({"lr": "["}, r"The value in 'lr=\[' is no YAML: "),
     ],
     ids=str,
 )
