@@ -369,6 +369,24 @@ def test_pretraining_with_other_settings_or_data(corpus, tmp_path):
         assert "error:" not in ranks.errors(1)
 
 
+def going_on(rank: int, folder: Path, corpus: Path) -> None:
+    os.chdir(folder.parent / f"of{rank}")
+    short(corpus, "run", dist_url=rendezvous(folder), steps=2, resume="auto")
+
+
+def test_pretraining_with_another_checkpoint(corpus, ending, tmp_path):
+    assert ending(short, corpus, tmp_path / "of0" / "run", steps=2).code == 0
+    other = shutil.copytree(tmp_path / "of0", tmp_path / "of1") / "run" / "checkpoint.pth"
+    saved = checkpoint.load(other)
+    next(iter(saved["model"].values()))[0] += 1
+    checkpoint.save({**saved, "step": 1}, other)
+    ranks = Ranks(tmp_path, corpus, function=going_on)
+    assert ranks.wait() == [2, 2], ranks.errors()
+    steps = rf"\(rank 0 on {HOST}: 2; rank 1 on {HOST}: 1\)"
+    message = rf"The processes differ in their step {steps}, their weights \(.*\): give them"
+    assert re.search(message, ranks.errors()), ranks.errors()
+
+
 # Sums over processes
 
 
