@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import checkpoint
 from mlm import prepare, pretrain
-from mlm.data import IGNORED, MaskedWindows
+from mlm.data import IGNORED, EvalSampler, MaskedWindows
 from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM
 from mlm.settings import override, read_yaml, typed
 from mlm.shards import HEADER, Corpus, load_tokenizer
@@ -257,6 +257,13 @@ def test_passes_and_ranks_share_one_loss(corpus, tmp_path):
     for other in ("passes", "ranks"):
         (record,) = records(tmp_path / other)
         assert record == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 10, 11])
+def test_evaluation_takes_every_window_once_over_ranks(length):
+    shares = [EvalSampler(length, num_replicas=3, rank=number) for number in range(3)]
+    assert sorted(key for share in shares for key in share) == [(i, i) for i in range(length)]
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
 
 
 def test_masks_are_keyed_by_their_draw_alone(corpus):
