@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step
+from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step, slow
 
 import checkpoint
 import main
@@ -29,7 +29,9 @@ def whole(data_path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, slow(signal.SIGUSR1), slow(signal.SIGUSR2)]
+)
 def test_a_run_saves_and_its_workers_survive(number, whole, run, data_path, tmp_path, monkeypatch):
     """Slurm and terminals signal the workers of the loader, too."""
     update, calls = main.MovingAverage.update, []
