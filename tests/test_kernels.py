@@ -119,7 +119,7 @@ def test_states_between_blocks(mask, order, gate, plan):
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("mask, order", ONE_CURVE_AND_TWO)
+@pytest.mark.parametrize("mask, order", [*ONE_CURVE_AND_TWO, ("Decay", "S")])
 def test_no_rounding_errors_are_learned_through_closed_gates(mask, order, plan):
     """Nor by heads that are open altogether, whose log decay is 0."""
     projected, decay, *others = make_inputs(mask, order, 40, batch=1)
