@@ -197,6 +197,7 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
 
 def test_a_process_does_not_wait_long_for_a_launcher_that_is_gone(monkeypatch):
     monkeypatch.setattr(processes, "LAUNCHED", 0.5)
+    monkeypatch.setattr(processes, "MEETING", 20)
     variables = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
     for name, value in variables.items():
