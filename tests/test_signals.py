@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step
+from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step, slow
 
 import checkpoint
 import main
-from processes import STOP_SIGNALS
+from processes import STOP_SIGNALS, StopSignal
 from workers import ignore_signals
 
 SHORT = (*TINY, "--batch-size", "24", "--epochs", "2", "--model-ema-decay", "0.9")
@@ -29,7 +29,9 @@ def whole(data_path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, slow(signal.SIGUSR1), slow(signal.SIGUSR2)]
+)
 def test_a_run_saves_and_its_workers_survive(number, whole, run, data_path, tmp_path, monkeypatch):
     """Slurm and terminals signal the workers of the loader, too."""
     update, calls = main.MovingAverage.update, []
@@ -55,6 +57,14 @@ def test_workers_ignore_what_stops_a_run(ending):  # which restores the handlers
     ignore_signals(0)
     assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOP_SIGNALS)
     assert set(STOP_SIGNALS) >= {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+
+
+def test_a_second_ctrl_c_ends_at_once(ending):  # which restores the handlers
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.slow
