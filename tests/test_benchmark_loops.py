@@ -95,6 +95,11 @@ def test_entry_points_have_their_companions_in_turn():
     ]  # fmt: skip
 
 
+def test_a_case_stays_itself_with_its_results():
+    case = make_case(loops.MAIN, "ViT", "default")
+    assert replace(case, seconds=float("nan"), busy=0.5) == case != replace(case, processes=2)
+
+
 def test_the_device_is_busy_while_anything_runs():
     trace = [{"cat": cat, "ts": ts, "dur": dur} for cat, ts, dur in (
         ("kernel", 0, 10), ("kernel", 5, 10), ("gpu_memcpy", 7, 2), ("cuda_runtime", 0, 90),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from torch.nn.attention import SDPBackend
 
@@ -46,6 +47,11 @@ PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERE
          TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
 
 
+def measured(default: Any) -> Any:
+    """A result, which makes no other case."""
+    return field(default=default, compare=False)
+
+
 @dataclass
 class Case:
     device: str  # cpu or cuda
@@ -63,14 +69,14 @@ class Case:
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
     drop_path: float = 0.0  # rate of stochastic depth
-    seconds: float = math.nan  # the median of the runs
-    runs: int = 0  # each of several iterations, if they are short
-    iterations: int = 1
-    bytes: int = 0  # at most held: weights, optimizer, input and what the step takes
-    parameters: int = 0
-    data_wait: float = math.nan  # share of an entry point's time in which it waits for data
-    busy: float = math.nan  # share in which the device computes
-    note: str = ""  # why there is no result
+    seconds: float = measured(math.nan)  # the median of the runs
+    runs: int = measured(0)  # each of several iterations, if they are short
+    iterations: int = measured(1)
+    bytes: int = measured(0)  # at most held: weights, optimizer, input, what the step takes
+    parameters: int = measured(0)
+    data_wait: float = measured(math.nan)  # share of an entry point's time, for data
+    busy: float = measured(math.nan)  # share in which the device computes
+    note: str = measured("")  # why there is no result
 
     @property
     def group(self) -> tuple:
