@@ -40,8 +40,8 @@ def saved_model(folder, name="lion_tiny_patch16_224", **options):
 
 @pytest.mark.parametrize(
     ("kind", "format"),
-    [("torch", "Attention"), long("torch", "Chunk"), long("torch", "RNN"),
-     ("onnx", "Attention"), long("onnx", "Chunk"), long("onnx", "RNN")],
+    [slow("torch", "Attention"), long("torch", "Chunk"), long("torch", "RNN"),
+     slow("onnx", "Attention"), long("onnx", "Chunk"), long("onnx", "RNN")],
 )  # fmt: skip
 def test_any_batch_and_size(kind, format, call, trained, tmp_path):
     path = tmp_path / f"model{export.SUFFIXES[kind]}"
