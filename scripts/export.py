@@ -108,8 +108,10 @@ def export(trained: Pretrained, kind: str, path: Path, *, any_size: bool) -> lis
             torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-3)
     except Exception as error:  # exporters raise whatever happens inside them
         path.unlink(missing_ok=True)
-        reason = first_line(error)
-        raise RuntimeError(f"This model cannot be exported to {kind}: {reason}") from error
+        advice = " (perhaps with --fixed-size)" if any_size else ""
+        raise RuntimeError(
+            f"This model cannot be exported to {kind}: {first_line(error)}{advice}"
+        ) from error
     return tried
 
 

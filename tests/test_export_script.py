@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from helpers import long, same, slow
+from helpers import long, older, same, slow
 
 import checkpoint
 import pretrained
@@ -44,6 +44,8 @@ def saved_model(folder, name="lion_tiny_patch16_224", **options):
      slow("onnx", "Attention"), long("onnx", "Chunk"), long("onnx", "RNN")],
 )  # fmt: skip
 def test_any_batch_and_size(kind, format, call, trained, tmp_path):
+    if kind == "torch" and older("timm", "1.0.31"):
+        pytest.skip("timm 1.0.31 exports positions of any size")
     path = tmp_path / f"model{export.SUFFIXES[kind]}"
     ended = call(kind, path, "--format", format, "--chunk-size", "5")
     assert ended.code == 0, ended.err
