@@ -38,6 +38,7 @@ ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
              DEFAULT: "SDPA", EXPLICIT: "explicit softmax"}  # fmt: skip
 SCALES = tuple(SIZES)
 PATCH = 16
+DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside them
 
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
@@ -235,7 +236,8 @@ def make_cases(
     for scale, how, count, (size, batch), step in groups:
         pixels, tokens = (0, size) if part == "mixer" else (size, tokens_of(size))
         group = replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
-                        batch=batch or defaults.batch(size, scale), processes=count)  # fmt: skip
+                        batch=batch or defaults.batch(size, scale), processes=count,
+                        drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
         cases += [replace(group, model=model, form=form)
                   for model in models for form in forms_of(model, backends, formats)]  # fmt: skip
     return cases

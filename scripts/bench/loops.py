@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from arguments import get_args_parser
 from scripts.bench.cases import LIONS, MAIN, MODELS, TEXT, TRAINING, Case
 from scripts.bench.entry import ROOT, TRACED
 from scripts.bench.measure import OUT_OF_MEMORY, OUT_OF_TIME, in_new_process, measure
 from scripts.bench.report import number, rows
 
-DROP_PATH = get_args_parser().get_default("drop_path")
 LOADER = "loader alone"  # the entry point with a model of next to no time
 # What the progress lines say of the time in which a step waits for its batch, in percent.
 DATA_WAIT = re.compile(r"\bdata: ([\d.]+) ?%")
@@ -68,8 +66,7 @@ def with_companions(cases: Sequence[Case]) -> list[Case]:
     found, known = [], set()
     for case in cases:
         step = TRAINING if case.step == MAIN else TEXT
-        rate = DROP_PATH if case.step == MAIN else 0.0
-        companions = [replace(case, step=step, processes=1, drop_path=rate)]
+        companions = [replace(case, step=step, processes=1)]
         if case.processes not in known and not case.compiled:
             companions.insert(0, replace(case, model=LOADER, form=""))
         known.add(case.processes)
@@ -114,8 +111,9 @@ def main_arguments(case: Case, setting: Setting) -> list[str]:
         options = {**options, "format": case.form, "chunk_size": case.chunk_size}
     model = f"{name}_{case.scale}_patch16_224" if name else "mean_colour"
     words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
-             "batch-size": case.batch, "epochs": 1, "warmup-epochs": 0, "device": case.device,
-             "num_workers": setting.workers, **options}  # fmt: skip
+             "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
+             "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
+             **options}  # fmt: skip
     arguments = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     arguments += ["--torchcompile"] if case.compiled else []
     return [*arguments, "--no-amp"] if case.precision == "float32" else arguments
