@@ -57,10 +57,10 @@ def _make_alike(blocks: Sequence[nn.Module]) -> None:
     modules = [dict(block.named_modules()) for block in blocks]
     places = {name for found in modules for name, part in found.items() if type(part) is DropPath}
     for block, found in zip(blocks, modules, strict=True):
+        device = next(block.parameters()).device
         for name in places:
             part = found.get(name)
             if isinstance(part, DropPath | nn.Identity):  # timm's blocks have that for a rate of 0
-                device = next(block.parameters()).device
                 depth = StochasticDepth(getattr(part, "drop_prob", 0.0), device)
                 block.set_submodule(name, depth.train(part.training))
 
