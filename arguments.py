@@ -212,12 +212,13 @@ def _add_transfer(add: Add, _: Add) -> None:
         help="learn the teacher's probabilities (soft) or its decisions (hard)")  # fmt: skip
     add("--teacher-model", default="regnety_160", metavar="NAME", help="the teacher, a timm model")
     add("--teacher-path", default="", metavar="PATH",
-        help="the teacher's checkpoint (file or URL), or timm: for timm's weights")  # fmt: skip
+        help="its checkpoint (file, URL or hf-hub:NAME), or timm: for timm's weights")  # fmt: skip
     add("--distillation-alpha", default=0.5, type=float, within="[0, 1]",
         help="weight of the teacher in the loss")  # fmt: skip
     add("--distillation-tau", default=1.0, type=float, within="(0, inf)",
         help="temperature of soft distillation")  # fmt: skip
-    add("--finetune", default="", metavar="PATH", help="weights to start from (file or URL)")
+    add("--finetune", default="", metavar="PATH",
+        help="weights to start from (file, URL or hf-hub:NAME)")  # fmt: skip
     add("--attn-only", action="store_true", help="train the mixers and the head only")
 
 
@@ -225,7 +226,7 @@ def _add_run(add: Add, _: Add) -> None:
     add("--output_dir", default="", metavar="FOLDER", help="folder for checkpoints and logs")
     add("--overwrite", action="store_true", help="replace the run in --output_dir")
     add("--resume", default="", metavar="PATH",
-        help="checkpoint (file or URL), or auto: that of --output_dir")  # fmt: skip
+        help="checkpoint (file, URL or hf-hub:NAME), or auto: that of --output_dir")  # fmt: skip
     add("--start_epoch", default=0, type=int, within="[0, inf)",
         help="epoch to begin with; --resume sets it itself")  # fmt: skip
     add("--eval-interval", default=1, type=int, within="[1, inf)",
@@ -357,7 +358,8 @@ def check_training(args: argparse.Namespace) -> None:
         if not args.teacher_path:
             raise UserError(
                 f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "
-                "of --teacher-model (file or URL), or timm: for timm's pretrained weights."
+                "of --teacher-model (file, URL or hf-hub:NAME), or timm: for timm's pretrained "
+                "weights."
             )
         models_timm.check_name(args.teacher_model, "teacher model")
 

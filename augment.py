@@ -65,15 +65,12 @@ def build_train_transform(
     """
     if three_augment:
         aa, reprob = "3a", 0.0
-    elif aa and aa.lower() == "none":
-        aa = None
     try:
-        _check_sections(aa)
         crop_and_flip, policy, to_tensor = create_transform(
             input_size,
             is_training=True,
             color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None is taken
-            auto_augment=aa,
+            auto_augment=_policy_for_timm(aa),
             interpolation=interpolation,
             mean=tuple(mean),
             std=tuple(std),
@@ -89,22 +86,31 @@ def build_train_transform(
             "use for instance 'rand-m9-mstd0.5-inc1' and 'pixel'."
         ) from error
     if simple_random_crop or np.max(input_size) <= SMALL_IMAGE:
-        mode = "bicubic" if interpolation == "random" else interpolation
         padding_mode = "reflect" if simple_random_crop else "constant"
-        crop_and_flip.transforms[0] = transforms.Compose(
-            [
-                transforms.Resize(input_size, interpolation=str_to_interp_mode(mode)),
-                transforms.RandomCrop(input_size, padding=4, padding_mode=padding_mode),
-            ]
-        )
+        crop_and_flip.transforms[0] = _padded_crop(input_size, interpolation, padding_mode)
     return transforms.Compose([crop_and_flip, policy, to_tensor])
 
 
-def _check_sections(policy: str | None) -> None:
-    """timm ignores what it does not understand behind the policy's name, such as `-m` or `-foo`."""
-    for section in (policy or "").split("-")[1:]:
+def _padded_crop(
+    input_size: int | tuple[int, int], interpolation: str, padding_mode: str
+) -> transforms.Compose:
+    mode = "bicubic" if interpolation == "random" else interpolation
+    return transforms.Compose(
+        [
+            transforms.Resize(input_size, interpolation=str_to_interp_mode(mode)),
+            transforms.RandomCrop(input_size, padding=4, padding_mode=padding_mode),
+        ]
+    )
+
+
+def _policy_for_timm(name: str | None) -> str | None:
+    """None for none. timm ignores what it does not understand behind the name, such as `-foo`."""
+    if not name or name.lower() == "none":
+        return None
+    for section in name.split("-")[1:]:
         if not re.fullmatch(r"[a-z]+\d.*|t\w+", section):
             raise ValueError(f"{section!r} is no option of an augmentation policy")
+    return name
 
 
 def effective_crop(input_size: int | tuple[int, int], crop_ratio: float) -> float:

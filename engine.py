@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import checkpoint
 from errors import UserError
 from journal import Mean, Progress
-from optimizer_step import OptimizerStep
+from optimizer_step import OptimizerStep, Reading
 from processes import Interrupted, StopSignal, World
 from urls import without_secrets
 from utils import digest, fingerprint
@@ -32,7 +32,6 @@ class Batches(Protocol):
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LOG_INTERVAL = 10  # steps between two lines; on a GPU the host waits for the device only then
-METERS = ("lr", "loss", "grad_norm")
 
 
 @dataclass
@@ -100,6 +99,36 @@ class Run:
         logger.info("Resumed from %s: %s", source, self.position)
 
 
+class EpochMeans:
+    """Means over the epoch's steps: learning rate, loss and gradient norm.
+
+    They go on from what `position` has of each process.
+    """
+
+    NAMES = ("lr", "loss", "grad_norm")
+
+    def __init__(self, position: Position, world: World) -> None:
+        saved = position.meters[world.rank] if position.meters else {}
+        self.world = world
+        self.means = {name: Mean(*saved.get(name, ())) for name in self.NAMES}
+        self.last: dict[str, float] = {}
+
+    def update(self, lr: float, readings: list[Reading]) -> None:
+        """Takes in a step's learning rate, and what was read of this step and those before."""
+        self.means["lr"].update(lr)
+        for loss, norm in readings:
+            self.means["loss"].update(loss)
+            self.means["grad_norm"].update(norm)
+            self.last = {"lr": lr, "loss": loss, "grad_norm": norm}
+
+    def states(self) -> list[dict[str, tuple[float, int]]]:
+        """Of every process, for its position."""
+        return self.world.gather({name: mean.state() for name, mean in self.means.items()})
+
+    def over_processes(self) -> dict[str, float]:
+        return {name: mean.over(self.world) for name, mean in self.means.items()}
+
+
 def require_same(
     world: World, data: dict[str, Any], model: nn.Module, position: Position | None = None
 ) -> None:
@@ -149,46 +178,64 @@ def train_one_epoch(
     the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps, and before it leaves.
     """
     model.train(train_mode)
-    epoch = position.epoch
-    saved = position.meters[world.rank] if position.meters else {}
-    meters = {name: Mean(*saved.get(name, ())) for name in METERS}
-    progress = Progress(
-        f"Epoch: [{epoch}]", steps, images_per_step,
-        start=position.step, interval=LOG_INTERVAL, show=world.is_main,
-        steps_after=steps * (epochs - epoch - 1) if epochs else 0,
-    )  # fmt: skip
+    means = EpochMeans(position, world)
+    progress = _progress(position, steps, images_per_step, epochs, world.is_main)
     take_step = OptimizerStep(
         model, optimizer, world, seed=seed, accumulate=accumulate, clip_grad=clip_grad,
         scaler=scaler, stop=stop, advice="Try a lower --lr, --clip-grad 1 or --no-amp.",
     )  # fmt: skip
-
-    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
-        samples, targets = (x.to(world.device, non_blocking=True) for x in batch)
-        samples, targets = batch_transform(samples, targets)
-        with autocast(world.device, amp_dtype):
-            return criterion(samples, model(samples), targets) / accumulate
-
+    loss_of = _loss_function(
+        model, criterion, batch_transform, world.device, amp_dtype, accumulate=accumulate
+    )
     batches = progress.waiting_for(loader)
     while position.step < steps and not take_step.stopping:
         step = position.step
-        set_lr(epoch, step)
+        set_lr(position.epoch, step)
         lr, look = optimizer.param_groups[0]["lr"], progress.due(step)
-        readings = take_step(batches, loss_of, look=look, epoch=epoch, step=step)
-        meters["lr"].update(lr)
-        for loss, norm in readings:
-            meters["loss"].update(loss)
-            meters["grad_norm"].update(norm)
+        readings = take_step(batches, loss_of, look=look, epoch=position.epoch, step=step)
+        means.update(lr, readings)
         after_step()
-        progress.update(step, **({"lr": lr, "loss": loss, "grad_norm": norm} if look else {}))
+        progress.update(step, **(means.last if look else {}))
         position.step += 1
     progress.close()
     speeds = progress.lap(position.step, "images")
     if position.step == steps > progress.start and world.size > 1:
         distribute_bn(model, world.size)  # each process has averages of its own batches
-    position.meters = world.gather({name: meter.state() for name, meter in meters.items()})
+    position.meters = means.states()
     if take_step.stopping:
         raise Interrupted
-    return {name: meter.over(world) for name, meter in meters.items()}, speeds
+    return means.over_processes(), speeds
+
+
+def _progress(
+    position: Position, steps: int, images: int, epochs: int | None, show: bool
+) -> Progress:
+    """That of an epoch of `steps` with `images` each, as one of the run's `epochs` if given."""
+    return Progress(
+        f"Epoch: [{position.epoch}]", steps, images,
+        start=position.step, interval=LOG_INTERVAL, show=show,
+        steps_after=steps * (epochs - position.epoch - 1) if epochs else 0,
+    )  # fmt: skip
+
+
+def _loss_function(
+    model: nn.Module,
+    criterion: nn.Module,
+    batch_transform: BatchTransform,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    *,
+    accumulate: int,
+) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    """The share of a batch in the loss of its step, which has `accumulate` of them."""
+
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        samples, targets = (x.to(device, non_blocking=True) for x in batch)
+        samples, targets = batch_transform(samples, targets)
+        with autocast(device, amp_dtype):
+            return criterion(samples, model(samples), targets) / accumulate
+
+    return loss_of
 
 
 @torch.inference_mode()

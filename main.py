@@ -84,16 +84,14 @@ def choose_preprocessing(
 def build_model(
     args: argparse.Namespace, num_classes: int, input_size: int | tuple[int, int]
 ) -> nn.Module:
-    name = args.model
-    if args.distillation_type != "none" and "distilled" not in name:
-        name = models_timm.built_name(name, args.distillation_type)
-        if not timm.is_model(name) or name == args.model:
+    name, own = named_model(vars(args))
+    if args.distillation_type != "none" and "distilled" not in args.model:
+        if "distilled" not in name or not timm.is_model(name):
             raise UserError(
                 f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
                 "model."
             )
         logger.info("Distillation needs a distillation token: building %s", name)
-    name, own = named_model(vars(args))
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
     model: Any = models_timm.create(

@@ -365,18 +365,11 @@ def lion_attention(
         log_decay = log_decay[None]
     leaves = (q, k, v) if log_decay is None else (q, k, v, log_decay)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    tensors = (q, k, v, log_decay, curves, valid, documents)
     options: dict[str, Any] = {"format": format, "normalise": normalise, "eps": eps}
     if v.shape == q.shape and _has_kernel(format, q.device, q.dtype, q.shape[3], trained):
-        tensors = (q, k, v, log_decay, curves, valid, documents)
         return _attend_by_kernel(*tensors, scale=scale, **options)
-    q, k, v = (t.transpose(1, 2) for t in (q * scale, k, v))
-    if log_decay is not None:  # clamped, as a decay of 0 has no finite sums
-        log_decay = log_decay.to(_state_dtype(v)).clamp(min=LEAST_LOG).transpose(2, 3)
-    with torch.autocast(q.device.type, enabled=False):
-        y = _mix_by_format(
-            q, k, v, log_decay, curves, valid, documents, chunk_size=chunk_size, **options
-        )
-    return y.transpose(1, 2)
+    return _attend_by_format(*tensors, scale=scale, chunk_size=chunk_size, **options)
 
 
 def _attend_by_kernel(
@@ -413,6 +406,18 @@ def _attend_by_kernel(
         recurrent=format == "RNN",
     )
     return y.unflatten(2, (heads, dim))
+
+
+def _attend_by_format(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *tensors: Any, scale: float,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """As `_attend_by_kernel`, with an output as wide as `v`."""
+    q, k, v = (t.transpose(1, 2) for t in (q * scale, k, v))
+    if log_decay is not None:  # clamped, as a decay of 0 has no finite sums
+        log_decay = log_decay.to(_state_dtype(v)).clamp(min=LEAST_LOG).transpose(2, 3)
+    with torch.autocast(q.device.type, enabled=False):
+        return _mix_by_format(q, k, v, log_decay, *tensors, **options).transpose(1, 2)
 
 
 def _mix_by_format(

@@ -50,16 +50,18 @@ def load(
     options: Mapping[str, Any] | None = None,
     ema: bool = False,
     input_size: int | None = None,
+    saved: dict[str, Any] | None = None,
 ) -> Pretrained:
     """The model in a checkpoint: a file, a URL, `hf-hub:OWNER/NAME` or a folder of timm's.
 
     `name` and `options` are those of `timm.create_model`, for weights that do not tell their model.
     `ema` takes the moving average; `input_size` is in pixels, by default that of the training.
+    `saved` is what `source` holds, where that has been read before.
 
     Raises:
         UserError: it cannot be read, does not tell its model, or is of another one.
     """
-    saved = checkpoint.load(source)
+    saved = saved or checkpoint.load(source)
     settings = saved.get("args") or {}
     name = name or settings.get("model", "")
     if not name:

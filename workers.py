@@ -18,6 +18,8 @@ def ignore_signals(worker_id: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # PyTorch's workers ask for the parent's number, which is not the run's with a fork server.
+    threading.Thread(target=_end_after_parent, daemon=True).start()
 
 
 @atexit.register
@@ -35,10 +37,10 @@ def end_with_parent() -> None:
     They leave Ctrl-C, which a terminal sends to all, to that one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
+    threading.Thread(target=_end_after_parent, daemon=True).start()
 
 
-def _wait_for_parent() -> None:
+def _end_after_parent() -> None:
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
-    os._exit(1)
+        os._exit(1)

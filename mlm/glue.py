@@ -209,7 +209,7 @@ def _train(
                 loss = model(**batch).loss
             finite &= loss.isfinite()
             if device.type == "cpu" or step % LOG_INTERVAL == 0:
-                _require_finite(finite, job, step)
+                _require_finite(finite, step)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -219,14 +219,13 @@ def _train(
     bar.close()
     for parameter in model.parameters():
         finite &= parameter.isfinite().all()
-    _require_finite(finite, job, step)
+    _require_finite(finite, step)
 
 
-def _require_finite(finite: Tensor, job: Job, step: int) -> None:
+def _require_finite(finite: Tensor, step: int) -> None:
     if not finite:
         raise FloatingPointError(
-            f"The loss of {job.name}, seed {job.seed}, is not finite (step {step}); nothing of it "
-            "is saved. Try a lower lr."
+            f"its loss is not finite (step {step}): nothing of it is saved, try a lower lr."
         )
 
 

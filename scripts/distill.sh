@@ -2,7 +2,7 @@
 # Hard distillation on ImageNet from RegNetY-16GF, as DeiT does.
 #   bash scripts/distill.sh DATA OUTPUT TEACHER [main.py arguments]
 # TEACHER is a checkpoint of regnety_160 (file or URL), or timm: for timm's weights.
-# Estimate for 4 H200: 8 hours (from the operations of student and teacher).
+# docs/training.md estimates how long it takes.
 set -euo pipefail
 data=$1 output=$2 teacher=$3
 shift 3

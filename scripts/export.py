@@ -108,8 +108,10 @@ def export(trained: Pretrained, kind: str, path: Path, *, any_size: bool) -> lis
             torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-3)
     except Exception as error:  # exporters raise whatever happens inside them
         path.unlink(missing_ok=True)
-        reason = first_line(error)
-        raise RuntimeError(f"This model cannot be exported to {kind}: {reason}") from error
+        advice = " (perhaps with --fixed-size)" if any_size else ""
+        raise RuntimeError(
+            f"This model cannot be exported to {kind}: {first_line(error)}{advice}"
+        ) from error
     return tried
 
 
@@ -157,7 +159,7 @@ def load(options: argparse.Namespace) -> Pretrained:
     """Raises UserError for a checkpoint that cannot be read, or --format of other models."""
     trained = trained_model.load(options)
     if options.to in ("onnx", "torch") and not options.fixed_size and takes_any_size(trained.model):
-        trained = trained_model.load(options, dynamic_img_size=True)
+        trained = trained_model.load(options, trained.saved, dynamic_img_size=True)
     if options.format or options.chunk_size:
         if not hasattr(trained.model, "set_format"):
             raise UserError("--format and --chunk-size are of LION models: leave them out.")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes a model of scripts/imagenet.sh at 384 pixels for 30 epochs, as DeiT does.
 #   bash scripts/finetune_384.sh DATA OUTPUT CHECKPOINT [main.py arguments]
-# Estimate for 4 H200: 17 hours (from one measured step, not compiled).
+# docs/training.md estimates how long it takes.
 set -euo pipefail
 data=$1 output=$2 weights=$3
 shift 3

@@ -2,7 +2,7 @@
 # ImageNet from scratch: LION-S with snake curves, DeiT's recipe (effective batch 1024, 300 epochs).
 #   bash scripts/imagenet.sh DATA OUTPUT [main.py arguments]
 # GPUS=4 BATCH=256 are the defaults; run it again to go on after an interruption.
-# Estimate for 4 H200: 14 hours (from one measured step, without loading and evaluation).
+# docs/training.md estimates how long it takes.
 set -euo pipefail
 data=$1 output=$2
 shift 2

@@ -27,8 +27,12 @@ def require_folder_of(output: Path) -> None:
         raise UserError(f"There is no folder for --output {output}: make it first.")
 
 
-def load(options: argparse.Namespace, **more: Any) -> pretrained.Pretrained:
+def load(
+    options: argparse.Namespace, saved: dict[str, Any] | None = None, **more: Any
+) -> pretrained.Pretrained:
     """The model that `add_arguments` asked for; `more` are further options of it.
+
+    `saved` is what its checkpoint holds, where that has been read before.
 
     Raises UserError as `pretrained.load` does.
     """
@@ -40,4 +44,5 @@ def load(options: argparse.Namespace, **more: Any) -> pretrained.Pretrained:
         options={**options.model_kwargs, **more},
         ema=options.use_ema,
         input_size=options.input_size,
+        saved=saved,
     )

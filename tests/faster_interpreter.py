@@ -1,8 +1,9 @@
-"""Triton's interpreter without work that changes no result: kernels run twice as fast."""
+"""Triton's interpreter, mended, and without work that changes no result: twice as fast."""
 
 import inspect
 from functools import cache
 
+import numpy as np
 from triton.language import core
 from triton.runtime import interpreter
 
@@ -23,7 +24,21 @@ def _patch_builtin(package: object, *others: object) -> None:
             interpreter._patch_attr(package, name, member, *others)
 
 
+_own_splat = interpreter.InterpreterBuilder.create_splat
+
+
+def _create_splat(
+    self: interpreter.InterpreterBuilder, wanted: core.block_type, scalar: interpreter.TensorHandle
+) -> interpreter.TensorHandle:
+    """Truth values stay so: Triton's own makes integers of them, which 3.9 takes for no mask."""
+    tensor = _own_splat(self, wanted, scalar)
+    if scalar.data.dtype == np.bool_:
+        tensor.data = tensor.data.astype(np.bool_)
+    return tensor
+
+
 def install() -> None:
+    interpreter.InterpreterBuilder.create_splat = _create_splat
     interpreter._patch_builtin = _patch_builtin
     # Whether integers overflow is computed at every operation, but asserted with `debug` alone.
     options = interpreter.InterpreterOptions(sanitize_overflow=False)

@@ -124,6 +124,16 @@ class Ranks:
         return (self.folder / f"err{rank}").read_text()
 
 
+class Malicious:
+    """Creates the file `proof` when unpickled without care."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.proof), "w")
+
+
 def rendezvous(folder: Path) -> str:
     """Where the ranks started in `folder` find each other."""
     return f"file://{folder}/rendezvous"
@@ -168,6 +178,13 @@ def torchrun(module: str, *arguments: Any) -> list[str]:
     """The command by which `module` starts two processes of this machine."""
     launch = ("--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
     return [sys.executable, "-m", module, *launch, *map(str, arguments)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False
 
 
 def free_port() -> int:

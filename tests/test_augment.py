@@ -38,6 +38,7 @@ def step_names(**kwargs) -> list[str]:
     return [type(step).__name__ for step in steps(build_train_transform(**NORM, **kwargs))]
 
 
+@pytest.mark.slow
 def test_the_default_recipe_survives_5000_images():
     images, _ = build_dataset("DEMO", "", train=True)
     transform = build_train_transform(input_size=28, **NORM)

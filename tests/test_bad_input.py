@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import TINY, Ranks, refused
+from helpers import TINY, Malicious, Ranks, refused
 
 import main
 from mlm import glue, pretrain
@@ -137,16 +137,6 @@ def test_checkpoint_of_another_model(run, data_path, tmp_path):
     saved.write_bytes(saved.read_bytes()[:1000])
     refused(run(*arguments), f"cannot load the checkpoint {saved}: it is truncated, corrupt")
     assert not (tmp_path / "new").exists()
-
-
-class Malicious:
-    """Creates the file `proof` when unpickled without care."""
-
-    def __init__(self, proof):
-        self.proof = proof
-
-    def __reduce__(self):
-        return open, (str(self.proof), "w")
 
 
 @pytest.mark.parametrize(

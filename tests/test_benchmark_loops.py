@@ -9,8 +9,9 @@ import pytest
 from helpers import long
 from test_benchmark import BLANK, CONFIG, SMALL, make_case, tables_of
 
+from arguments import get_args_parser
 from scripts.bench import entry, loops
-from scripts.bench.cases import TEXT, TRAINING, presets
+from scripts.bench.cases import TEXT, TRAINING, make_cases, presets
 from scripts.bench.text import text_cases
 
 
@@ -50,11 +51,12 @@ def test_what_stops_an_entry_point_is_noted(tmp_path, capsys):
 
 def test_main_gets_what_the_case_says(tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "make_images", lambda folder, count: folder.mkdir())
-    case = make_case(loops.MAIN, "LION-S♮", "Chunk", compiled="blocks", processes=2)
+    case = make_case(loops.MAIN, "LION-S♮", "Chunk", compiled="blocks", processes=2, drop_path=0.2)
     words = " ".join(loops.main_arguments(case, a_setting(tmp_path)))
     for part in ("--model lion_tiny_patch16_224", "--mask_type Selective", "--order S",
                  "--format Chunk", "--chunk_size 4", "--batch-size 2", "--torchcompile",
-                 "--input-size 32", "--no-amp", f"--data-path {tmp_path}/images-52"):  # fmt: skip
+                 "--input-size 32", "--no-amp", "--drop-path 0.2",
+                 f"--data-path {tmp_path}/images-52"):  # fmt: skip
         assert part in words
     (data,) = tmp_path.iterdir()
     assert data.name == "images-52", "2 images for each of 2 processes and 13 steps"
@@ -77,6 +79,13 @@ def test_the_progress_lines_tell_what_waits_for_data(tmp_path, monkeypatch):
     assert second[5:11] == ["500.0", "1.25", "4", "25%", "15%", "60%"]
 
 
+def test_bare_steps_drop_blocks_as_main_does():
+    (main,) = make_cases("main", presets("cpu")["loops"].parts["main"], BLANK, scales=["tiny"],
+                         models=["ViT"])  # fmt: skip
+    assert main.drop_path == get_args_parser().get_default("drop_path")
+    assert {case.drop_path for case in loops.with_companions([main])} == {main.drop_path}
+
+
 def test_entry_points_have_their_companions_in_turn():
     cases = [
         make_case(loops.MAIN, model, "default", compiled=how, processes=count)
@@ -93,6 +102,11 @@ def test_entry_points_have_their_companions_in_turn():
         (loops.MAIN, loops.LOADER, "", 2),
         (loops.MAIN, "ViT", "", 2), (loops.MAIN, "LION-D", "", 2),
     ]  # fmt: skip
+
+
+def test_a_case_stays_itself_with_its_results():
+    case = make_case(loops.MAIN, "ViT", "default")
+    assert replace(case, seconds=float("nan"), busy=0.5) == case != replace(case, processes=2)
 
 
 def test_the_device_is_busy_while_anything_runs():

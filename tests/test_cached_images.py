@@ -8,6 +8,7 @@ from helpers import TINY, assert_same_run, refused, slow
 from test_resume import signal_at
 
 import checkpoint
+import loaders
 import main
 import optimizer_step
 from cached_images import CachedLoader
@@ -161,3 +162,19 @@ def test_held_out_images_are_not_trained_on(data_path):
 
 def test_holding_out_everything_is_refused(run, data_path):
     refused(run(*TINY, "--data-path", data_path, "--holdout", "120"), "leaves none of the 120")
+
+
+def test_augmentation_is_compiled_with_the_model(data_path, monkeypatch):
+    compiled = []
+
+    def note(transform, backend):
+        compiled.append(backend)
+        return transform
+
+    monkeypatch.setattr(loaders, "compile_augmentation", note)
+    world = main.init_distributed("cpu")
+    for more in ((), ("--torchcompile", "aot_eager")):
+        args = main.get_args_parser().parse_args([*CACHED, "--data-path", str(data_path), *more])
+        images = main.choose_preprocessing(args, None, keep_size=False)
+        main.build_train_loader(args, world, images)
+    assert compiled == ["aot_eager"]

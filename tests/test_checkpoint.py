@@ -16,6 +16,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from helpers import Malicious
 from torch import nn
 
 import checkpoint
@@ -32,16 +33,6 @@ def is_whole(loaded: dict) -> bool:
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-class Malicious:
-    """Creates the file `proof` when unpickled without care."""
-
-    def __init__(self, proof):
-        self.proof = proof
-
-    def __reduce__(self):
-        return open, (str(self.proof), "w")
 
 
 class Unpicklable:

@@ -4,12 +4,14 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from kernel_cases import gpu
+from timm.layers import DropPath
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from compilation import CUDA_GRAPHS, compile_in_place
+from compilation import CUDA_GRAPHS, StochasticDepth, compile_in_place
 from engine import Position, train_one_epoch
 from losses import DistillationLoss
 from optimization import MovingAverage
@@ -69,6 +71,34 @@ def test_every_block_is_compiled_in_training_and_evaluation():
     with torch.inference_mode():
         model(x[:4])
     assert counter.frame_count == compiled
+
+
+def vit(rate: float) -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=1, drop_path_rate=rate
+    )
+
+
+def test_blocks_of_other_rates_of_stochastic_depth_compile_once():
+    model, counter = vit(0.3), CompileCounter()
+    expected, names = copy.deepcopy(model).eval(), list(model.state_dict())
+    compile_in_place(model.train(), counter)
+    assert list(model.state_dict()) == names
+    x = torch.randn(6, 3, 32, 32)
+    model(x)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(model.eval()(x), expected(x))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_stochastic_depth_is_that_of_timm(rate):
+    x = torch.ones(4000, 2, 3)
+    depth = StochasticDepth(rate, x.device)
+    assert depth.eval()(x) is x
+    for dropped in (depth.train()(x), DropPath(rate).train()(x)):
+        kept = dropped[:, 0, 0] != 0
+        assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.03)
+        assert dropped.equal((kept / max(1 - rate, 0.1)).view(-1, 1, 1).expand_as(x))
 
 
 class Part(nn.Linear):

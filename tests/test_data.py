@@ -24,7 +24,9 @@ from torchvision.transforms.functional import normalize
 import datasets
 from augment import build_train_transform
 from datasets import ALIASES, DATASETS, build_dataset
-from loaders import DeviceLoader, SeededDataset
+from loaders import DeviceLoader, ImageLoading, SeededDataset, build_eval_loader
+from preprocessing import Preprocessing
+from processes import World
 from samplers import EpochSampler
 from workers import ignore_signals
 
@@ -448,18 +450,21 @@ def test_nothing_but_corrupt_images_is_an_error(image_folder):
 
 def test_a_corrupt_image_is_an_error_in_evaluation(image_folder):
     corrupt(image_folder / "val/cat/0.png")
-    dataset, _ = build_dataset("IMNET", image_folder, train=False)
+    world = World(0, 1, torch.device("cpu"))
+    loading = ImageLoading("IMNET", str(image_folder), batch_size=2)
+    loader = build_eval_loader(loading, world, Preprocessing(input_size=(3, 8, 8)))
     with pytest.raises(OSError, match="Cannot read the image .*/val/cat/0.png"):
-        dataset[0]
+        list(loader)
 
 
 # Signals to the loader's workers
 
 
 def test_workers_outlive_signals_and_end_with_their_loader():
+    before = multiprocessing.active_children()  # of loaders that are not collected yet
     batches = iter(demo_loader(workers=2))
     received = [next(batches), next(batches)]
-    workers = multiprocessing.active_children()
+    workers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)

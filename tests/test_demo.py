@@ -1,5 +1,6 @@
 """The checkpoint in demo/ serves every command as it is."""
 
+import pytest
 import torch
 from helpers import ROOT
 from timm.data import create_transform
@@ -22,6 +23,7 @@ def test_it_is_small_and_tells_all():
     assert saved["args"]["data_set"] == "DEMO" and saved["data_config"]["input_size"][1] == 28
 
 
+@pytest.mark.slow
 def test_it_knows_the_images():
     found = pretrained.load(DEMO)
     images, _ = build_dataset("DEMO", "", train=False)

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import timm
 import torch
-from helpers import MODEL, TINY, Ranks, slow, weights
+from helpers import MODEL, TINY, Malicious, Ranks, slow, weights
 from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
@@ -265,14 +265,6 @@ def test_a_teacher_of_other_classes_or_a_corrupt_one(data_path, tmp_path, run):
                     "--teacher-model", TEACHER,
                     "--teacher-path", tmp_path / f"{name}.pth")  # fmt: skip
         assert ended.code == 2 and message in ended.err
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 @pytest.mark.parametrize("option", ["--teacher-path", "--finetune", "--resume"])

@@ -62,3 +62,16 @@ def test_links_lead_somewhere(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_tests_that_the_docs_name_are_there():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    table = page.split("## How it is tested")[1].split("`scripts/soak.sh`")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for *_, tests, _end in rows:
+        for word in re.findall(r"`(\w+\.?\w*)`", tests):
+            if word.endswith(".py"):
+                text = (ROOT / "tests" / word).read_text()
+            else:
+                assert re.search(rf"def test_\w*{word}", text), word

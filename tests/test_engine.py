@@ -119,6 +119,7 @@ def everything_on_two_ranks(rank: int, folder: Path) -> None:
     except Interrupted:
         found["stopped"] = model.state_dict(), position.step, len(position.meters)
     found["scores"] = [score(small_model(), count, world) for count in (1, 2, 21, 24)]
+    found["per class"] = scores_of_classes(world)
     try:
         score(small_model(), 21, world, stop=StopAt(1 if rank else math.inf))
     except Interrupted:
@@ -181,6 +182,9 @@ def test_evaluation_counts_every_image_once_over_ranks(found):
         alone = score(small_model(), count)
         assert (stats["acc1"], stats["acc5"]) == (alone["acc1"], alone["acc5"])
         assert stats["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    for part in found:
+        assert same(part["per class"], scores_of_classes(CPU))
+        assert part["per class"][:, 0].sum() == 21
 
 
 # Evaluation
@@ -190,6 +194,12 @@ def score(model: nn.Module, count: int, world: World = CPU, **kwargs) -> dict[st
     sampler = ShardSampler(count, num_replicas=world.size, rank=world.rank)
     loader = DataLoader(TensorDataset(*images(count)), batch_size=4, sampler=sampler)
     return evaluate(model, loader, world=world, images=count, **kwargs)[0]
+
+
+def scores_of_classes(world: World) -> torch.Tensor:
+    per_class = torch.zeros(CLASSES, 2, dtype=torch.float64)
+    score(small_model(), 21, world, per_class=per_class)
+    return per_class
 
 
 def test_more_ranks_than_images(tmp_path):

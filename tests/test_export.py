@@ -93,6 +93,7 @@ def test_any_size_of_a_distilled_model_with_positions():
     assert_outputs(model, [exported(images(*size)) for size in sizes], sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(older("torch", "2.12"), reason="torch 2.11 has no gradient of it")
 def test_an_exported_recurrence_takes_any_size_and_has_its_gradients():
     model = small_model("Selective", "S", "RNN", dynamic_img_size=True)
@@ -106,6 +107,7 @@ def test_an_exported_recurrence_takes_any_size_and_has_its_gradients():
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_any_size_by_the_newer_onnx_exporter(format, tmp_path):
     model = small_model("Selective", "S", format, dynamic_img_size=True)

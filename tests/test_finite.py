@@ -165,6 +165,15 @@ def test_a_scaler_may_skip_some_steps():
     assert scaler.get_scale() == 2.0**10 and math.isfinite(stats["loss"]) and is_finite(model)
 
 
+def test_a_run_goes_on_at_its_loss_scale():
+    runs = [main.Run(nn.Linear(2, 2), None, torch.optim.SGD([torch.ones(1)]), None,
+                     torch.amp.GradScaler("cpu", init_scale=scale), Position())
+            for scale in (2.0**7, 2.0**16)]  # fmt: skip
+    runs[1].restore(runs[0].state({}), "run.pth")
+    assert runs[1].scaler.state_dict() == runs[0].scaler.state_dict()
+    assert runs[1].scaler.get_scale() == 2.0**7
+
+
 # Weights
 
 

@@ -166,6 +166,14 @@ def test_gates_are_not_in_half_precision(mask, dtype):
         torch.testing.assert_close(decay[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_attention_weights_are_not_in_half_precision():
+    torch.manual_seed(0)
+    layer, x = LionAttention(16, 2, mask_type="Selective"), torch.randn(2, 5, 16)
+    expected = layer.attention_weights(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.attention_weights(x).equal(expected)
+
+
 @pytest.mark.parametrize("format", ["Attention", "Chunk"])
 @pytest.mark.parametrize("size", [1, 6])
 def test_products_of_decays_stop_far_from_subnormal_numbers(format, size):

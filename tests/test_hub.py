@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import TINY, VARIANT, same
+from helpers import TINY, VARIANT, Malicious, same
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -126,6 +126,15 @@ def test_a_teacher_may_come_from_the_hub(tmp_path, monkeypatch, data_path, run):
                 "test_resnet", "--teacher-path", NAME)  # fmt: skip
     assert ended.code == 0, ended.err
     assert "The teacher test_resnet gets" in ended.out
+
+
+def test_weights_of_a_folder_run_nothing(folder, tmp_path):
+    """Such a file comes where there is no model.safetensors."""
+    shutil.copy(folder / hub.CONFIG, tmp_path)
+    torch.save({"head.bias": Malicious(tmp_path / "proof")}, tmp_path / hub.WEIGHTS[1])
+    with pytest.raises(ValueError, match="because they could run code"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "proof").exists()
 
 
 def test_what_cannot_be_had_is_told(on_the_hub, folder, tmp_path, monkeypatch, run):

@@ -5,11 +5,15 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import ROOT, long, slow, slow_except
 from kernel_cases import DEVICE, LIMITS, VARIANTS, call, exact, gpu, make_inputs
 from reference import curves_for
+from torch.nn import functional as F
 
 import lion_kernels
+from lion_kernels import decay as decays
 from lion_kernels import ops, tuning
 from models_lion import FEATURE_MAPS, LionAttention, attention
 
@@ -64,6 +68,20 @@ def test_saturated_gates(mask, order, n):
     assert_close(mix(*tensors, mask), exact(*tensors, mask))
 
 
+@triton.jit
+def log_decays_kernel(LOGITS, OUT, SIZE: tl.constexpr):
+    rows = tl.arange(0, SIZE)
+    tl.store(OUT + rows, decays._log_decay(tl.load(LOGITS + rows)))
+
+
+def test_saturated_gates_decay_as_exact_ones():
+    logits = torch.linspace(-80, 80, 256, device=DEVICE)
+    found = torch.empty_like(logits)
+    log_decays_kernel[(1,)](logits, found, SIZE=256)
+    expected = F.logsigmoid(-logits.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 ONE_CURVE_AND_TWO = [("Decay", "Normal"), ("Selective", "S")]
 
 
@@ -99,6 +117,20 @@ def test_states_between_blocks(mask, order, gate, plan):
     tensors = make_inputs(mask, order, 81, gate=gate)
     actual, expected = (f(*tensors, mask) for f in (mix, exact))
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mask, order", [*ONE_CURVE_AND_TWO, ("Decay", "S")])
+def test_no_rounding_errors_are_learned_through_closed_gates(mask, order, plan):
+    """Nor by heads that are open altogether, whose log decay is 0."""
+    projected, decay, *others = make_inputs(mask, order, 40, batch=1)
+    if mask == "Decay":
+        decay[:, 0], decay[:, 1] = -20.0, 200.0
+        (*_, gradient) = mix(projected, decay, *others, mask)
+    else:
+        projected[:, ::2, 3 * others[1].shape[2] :] = 20.0
+        _, dprojected = mix(projected, decay, *others, mask)
+        gradient = dprojected[:, ::2, 3 * others[1].shape[2] :]
+    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("plan", ["one chunk", "pairs"], indirect=True)

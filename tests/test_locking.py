@@ -1,19 +1,22 @@
 """A second run in a folder is refused, and a crash leaves the folder free."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, Ranks, call_main, refused, wait_for
+from helpers import ROOT, TINY, Ranks, call_main, is_running, refused, wait_for
 
 import checkpoint
 import locking
 import main
 from mlm import glue, pretrain
 from processes import World
+
+THIS_PROCESS = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def stuck_in_evaluation(_rank: int, folder: Path, *arguments: object) -> None:
 
 
 def holding(_rank: int, folder: Path, target: Path) -> None:
-    with locking.only_run_in(target, World(0, 1, torch.device("cpu"))):
+    with locking.only_run_in(target, THIS_PROCESS):
         (folder / "ready").touch()
         time.sleep(600)
 
@@ -63,12 +66,31 @@ def test_a_second_run_is_refused_until_the_first_is_dead(run, other, data_path, 
     assert run(*arguments, "--eval", "--resume", "auto").code == 0, "a score harms nothing"
     (folder / "eval.json").unlink(), (folder / "per_class.csv").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    first.kill()  # its loader's workers live on for seconds
+    first.kill()
     ended = run(*arguments, "--resume", "auto")
     assert ended.code == 0, ended.err
     assert (folder / "log.txt").read_text().count("\n") == 1
     assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == 0
     assert not (folder / locking.NAME).exists()
+
+
+def holding_beside_a_worker(_rank: int, folder: Path, target: Path) -> None:
+    with locking.only_run_in(target, THIS_PROCESS):
+        if worker := os.fork():
+            (folder / "worker").write_text(str(worker))
+            (folder / "ready").touch()
+        time.sleep(600)
+
+
+def test_a_worker_that_outlives_its_run_holds_no_lock(other, tmp_path):
+    first = other(holding_beside_a_worker, tmp_path / "run")
+    first.kill()
+    worker = int((first.folder / "worker").read_text())
+    try:
+        with locking.only_run_in(tmp_path / "run", THIS_PROCESS):
+            assert is_running(worker)
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "glue"])
@@ -130,11 +152,11 @@ def test_a_lock_that_the_run_before_removed_is_taken_anew(tmp_path, monkeypatch)
         return lock(*args)
 
     monkeypatch.setattr(locking.fcntl, "lockf", tried)
-    with locking.only_run_in(tmp_path, World(0, 1, torch.device("cpu"))):
+    with locking.only_run_in(tmp_path, THIS_PROCESS):
         assert f"process {os.getpid()} on " in (tmp_path / locking.NAME).read_text()
 
 
 def test_folders_that_were_made_for_it_are_removed(tmp_path):
-    with locking.only_run_in(tmp_path / "a" / "b", World(0, 1, torch.device("cpu"))):
+    with locking.only_run_in(tmp_path / "a" / "b", THIS_PROCESS):
         assert os.listdir(tmp_path / "a" / "b") == [locking.NAME]
     assert os.listdir(tmp_path) == []

@@ -279,13 +279,15 @@ def test_options_and_other_models(options, trained):
 @pytest.mark.slow
 def test_compiled_blocks_train_as_others_do_on_two_ranks(data_path, tmp_path):
     options = (*PLAIN, "--model", "vit_tiny_patch16_224", "--data-path", data_path, "--batch-size",
-               "10", "--drop-path", "0.3", "--grad-accum-steps", "2")  # fmt: skip
-    for name, more in (("eager", ()), ("compiled", ("--torchcompile", "eager"))):
-        folder = ("--output_dir", tmp_path / name)
-        ranks = Ranks(tmp_path, *options, *more, *folder)
+               "10", "--grad-accum-steps", "2")  # fmt: skip
+    compiler = ("--torchcompile", "eager")
+    for name, more in {"eager": (), "compiled": compiler,
+                       "depth": (*compiler, "--drop-path", "0.3")}.items():  # fmt: skip
+        ranks = Ranks(tmp_path, *options, *more, "--output_dir", tmp_path / name)
         assert ranks.wait() == [0, 0], ranks.errors()
-    compiled, expected = (weights(tmp_path / name) for name in ("compiled", "eager"))
-    assert list(compiled) == list(expected)
+    compiled, expected, dropped = (weights(tmp_path / n) for n in ("compiled", "eager", "depth"))
+    assert list(compiled) == list(expected) == list(dropped)
+    assert not close(dropped, expected), "blocks are dropped"
     assert all(torch.allclose(compiled[n], expected[n], atol=1e-6) for n in expected)
 
 

@@ -211,6 +211,11 @@ def test_bad_settings(data, model, ending, tmp_path):
     refused(ending(call, *arguments, "--tasks", "RTE"), "RTE starts from MNLI, which must be a")
     refused(ending(call, *arguments, "tasks.RTE.seed=1"), "Unknown key 'seed' in the task RTE of")
     refused(ending(call, *arguments, "tasks.RTE.metrics=[x]"), r"Unknown metrics \['x'\] of RTE")
+    refused(ending(call, *arguments, "tasks.RTE.text=[a, b, c]"), "one or two text columns, not 3")
+    refused(
+        ending(call, *arguments, "tasks.RTE.precision=fp16"), "precision of RTE must be bf16 or"
+    )
+    refused(ending(call, *arguments, "tasks.RTE.seeds=[]"), "eval and seeds of RTE must not be")
     refused(ending(call, *arguments, "lr=-1"), "lr must be above 0, not -1.0")
     refused(
         ending(call, *arguments, "tasks.RTE.weight_decay=-1"), "weight_decay of RTE must not be"

@@ -1,6 +1,7 @@
 """What a pre-training leaves is whole and its own, wherever a kill or another run comes between."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_resuming_renews_a_model_that_is_behind_its_checkpoint(
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "model").state_dict()
     assert same(loaded, saved)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").mask_token == "[MASK]"
+
+
+def test_resuming_a_finished_run_renews_a_model_that_is_lost(corpus, ending, tmp_path):
+    """As after two kills between a checkpoint and its model at the last step."""
+    assert ending(call, corpus, tmp_path).code == 0
+    shutil.rmtree(tmp_path / "model")
+    assert ending(call, corpus, tmp_path, resume="auto").code == 0
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "model").state_dict()
+    assert same(loaded, checkpoint.load(tmp_path / "checkpoint.pth")["model"])
 
 
 def test_overwriting_leaves_nothing_to_be_resumed_by_mistake(corpus, ending, tmp_path, monkeypatch):

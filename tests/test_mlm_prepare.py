@@ -143,6 +143,7 @@ def test_c4_is_streamed_file_by_file(expected, tmp_path, monkeypatch):
         (("{cut}",), "cannot read the text .*cut.jsonl.gz: "),
         (("{good}", "--eval-share", "2"), r"--eval-share must be in \[0, 1\), not 2.0"),
         (("{good}", "--tokenizer", "absent"), "The tokeniser absent does not exist"),
+        (("{good}", "--train-tokenizer", "5"), "--train-tokenizer must be above 5"),
         (("{good}", "--tokenizer", "{words}"), r"vocabulary .*words.txt lacks \[PAD\]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -157,7 +158,7 @@ def test_bad_input(arguments, message, ending, tmp_path):
     places = {"good": good, "cut": cut, "bad": tmp_path / "bad", "line": tmp_path / "line.jsonl",
               "words": tmp_path / "words.txt"}  # fmt: skip
     arguments = [argument.format(**places) for argument in arguments]
-    if "--tokenizer" not in arguments:
+    if not {"--tokenizer", "--train-tokenizer"} & set(arguments):
         arguments += ["--train-tokenizer", "100"]
     ended = ending(call, *arguments, "--output", tmp_path / "out")
     assert ended.code == 2, ended
@@ -172,3 +173,15 @@ def test_parquet_without_pyarrow(ending, tmp_path, monkeypatch):
     ended = ending(call, tmp_path / "a.parquet", "--output", tmp_path / "out", "--train-tokenizer",
                    100)  # fmt: skip
     assert ended.code == 2 and "a.parquet needs pyarrow: pip install pyarrow." in ended.err
+
+
+@pytest.mark.parametrize("content", ["no parquet", "another column"])
+def test_parquet_that_cannot_be_read(content, ending, tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_text(content)
+    if content == "another column":
+        parquet.write_table(pyarrow.table({"body": TEXTS}), path)
+    ended = ending(call, path, "--output", tmp_path / "out", "--train-tokenizer", 100)
+    assert ended.code == 2 and ended.err.startswith(
+        f"mlm.prepare: error: cannot read 'text' of {path}"
+    )

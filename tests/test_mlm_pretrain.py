@@ -1,6 +1,7 @@
 """Pre-training: what it learns, that it resumes bit for bit, and what it refuses."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import checkpoint
 from mlm import prepare, pretrain
-from mlm.data import IGNORED, MaskedWindows
+from mlm.data import IGNORED, EvalSampler, MaskedWindows
 from mlm.modeling import MIXERS, LionBertConfig, LionBertForMaskedLM
 from mlm.settings import override, read_yaml, typed
 from mlm.shards import HEADER, Corpus, load_tokenizer
 from processes import World
+from resuming import Rule
 
 CONFIGS = ROOT / "mlm" / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -49,14 +51,15 @@ def rank(_rank: int, folder: Path, corpus: Path, output: Path, settings: dict) -
 
 
 def interrupted(monkeypatch, call: int, method: str = "_train_step") -> None:
-    """This process receives SIGTERM in the given call of a method, counted from 1."""
+    """SIGTERM comes in the given call of a method, counted from 1, to the loader's workers too."""
     original, calls = getattr(pretrain.Pretraining, method), 0
 
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for pid in (*(p.pid for p in multiprocessing.active_children()), os.getpid()):
+                os.kill(pid, signal.SIGTERM)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(pretrain.Pretraining, method, counted)
@@ -181,7 +184,9 @@ def test_a_kill_after_an_evaluation_logs_it_once(whole, corpus, ending, tmp_path
     assert [record["step"] for record in records(tmp_path)] == [4, 8]
     # As two processes would have saved it.
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
-    checkpoint.save({**saved, "meters": saved["meters"] * 2}, tmp_path / "checkpoint.pth")
+    ((total, count),) = saved["meters"]
+    meters = [(2 * total, count), (0.0, count)]
+    checkpoint.save({**saved, "meters": meters}, tmp_path / "checkpoint.pth")
     assert ending(short, corpus, tmp_path, resume="auto").code == 0
     assert_same_run(tmp_path, whole)
 
@@ -193,6 +198,13 @@ def test_every_setting_has_a_rule(whole, corpus, ending, tmp_path):
     assert ended.code == 0, ended.err
     said = re.findall(r"Going on from .* with another setting: (.*)", ended.out)
     assert said == ["eval_every: checkpoint 4, now 3", "micro_batch: checkpoint 4, now 2"]
+
+
+def test_the_docs_name_what_is_taken_up():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    (sentence,) = re.findall(r"`mlm.pretrain` takes up (.*?), leaves", text, re.DOTALL)
+    taken_up = {name for name, rule in pretrain.RULES.items() if rule is Rule.TAKEN_UP}
+    assert set(re.findall(r"`(\w+)`", sentence)) == taken_up
 
 
 def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeypatch):
@@ -245,6 +257,13 @@ def test_passes_and_ranks_share_one_loss(corpus, tmp_path):
     for other in ("passes", "ranks"):
         (record,) = records(tmp_path / other)
         assert record == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 10, 11])
+def test_evaluation_takes_every_window_once_over_ranks(length):
+    shares = [EvalSampler(length, num_replicas=3, rank=number) for number in range(3)]
+    assert sorted(key for share in shares for key in share) == [(i, i) for i in range(length)]
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
 
 
 def test_masks_are_keyed_by_their_draw_alone(corpus):
@@ -349,6 +368,11 @@ def test_configs_build_what_they_name(path):
         ({"length": 10**6}, "split of .* has no window of 1000000 tokens"),
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"resume": "auto"}, "resume=auto needs the output"),
+        ({"resume": "last"}, "resume must be auto or nothing, not 'last'"),
+        ({"precision": "fp16"}, "precision must be bf16 or fp32, not 'fp16'"),
+        ({"model.mixer": "softmax", "length": 513}, "length 513 is more than the 512 positions"),
+        ({"lr.peak": 1}, "lr in 'lr.peak=1' is no section of settings"),
+        ({"lr": "["}, r"The value in 'lr=\[' is no YAML: "),
     ],
     ids=str,
 )

@@ -138,6 +138,14 @@ def test_vocabularies_that_misread(words, message, ending, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_are_no_tokeniser(ending, tmp_path):
+    arguments = (write(tmp_path / "a.jsonl", ["a"]), "--output", tmp_path / "out", "--tokenizer")
+    (tmp_path / "tokenizer.json").write_text("[]")
+    refused(ending(call, *arguments, tmp_path), f"cannot load the tokeniser in {tmp_path}: ")
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
+    refused(ending(call, *arguments, tmp_path / "vocab.txt"), "cannot read the vocabulary .*txt: ")
+
+
 def test_cased_vocabularies_keep_capitals(tmp_path, ending):
     path = vocabulary(tmp_path / "vocab.txt", "the", "The")
     arguments = (write(tmp_path / "a.jsonl", ["The the"]), "--output", tmp_path / "out")

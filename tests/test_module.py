@@ -394,6 +394,17 @@ def test_gates_of_a_bfloat16_model_are_computed_in_float32(monkeypatch):
     assert mixed(layer, x).dtype == torch.bfloat16
 
 
+def test_decays_of_a_bfloat16_model_reach_the_kernels_in_float32(monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
+    monkeypatch.setattr(
+        lion_kernels, "mix",
+        lambda qkv, decay, *_, **__: dtypes.append(decay.dtype) or qkv[..., : qkv.shape[-1] // 3],
+    )  # fmt: skip
+    mixed(mixer(mask_type="Decay").to(torch.bfloat16), tokens(torch.bfloat16))
+    assert dtypes == [torch.float32]
+
+
 @pytest.mark.parametrize("wrap", [with_low_rank, with_forward_hook, with_parametrization])
 def test_wrapped_gates_compute_in_the_dtype_of_their_parameters(wrap, monkeypatch):
     monkeypatch.setattr(lion_kernels, "available", lambda *_: False)

@@ -184,6 +184,7 @@ def test_a_card_that_was_written_by_hand_stays(saved, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["repository", "package"])
 def test_the_package_datasets_and_the_module_stand_each_other(first, tmp_path):
     """All commands and the Trainer work with Hugging Face's package before or behind ours."""

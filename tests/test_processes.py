@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,19 +15,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
+    ROOT,
     TINY,
     Ranks,
     call_main,
     free_port,
+    is_running,
     make_image_folder,
     rendezvous,
     same,
     slow,
+    torchrun,
     wait_for,
 )
 from test_mlm_pretrain import short
 
 import checkpoint
+import main
 import processes
 from commands import run_command
 from errors import UserError
@@ -152,8 +157,47 @@ def test_ranks_end_when_the_process_is_killed_that_holds_them_together(tmp_path)
     assert re.search(rf"\nrank 1 on {HOST}: the launcher was killed", ranks.errors(1))
 
 
+WAITING = f"""
+import os, sys, time
+from pathlib import Path
+
+sys.path.insert(0, {str(ROOT)!r})
+from commands import run_command
+
+
+def build(peers):
+    return lambda: (Path(f"works{{peers.rank}}").write_text(str(os.getpid())), time.sleep(100))
+
+
+run_command("command", build)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(tmp_path):
+    script, output = tmp_path / "waiting.py", tmp_path / "output"
+    script.write_text(WAITING)
+    command = torchrun("torch.distributed.run", script)
+    works = [tmp_path / f"works{rank}" for rank in (0, 1)]
+    with (
+        output.open("w") as file,
+        subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file) as launcher,
+    ):
+        wait_for(lambda: all(path.exists() and path.read_text() for path in works))
+        launcher.kill()
+    ranks = [int(path.read_text()) for path in works]
+    try:
+        wait_for(lambda: not any(map(is_running, ranks)), 30)
+    finally:
+        for rank in filter(is_running, ranks):
+            os.kill(rank, signal.SIGKILL)
+    for rank in (0, 1):
+        assert f"rank {rank} on {socket.gethostname()}: the launcher was" in output.read_text()
+
+
 def test_a_process_does_not_wait_long_for_a_launcher_that_is_gone(monkeypatch):
     monkeypatch.setattr(processes, "LAUNCHED", 0.5)
+    monkeypatch.setattr(processes, "MEETING", 20)
     variables = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
     for name, value in variables.items():
@@ -200,7 +244,7 @@ def not_finite_on_one(rank: int, folder: Path, corpus: Path) -> None:
     def broken(*args, **kwargs):
         result = forward(*args, **kwargs)
         if rank == 1 and next(calls) == 5:
-            result.loss = result.loss * float("nan")
+            result.loss = result.loss + float("nan")  # its gradient is finite
         return result
 
     pretrain.LionBertForMaskedLM.forward = broken
@@ -211,7 +255,8 @@ def not_finite_on_one(rank: int, folder: Path, corpus: Path) -> None:
 def test_a_pretraining_loss_that_is_not_finite_on_one_rank_ends_both(corpus, tmp_path):
     ranks = Ranks(tmp_path, corpus, function=not_finite_on_one)
     assert ranks.wait() == [1, 1], ranks.errors(1)
-    assert "not finite" in ranks.errors(0) + ranks.errors(1)
+    for number in (0, 1):
+        assert f"not finite (step 5, rank {number}, " in ranks.errors(number)
     saved = checkpoint.load(ranks.folder / "run" / "checkpoint.pth")
     assert 0 < saved["step"] < 6
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
@@ -267,6 +312,23 @@ def test_other_names_of_images(other_names, data_path, tmp_path):
     refused(tmp_path, ("--data-path", data_path), ("--data-path", other_names), message)
 
 
+def test_fewer_images_to_evaluate(data_path, tmp_path, tmp_path_factory):
+    fewer = make_image_folder(tmp_path_factory.mktemp("fewer"), train=3, test=18)
+    message = (rf"their number of test images \(rank 0 on {HOST}: 21; rank 1 on {HOST}: 18\), "
+               "the names or labels of their test images .*: give .*")  # fmt: skip
+    refused(tmp_path, ("--data-path", data_path, "--eval"), ("--data-path", fewer), message)
+
+
+def test_other_weights_to_evaluate(data_path, tmp_path):
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        model = main.build_model(main.get_args_parser().parse_args(TINY), 3, 16)
+        (tmp_path / f"of{rank}").mkdir()
+        torch.save({"model": model.state_dict()}, tmp_path / f"of{rank}" / "weights.pth")
+    arguments = ("--data-path", data_path, "--eval", "--resume", "weights.pth")
+    refused(tmp_path, arguments, (), r"their weights \(RANK: \w{8}; RANK: \w{8}\): give .*")
+
+
 def test_data_may_lie_elsewhere(data_path, tmp_path):
     shutil.copytree(data_path, tmp_path / "of1" / "images")
     (tmp_path / "of0").mkdir()
@@ -306,6 +368,24 @@ def test_pretraining_with_other_settings_or_data(corpus, tmp_path):
         error = ranks.errors().splitlines()[-1]
         assert re.match(rf"mlm\.pretrain: error: The processes differ in {message}", error), error
         assert "error:" not in ranks.errors(1)
+
+
+def going_on(rank: int, folder: Path, corpus: Path) -> None:
+    os.chdir(folder.parent / f"of{rank}")
+    short(corpus, "run", dist_url=rendezvous(folder), steps=2, resume="auto")
+
+
+def test_pretraining_with_another_checkpoint(corpus, ending, tmp_path):
+    assert ending(short, corpus, tmp_path / "of0" / "run", steps=2).code == 0
+    other = shutil.copytree(tmp_path / "of0", tmp_path / "of1") / "run" / "checkpoint.pth"
+    saved = checkpoint.load(other)
+    next(iter(saved["model"].values()))[0] += 1
+    checkpoint.save({**saved, "step": 1}, other)
+    ranks = Ranks(tmp_path, corpus, function=going_on)
+    assert ranks.wait() == [2, 2], ranks.errors()
+    steps = rf"\(rank 0 on {HOST}: 2; rank 1 on {HOST}: 1\)"
+    message = rf"The processes differ in their step {steps}, their weights \(.*\): give them"
+    assert re.search(message, ranks.errors()), ranks.errors()
 
 
 # Sums over processes

@@ -18,6 +18,7 @@ from helpers import (
     assert_same_run,
     call_main,
     rendezvous,
+    slow,
     torchrun,
     wait_for,
 )
@@ -153,6 +154,29 @@ def test_kill_in_an_evaluation(whole, data_path, tmp_path):
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
     assert (saved["epoch"] + 1, saved["step"]) == (1, STEPS)
     assert_same_run(finish(tmp_path, data_path, "--resume", "auto"), whole)
+
+
+@pytest.mark.parametrize("logged", [False, slow(True)])
+def test_a_crash_around_a_line_of_the_log_neither_loses_nor_repeats_it(
+    logged, run, whole, data_path, tmp_path, monkeypatch
+):
+    write, calls = main.Journal.write, []
+
+    def crashing(*args, **speeds):
+        calls.append(None)
+        if len(calls) != 2 or logged:
+            write(*args, **speeds)
+        if len(calls) == 2:
+            raise OSError("the power fails")
+
+    arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Journal, "write", crashing)
+        with pytest.raises(OSError, match="the power fails"):
+            run(*arguments)
+    assert (tmp_path / "log.txt").read_text().count("\n") == 1 + logged
+    assert run(*arguments, "--resume", "auto").code == 0
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow

@@ -7,15 +7,27 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, TINY, assert_same_run, call_main, signal_in_step
+from helpers import (
+    ROOT,
+    TINY,
+    Ranks,
+    assert_same_run,
+    call_main,
+    is_running,
+    signal_in_step,
+    slow,
+    wait_for,
+)
+from torch.utils.data import DataLoader
 
 import checkpoint
 import main
-from processes import STOP_SIGNALS
+from processes import STOP_SIGNALS, StopSignal
 from workers import ignore_signals
 
 SHORT = (*TINY, "--batch-size", "24", "--epochs", "2", "--model-ema-decay", "0.9")
@@ -29,7 +41,9 @@ def whole(data_path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, slow(signal.SIGUSR1), slow(signal.SIGUSR2)]
+)
 def test_a_run_saves_and_its_workers_survive(number, whole, run, data_path, tmp_path, monkeypatch):
     """Slurm and terminals signal the workers of the loader, too."""
     update, calls = main.MovingAverage.update, []
@@ -55,6 +69,31 @@ def test_workers_ignore_what_stops_a_run(ending):  # which restores the handlers
     ignore_signals(0)
     assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOP_SIGNALS)
     assert set(STOP_SIGNALS) >= {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+
+
+def loading(_rank: int, folder: Path) -> None:
+    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_signals))
+    next(batches)
+    (folder / "worker").write_text(str(batches._workers[0].pid))
+    (folder / "ready").touch()
+    time.sleep(600)
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    """Those of a fork server, too: this process is one's, and so are its workers."""
+    run = Ranks(tmp_path, size=1, function=loading)
+    wait_for((run.folder / "ready").exists)
+    worker = int((run.folder / "worker").read_text())
+    run.kill()
+    wait_for(lambda: not is_running(worker), seconds=15)
+
+
+def test_a_second_ctrl_c_ends_at_once(ending):  # which restores the handlers
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.slow

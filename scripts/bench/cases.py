@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from torch.nn.attention import SDPBackend
 
@@ -37,6 +38,7 @@ ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
              DEFAULT: "SDPA", EXPLICIT: "explicit softmax"}  # fmt: skip
 SCALES = tuple(SIZES)
 PATCH = 16
+DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside them
 
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
@@ -44,6 +46,11 @@ MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
 # The steps of each part; those of `main` and `pretrain` are the entry points'.
 PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
          TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
+
+
+def measured(default: Any) -> Any:
+    """A result, which makes no other case."""
+    return field(default=default, compare=False)
 
 
 @dataclass
@@ -62,14 +69,15 @@ class Case:
     compiled: str = ""  # blocks, or the whole model
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
-    seconds: float = math.nan  # the median of the runs
-    runs: int = 0  # each of several iterations, if they are short
-    iterations: int = 1
-    bytes: int = 0  # at most held: weights, optimizer, input and what the step takes
-    parameters: int = 0
-    data_wait: float = math.nan  # share of an entry point's time in which it waits for data
-    busy: float = math.nan  # share in which the device computes
-    note: str = ""  # why there is no result
+    drop_path: float = 0.0  # rate of stochastic depth
+    seconds: float = measured(math.nan)  # the median of the runs
+    runs: int = measured(0)  # each of several iterations, if they are short
+    iterations: int = measured(1)
+    bytes: int = measured(0)  # at most held: weights, optimizer, input, what the step takes
+    parameters: int = measured(0)
+    data_wait: float = measured(math.nan)  # share of an entry point's time, for data
+    busy: float = measured(math.nan)  # share in which the device computes
+    note: str = measured("")  # why there is no result
 
     @property
     def group(self) -> tuple:
@@ -228,7 +236,8 @@ def make_cases(
     for scale, how, count, (size, batch), step in groups:
         pixels, tokens = (0, size) if part == "mixer" else (size, tokens_of(size))
         group = replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
-                        batch=batch or defaults.batch(size, scale), processes=count)  # fmt: skip
+                        batch=batch or defaults.batch(size, scale), processes=count,
+                        drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
         cases += [replace(group, model=model, form=form)
                   for model in models for form in forms_of(model, backends, formats)]  # fmt: skip
     return cases

@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from curves import scan_curves
 from models_lion import LionAttention
@@ -39,8 +39,9 @@ def host_time(
     layers = {name: _layer(name, width, heads, side, device, dtype) for name in variants}
     times = {name: [] for name in variants}
     for i in range(-10, rounds):
-        for name, layer in layers.items():
-            taken = _one(layer, x)
+        for name, (layer, call) in layers.items():
+            layer.zero_grad()  # as after a step
+            taken = _one(call, x)
             if i >= 0:  # kernels are compiled and allocations cached
                 times[name].append(taken)
     return {
@@ -51,25 +52,27 @@ def host_time(
 
 def _layer(
     name: str, width: int, heads: int, side: int, device: str, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A layer, and a call of it."""
     placed = {"device": device, "dtype": dtype}
     if name == SOFTMAX:
-        return Attention(width, heads, qkv_bias=True, **placed)
+        softmax = Attention(width, heads, qkv_bias=True, **placed)
+        return softmax, softmax
     mask, _, order = name.partition("-")
     order = order or "Normal"
     layer = LionAttention(
         width, heads, qkv_bias=True, mask_type=mask, order=order, num_prefix_tokens=1, **placed
     )
     curves = scan_curves(order, (side, side), num_prefix=1, device=device)
-    return lambda x: layer(x, curves)
+    return layer, lambda x: layer(x, curves)
 
 
-def _one(layer: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
+def _one(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
     """Seconds until the forward and the backward call have returned."""
     x.grad = None
     _wait(x)
     start = perf_counter()
-    y = layer(x)
+    y = call(x)
     forward = perf_counter() - start
     grad = torch.ones_like(y)
     _wait(x)

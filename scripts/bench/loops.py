@@ -111,8 +111,9 @@ def main_arguments(case: Case, setting: Setting) -> list[str]:
         options = {**options, "format": case.form, "chunk_size": case.chunk_size}
     model = f"{name}_{case.scale}_patch16_224" if name else "mean_colour"
     words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
-             "batch-size": case.batch, "epochs": 1, "warmup-epochs": 0, "device": case.device,
-             "num_workers": setting.workers, **options}  # fmt: skip
+             "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
+             "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
+             **options}  # fmt: skip
     arguments = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     arguments += ["--torchcompile"] if case.compiled else []
     return [*arguments, "--no-amp"] if case.precision == "float32" else arguments

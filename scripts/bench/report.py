@@ -148,8 +148,9 @@ def draw_ratios(cases: Sequence[Case]) -> Figure:
     base = bases(cases)
     quantities = (("time / fastest softmax", lambda c: ratios(c, base)[0]),
                   ("peak memory / fastest softmax", lambda c: ratios(c, base)[1]))  # fmt: skip
+    known = [q for q in quantities if not all(math.isnan(q[1](case)) for case in cases)]
     groups = {title: [c for c in cases if title_of(c) == title] for title in map(title_of, cases)}
-    return draw_lines(groups, quantities, "tokens")
+    return draw_lines(groups, known or quantities, "tokens")
 
 
 def draw_lines(

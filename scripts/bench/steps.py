@@ -17,6 +17,7 @@ import lion_kernels
 import models_hydra  # noqa: F401, registers models, as the next does
 import models_lion
 import models_vim  # noqa: F401
+from compilation import compile_in_place
 from curves import scan_curves
 from scripts.bench.cases import (
     BACKENDS,
@@ -172,7 +173,7 @@ def build(case: Case) -> nn.Module:
         options = {**options, "format": case.form, "chunk_size": case.chunk_size}
     with torch.device(case.device):
         model = timm.create_model(f"{name}_{case.scale}_patch16_224", img_size=case.pixels,
-                                  **options)  # fmt: skip
+                                  drop_path_rate=case.drop_path, **options)  # fmt: skip
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = case.form != EXPLICIT
@@ -251,8 +252,7 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
     if how == "model":
         return torch.compile(model, dynamic=False)
     if how == "blocks":
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_in_place(model, dynamic=False)
     return model
 
 
