@@ -13,13 +13,13 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
 import checkpoint
-import device_augment
 import models_timm
 from argument_parser import ArgumentParser, KeyValues, check_ranges, true_or_false
 from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
+from device_augment import RandAugment
 from errors import UserError, as_user_error, one_line
 from models_lion_plus import PLUS
 from optimization import create_optimizer
@@ -243,7 +243,7 @@ def _add_device(add: Add, switch: Add) -> None:
     add("--deterministic", action="store_true",
         help="on GPUs: equal runs end with equal weights bit for bit; slower")  # fmt: skip
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND",
-        help="compile the model and the augmentation of --cache (backend: inductor)")  # fmt: skip
+        help="compile the model and what is done to whole batches (backend: inductor)")  # fmt: skip
     add("--torchcompile-mode", default=None, metavar="MODE",
         help="of --torchcompile, such as reduce-overhead: CUDA graphs")  # fmt: skip
     add("--channels-last", action="store_true", help="memory format of the weights, for CNNs")
@@ -374,16 +374,13 @@ def check_cache(args: argparse.Namespace) -> None:
     if args.no_aug:
         return
     jitters = args.aa.lower() in ("none", "") and args.color_jitter > 0
-    refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "recount": args.recount > 1,
-               "color_jitter": jitters}  # fmt: skip
+    refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "color_jitter": jitters}
     if wrong := [f"--{name}" for name, given in refused.items() if given]:
         raise UserError(
             f"--cache has no {' and no '.join(wrong)}: leave one of them out"
             f"{' (--color-jitter 0)' if jitters else ''}."
         )
-    device_augment.build_device_transform(
-        mean=(0, 0, 0), std=(1, 1, 1), aa=args.aa, remode=args.remode
-    )
+    RandAugment.parse(args.aa)
 
 
 def check_model(args: argparse.Namespace) -> None:

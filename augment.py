@@ -33,38 +33,33 @@ def build_train_transform(
     *,
     input_size: int | tuple[int, int],
     mean: Sequence[float],
-    std: Sequence[float],
     color_jitter: float = 0.3,
     aa: str | None = "rand-m9-mstd0.5-inc1",
     interpolation: str = "bicubic",
-    reprob: float = 0.25,
-    remode: str = "pixel",
-    recount: int = 1,
     three_augment: bool = False,
     simple_random_crop: bool = False,
 ) -> transforms.Compose:
-    """Training augmentation: PIL image -> tensor `[3, input_size, input_size]`.
+    """Training augmentation: PIL image -> bytes `[3, input_size, input_size]`.
 
-    A random resized crop (a padded random crop up to 32 pixels), flip, policy `aa` (none with
-    'none', '' or None; colour jitter then takes its place) and random erasing. The tensor is of
-    bytes; with random erasing, whose noise is normal, it is of normalised floats.
+    A random resized crop (a padded random crop up to 32 pixels), flip and policy `aa` (none with
+    'none', '' or None; colour jitter then takes its place). Random erasing, whose noise is normal,
+    comes with the normalisation (`device_augment.build_normalization`).
 
     Args:
         input_size: pixels of a square, or height and width.
-        mean, std: per channel, for pixels in [0, 1].
+        mean: per channel, in [0, 1]: the colour of what a moved image leaves bare.
         color_jitter: strength for brightness, contrast and saturation.
         aa: a policy that timm's `create_transform` knows.
         interpolation: timm's name of a filter, or 'random' for bilinear and bicubic.
-        reprob, remode, recount: probability, fill and rectangles of random erasing.
         three_augment: DeiT III's 3-Augment (one of grayscale, solarize and blur, then colour
-            jitter) instead of `aa` and random erasing.
+            jitter) instead of `aa`.
         simple_random_crop: DeiT III's crop: shorter side to `input_size`, padded random crop.
 
     Raises:
-        UserError: `aa` or `remode` unknown to timm.
+        UserError: `aa` unknown to timm.
     """
     if three_augment:
-        aa, reprob = "3a", 0.0
+        aa = "3a"
     try:
         crop_and_flip, policy, to_tensor = create_transform(
             input_size,
@@ -73,17 +68,12 @@ def build_train_transform(
             auto_augment=_policy_for_timm(aa),
             interpolation=interpolation,
             mean=tuple(mean),
-            std=tuple(std),
-            re_prob=reprob,
-            re_mode=remode,
-            re_count=recount,
-            normalize=reprob > 0,
+            normalize=False,
             separate=True,
         )
     except (AssertionError, ValueError) as error:
         raise UserError(
-            f"timm has no augmentation {aa!r} with erasing mode {remode!r}: "
-            "use for instance 'rand-m9-mstd0.5-inc1' and 'pixel'."
+            f"timm has no augmentation {aa!r}: use for instance 'rand-m9-mstd0.5-inc1'."
         ) from error
     if simple_random_crop or np.max(input_size) <= SMALL_IMAGE:
         padding_mode = "reflect" if simple_random_crop else "constant"

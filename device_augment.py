@@ -1,5 +1,5 @@
-"""Augmentation of whole batches of small images on their device: padded crop, flip, RandAugment
-and random erasing, as timm has them for single images.
+"""Normalisation and random erasing of whole batches on their device; of small images also padded
+crop, flip and RandAugment, all as timm has them for single images.
 
 Random numbers come from the global generator of the device, which training seeds at every step.
 What of an augmented image lies outside of the original has the mean colour.
@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ OPERATIONS = (
 GREY = (0.299, 0.587, 0.114)
 ERASED = (0.02, 1 / 3)  # smallest and largest share of the image
 ASPECT = (0.3, 1 / 0.3)  # of the erased rectangle
+ATTEMPTS = 10  # to draw a rectangle that the image has room for
 
 
 @dataclass(frozen=True)
@@ -79,24 +81,51 @@ class RandAugment:
         return layers
 
 
+def build_normalization(
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    reprob: float = 0.0,
+    remode: str = "const",
+    recount: int = 1,
+    device: torch.device | str = "cpu",
+) -> Callable[[Tensor], Tensor]:
+    """Pixels `[B, 3, H, W]`, bytes or floats up to 255 -> normalised floats, on `device`.
+
+    Args:
+        mean, std: per channel, for pixels in [0, 1].
+        reprob, remode, recount: probability, fill and most rectangles of random erasing.
+
+    Raises:
+        UserError: unknown `remode`.
+    """
+    if remode not in FILLS:
+        raise UserError(f"There is no --remode {remode}: use {' or '.join(FILLS)}.")
+    centre, width = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+
+    def transform(pixels: Tensor) -> Tensor:
+        images = (pixels / 255 - centre) / width
+        return erase(images, reprob, FILLS[remode], recount) if reprob else images
+
+    return transform
+
+
 def build_device_transform(
     *,
     mean: Sequence[float],
     std: Sequence[float],
     aa: str = "none",
-    reprob: float = 0.0,
-    remode: str = "const",
     device: torch.device | str = "cpu",
+    **erasing: Any,
 ) -> Callable[[Tensor], Tensor]:
     """Bytes `[B, 3, S, S]` -> augmented, normalised floats of the same shape, on `device`.
 
-    `aa`, `reprob` and `remode` are as in `augment.build_train_transform`. Raises UserError for an
-    `aa` or a `remode` that is not there for whole batches.
+    `aa` is as in `augment.build_train_transform`, the others are as in `build_normalization`.
+    Raises UserError for an `aa` that is not there for whole batches, or an unknown `remode`.
     """
     policy = RandAugment.parse(aa)
-    if remode not in FILLS:
-        raise UserError(f"There is no --remode {remode}: use {' or '.join(FILLS)}.")
-    centre, width = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+    normalize = build_normalization(mean=mean, std=std, device=device, **erasing)
+    centre = torch.tensor(mean, device=device).view(3, 1, 1)
 
     def transform(images: Tensor) -> Tensor:
         count, device = len(images), images.device
@@ -107,7 +136,7 @@ def build_device_transform(
         pixels = sample(images.float(), matrix, 255 * centre)
         for operation, level, sign in layers:
             pixels = colours(pixels, operation, level, sign)
-        return erase((pixels / 255 - centre) / width, reprob, FILLS[remode])
+        return normalize(pixels)
 
     return transform
 
@@ -212,23 +241,41 @@ def smoothed(pixels: Tensor) -> Tensor:
     ], 2)  # fmt: skip
 
 
-def erase(images: Tensor, probability: float, fill: Callable[[Tensor], Tensor]) -> Tensor:
-    """Fills a random rectangle in a share of the images `[B, 3, S, S]`."""
-    count, size, device = len(images), images.shape[-1], images.device
+def erase(
+    images: Tensor, probability: float, fill: Callable[[Tensor], Tensor], most: int = 1
+) -> Tensor:
+    """Fills up to `most` random rectangles in a share of the images `[B, 3, H, W]`."""
+    count, device = len(images), images.device
+    chosen = torch.rand(count, device=device) < probability
+    number = (torch.rand(count, device=device) * most).floor() + 1
+    for i in range(most):
+        erased = rectangles(number, *images.shape[2:]) & (chosen & (i < number)).view(-1, 1, 1)
+        images = torch.where(erased[:, None], fill(images), images)
+    return images
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, device=device) * (high - low) + low
 
-    area = uniform(*ERASED) * size**2
-    ratio = uniform(*map(math.log, ASPECT)).exp()
-    erased = (uniform(0, 1) < probability).view(-1, 1, 1)
-    for dim, side in ((1, (area * ratio).sqrt()), (2, (area / ratio).sqrt())):
-        side = side.round().clamp(1, size - 1)
-        first = (uniform(0, 1) * (size - side + 1)).floor()
-        place = torch.arange(size, device=device) - first[:, None]
-        inside = (place >= 0) & (place < side[:, None])
-        erased = erased & inside.unsqueeze(3 - dim)
-    return torch.where(erased[:, None], fill(images), images)
+def rectangles(number: Tensor, height: int, width: int) -> Tensor:
+    """Masks `[B, H, W]` of a random rectangle in each image, which is to have a `number` of them.
+
+    An image has none if all that were drawn for it were too large.
+    """
+    count, device = len(number), number.device
+
+    def uniform(low: float, high: float, attempts: int = 1) -> Tensor:
+        return torch.rand(attempts, count, device=device) * (high - low) + low
+
+    area = uniform(*ERASED, ATTEMPTS) * height * width / number
+    ratio = uniform(math.log(ASPECT[0]), math.log(ASPECT[1]), ATTEMPTS).exp()
+    tall, wide = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (tall < height) & (wide < width)
+    first = fits.int().argmax(0, keepdim=True)
+    mask = fits.any(0).view(-1, 1, 1)
+    for dim, sides, length in ((1, tall, height), (2, wide, width)):
+        side = sides.gather(0, first)
+        start = (uniform(0, 1) * (length - side + 1)).floor()
+        place = torch.arange(length, device=device) - start.mT
+        mask = mask & ((place >= 0) & (place < side.mT)).unsqueeze(3 - dim)
+    return mask
 
 
 FILLS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -3,7 +3,7 @@
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from augment import build_eval_transform, build_train_transform
 from cached_images import CachedLoader
 from compilation import compile_augmentation
 from datasets import LabelledImages, Split, Transform, build_dataset
-from device_augment import build_device_transform
+from device_augment import build_device_transform, build_normalization
 from errors import UserError
 from preprocessing import Preprocessing
 from processes import World
@@ -93,14 +93,13 @@ class SeededDataset(Dataset):
 
 
 class DeviceLoader(DataLoader):
-    """Batches of images and labels, of which the images are moved to `device`.
+    """Batches of images and labels, of which the images are moved to `device` and made floats.
 
-    Bytes become normalised floats there: the workers then write, and the training process
-    copies, a quarter as much.
+    The workers write bytes, and the training process copies them: a quarter as much.
 
     Args:
         device: of the images; labels stay on the CPU.
-        mean, std: per channel, for pixels in [0, 1].
+        transform: bytes `[B, 3, H, W]` on the device -> what is to be yielded.
     """
 
     dataset: Any
@@ -110,29 +109,39 @@ class DeviceLoader(DataLoader):
         self,
         *args: Any,
         device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
+        transform: Callable[[Tensor], Tensor],
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self.device = device
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+        self.transform = transform
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         # No generator: what starts an epoch draws random numbers, here and not at the first batch.
-        return map(self._on_device, super().__iter__())
-
-    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype is torch.uint8:
-            images = normalized(images, self.mean, self.std)
-        return images, labels
+        batches: Iterator[tuple[Tensor, Tensor]] = super().__iter__()
+        if self.device.type == "cuda":
+            batches = copied_ahead(batches, self.device)
+        return ((self.transform(images), labels) for images, labels in batches)
 
 
-def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bytes `[B, 3, H, W]` as floats; `mean` and `std` are for pixels in [0, 1]."""
-    return pixels.float().div_(255).sub_(mean).div_(std)
+def copied_ahead(
+    batches: Iterator[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose images are on a GPU; the next one is copied while this one is computed with."""
+    stream = torch.cuda.Stream(device)
+
+    def copied(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return batch[0].to(device, non_blocking=True), batch[1], stream.record_event()
+
+    coming = map(copied, batches)
+    ahead = next(coming, None)
+    while ahead is not None:
+        (images, labels, done), ahead = ahead, next(coming, None)
+        current = torch.cuda.current_stream(device)
+        current.wait_event(done)
+        images.record_stream(current)  # or its memory would be taken for the batch after the next
+        yield images, labels
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ class ImageLoading:
         num_workers: processes that load images, of which there is at most one per CPU core.
         pin_memory: use pinned host memory where the device is a GPU.
         cached: keep all images on the device, and augment whole batches there.
-        compiler: backend of torch.compile for that augmentation; None leaves it as it is.
+        compiler: backend of torch.compile for what is done to whole batches; None leaves it as it
+            is.
     """
 
     data_set: str
@@ -173,20 +183,20 @@ class ImageLoading:
             )
         return Split(dataset, self.holdout, held_out=not train) if self.holdout else dataset
 
-    def worker_options(self) -> dict[str, Any]:
+    def batches(
+        self, dataset: Any, batch_size: int, *, device: torch.device, **options: Any
+    ) -> DeviceLoader | CachedLoader:
+        """A loader with the `options` of its class."""
         workers = min(self.num_workers, os.cpu_count() or 1)
-        return {"num_workers": workers, "worker_init_fn": ignore_signals}
+        options |= {"device": device, "num_workers": workers, "worker_init_fn": ignore_signals}
+        if self.cached:
+            return CachedLoader(dataset, batch_size, **options)
+        pin_memory = self.pin_memory and device.type == "cuda"
+        return DeviceLoader(dataset, batch_size, persistent_workers=workers > 0,
+                            pin_memory=pin_memory, **options)  # fmt: skip
 
-    def loader_options(self, world: World, images: Preprocessing) -> dict[str, Any]:
-        options = self.worker_options()
-        return {
-            **options,
-            "persistent_workers": options["num_workers"] > 0,
-            "pin_memory": self.pin_memory and world.device.type == "cuda",
-            "device": world.device,
-            "mean": images.mean,
-            "std": images.std,
-        }
+    def compiled(self, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return compile_augmentation(transform, self.compiler) if self.compiler else transform
 
 
 def build_train_loader(
@@ -195,6 +205,7 @@ def build_train_loader(
     images: Preprocessing,
     *,
     augmentation: dict[str, Any] | None,
+    erasing: dict[str, Any],
     repeats: int = 1,
     seed: int = 0,
     accumulate: int = 1,
@@ -203,6 +214,7 @@ def build_train_loader(
 
     Args:
         augmentation: of `augment.build_train_transform`; None shows the images as evaluation does.
+        erasing: `reprob`, `remode` and `recount` of `device_augment.build_normalization`.
         repeats: draws of each image.
         accumulate: batches of an optimiser step.
 
@@ -218,14 +230,22 @@ def build_train_loader(
             f"One step draws {loading.batch_size * accumulate} images per process, but an epoch of "
             f"{loading.data_set} has only {len(sampler)}: lower --batch-size."
         )
+    build: Callable[..., Callable[[Tensor], Tensor]] = build_normalization
+    if loading.cached and augmentation is not None:
+        build = partial(build_device_transform, aa=augmentation["aa"])
+    transform = build(mean=images.mean, std=images.std, device=world.device, **erasing)
+    options: dict[str, Any] = {
+        "sampler": sampler,
+        "device": world.device,
+        "drop_last": True,
+        "transform": loading.compiled(transform),
+    }
     if loading.cached:
-        cached = _cached_train_loader(loading, world, images, found, sampler, augmentation, seed)
-        return cached, list(found.classes)
-    transform = _train_transform(images, augmentation)
-    dataset = SeededDataset(found, transform, seed=seed)
-    loader = DeviceLoader(dataset, loading.batch_size, sampler=sampler, drop_last=True,
-                          **loading.loader_options(world, images))  # fmt: skip
-    return loader, list(found.classes)
+        dataset = SeededDataset(found, _eval_transform(images), seed=seed)
+        options["keys"] = [(index, index) for index in range(len(found))]
+    else:
+        dataset = SeededDataset(found, _train_transform(images, augmentation), seed=seed)
+    return loading.batches(dataset, loading.batch_size, **options), list(found.classes)
 
 
 def build_eval_loader(
@@ -234,46 +254,16 @@ def build_eval_loader(
     """Batches for evaluation, of this process's share of the images."""
     found = loading.find(world, train=False, transform=_eval_transform(images))
     sampler = ShardSampler(len(found), num_replicas=world.size, rank=world.rank)
-    batch_size = int(1.5 * loading.batch_size)
-    if loading.cached:
-        return CachedLoader(found, batch_size, sampler=sampler, device=world.device,
-                            transform=_normalizing(world.device, images),
-                            **loading.worker_options())  # fmt: skip
-    return DeviceLoader(found, batch_size, sampler=sampler,
-                        **loading.loader_options(world, images))  # fmt: skip
-
-
-def _cached_train_loader(
-    loading: ImageLoading,
-    world: World,
-    images: Preprocessing,
-    found: LabelledImages,
-    sampler: EpochSampler,
-    augmentation: dict[str, Any] | None,
-    seed: int,
-) -> CachedLoader:
-    transform = _normalizing(world.device, images)
-    if augmentation is not None:
-        known = {name: augmentation[name] for name in ("aa", "reprob", "remode")}
-        transform = build_device_transform(
-            mean=images.mean, std=images.std, device=world.device, **known
-        )
-        if loading.compiler:
-            transform = compile_augmentation(transform, loading.compiler)
-    dataset = SeededDataset(found, _eval_transform(images), seed=seed)
-    keys = [(index, index) for index in range(len(found))]
-    return CachedLoader(dataset, loading.batch_size, sampler=sampler, transform=transform,
-                        device=world.device, keys=keys, drop_last=True,
-                        **loading.worker_options())  # fmt: skip
+    normalize = build_normalization(mean=images.mean, std=images.std, device=world.device)
+    return loading.batches(found, int(1.5 * loading.batch_size), sampler=sampler,
+                           transform=normalize, device=world.device)  # fmt: skip
 
 
 def _train_transform(images: Preprocessing, augmentation: dict[str, Any] | None) -> Transform:
     if augmentation is None:
         return _eval_transform(images)
     options = {"interpolation": images.interpolation, **augmentation}
-    return build_train_transform(
-        input_size=images.size, mean=images.mean, std=images.std, **options
-    )
+    return build_train_transform(input_size=images.size, mean=images.mean, **options)
 
 
 def _eval_transform(images: Preprocessing) -> Transform:
@@ -283,11 +273,6 @@ def _eval_transform(images: Preprocessing) -> Transform:
         crop_mode=images.crop_mode,
         interpolation=images.interpolation,
     )
-
-
-def _normalizing(device: torch.device, images: Preprocessing) -> Callable[[Tensor], Tensor]:
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (images.mean, images.std))
-    return partial(normalized, mean=mean, std=std)
 
 
 @contextmanager

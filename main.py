@@ -154,13 +154,15 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any] | None:
     return {
         "color_jitter": args.color_jitter,
         "aa": args.aa,
-        "reprob": args.reprob,
-        "remode": args.remode,
-        "recount": args.recount,
         "three_augment": args.ThreeAugment,
         "simple_random_crop": args.src,
         **({"interpolation": args.train_interpolation} if given else {}),
     }
+
+
+def erasing(args: argparse.Namespace) -> dict[str, Any]:
+    probability = 0.0 if args.no_aug or args.ThreeAugment else args.reprob
+    return {"reprob": probability, "remode": args.remode, "recount": args.recount}
 
 
 def build_train_loader(
@@ -172,6 +174,7 @@ def build_train_loader(
         world,
         images,
         augmentation=augmentation(args),
+        erasing=erasing(args),
         repeats=3 if args.repeated_aug else 1,
         seed=args.seed,
         accumulate=args.grad_accum_steps,

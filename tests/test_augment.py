@@ -17,7 +17,7 @@ from augment import (
 )
 from datasets import build_dataset
 
-NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+MEAN = {"mean": (0.5, 0.4, 0.3)}
 MIX = {"prob": 1.0, "switch_prob": 0.5, "mode": "batch", "smoothing": 0.1, "num_classes": 4}
 
 
@@ -35,13 +35,13 @@ def steps(transform) -> list:
 
 
 def step_names(**kwargs) -> list[str]:
-    return [type(step).__name__ for step in steps(build_train_transform(**NORM, **kwargs))]
+    return [type(step).__name__ for step in steps(build_train_transform(**MEAN, **kwargs))]
 
 
 @pytest.mark.slow
 def test_the_default_recipe_survives_5000_images():
     images, _ = build_dataset("DEMO", "", train=True)
-    transform = build_train_transform(input_size=28, **NORM)
+    transform = build_train_transform(input_size=28, **MEAN)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     outputs = torch.stack([transform(images[i][0]) for i in range(5000)])
     assert outputs.shape == (5000, 3, 28, 28)
@@ -64,22 +64,28 @@ def test_posterize_to_some_bits_is_unchanged(image):
 @pytest.mark.parametrize(
     "aa", ["original", "v0", "augmix-m5", "rand-m15-mmax30-inc1", "none", "", None]
 )
-def test_policies_give_normalised_tensors_and_can_be_pickled(aa, image):
-    transform = build_train_transform(input_size=40, aa=aa, **NORM)
+def test_policies_give_bytes_and_can_be_pickled(aa, image):
+    transform = build_train_transform(input_size=40, aa=aa, **MEAN)
     transform = pickle.loads(pickle.dumps(transform))
     for _ in range(60):
-        assert transform(image).shape == (3, 40, 40)
+        output = transform(image)
+        assert output.shape == (3, 40, 40) and output.dtype is torch.uint8
+
+
+def test_what_a_moved_image_leaves_bare_has_the_mean_colour():
+    transform = build_train_transform(input_size=40, aa="rand-m9-n3-p1", **MEAN)
+    policy = steps(transform)[2]
+    assert {op.hparams["img_mean"] for op in policy.ops} == {(128, 102, 76)}
 
 
 def test_steps_of_the_training_recipes():
     end = ["MaybePILToTensor"]
-    erased = ["MaybeToTensor", "Normalize", "RandomErasing"]
     large = ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
     small = ["Resize", "RandomCrop", "RandomHorizontalFlip"]
-    assert step_names(input_size=224) == [*large, "RandAugment", *erased]
-    assert step_names(input_size=32) == [*small, "RandAugment", *erased]
-    assert step_names(input_size=33, aa="None", reprob=0) == [*large, "ColorJitter", *end]
-    assert step_names(input_size=33, aa="", reprob=0, color_jitter=0) == [*large, *end]
+    assert step_names(input_size=224) == [*large, "RandAugment", *end]
+    assert step_names(input_size=32) == [*small, "RandAugment", *end]
+    assert step_names(input_size=33, aa="None") == [*large, "ColorJitter", *end]
+    assert step_names(input_size=33, aa="", color_jitter=0) == [*large, *end]
     three = ["AutoAugment", "ColorJitter", *end]
     assert step_names(input_size=224, three_augment=True) == [*large, *three]
     assert step_names(input_size=224, three_augment=True, simple_random_crop=True) == [
@@ -91,7 +97,7 @@ def test_steps_of_the_training_recipes():
 @pytest.mark.parametrize(("simple", "mode"), [(False, "constant"), (True, "reflect")])
 def test_small_images_are_cropped_with_padding(simple, mode):
     transform = build_train_transform(
-        input_size=32, interpolation="random", simple_random_crop=simple, **NORM
+        input_size=32, interpolation="random", simple_random_crop=simple, **MEAN
     )
     resize, crop = steps(transform)[:2]
     assert (crop.size, crop.padding, crop.padding_mode) == ((32, 32), 4, mode)
@@ -101,7 +107,7 @@ def test_small_images_are_cropped_with_padding(simple, mode):
 
 
 def test_three_augment_is_one_of_grayscale_solarize_blur(image):
-    policy = steps(build_train_transform(input_size=40, three_augment=True, **NORM))[2]
+    policy = steps(build_train_transform(input_size=40, three_augment=True, **MEAN))[2]
     outputs = [policy(image) for _ in range(60)]
     gray, solarized = ImageOps.grayscale(image).convert("RGB"), ImageOps.solarize(image, 128)
     blurred = [output for output in outputs if output not in (gray, solarized)]
@@ -132,11 +138,11 @@ def test_evaluation_keeps_small_images_whole(image):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"aa": "foo"}, {"aa": "rand-q9"}, {"aa": "rand-m9-foo"}, {"aa": "v0-m"}, {"remode": "foo"}],
+    ["foo", "rand-q9", "rand-m9-foo", "v0-m"],
 )
 def test_unknown_augmentation_is_an_error(wrong):
     with pytest.raises(ValueError, match="timm has no augmentation .* use for instance"):
-        build_train_transform(input_size=32, **NORM, **wrong)
+        build_train_transform(input_size=32, aa=wrong, **MEAN)
 
 
 @pytest.fixture
@@ -176,5 +182,5 @@ def test_cosub_repeats_the_mixed_samples_only(mixup, batch):
 
 @pytest.mark.parametrize("size", [(16, 24), (40, 48)])
 def test_training_images_need_not_be_square(size):
-    transform = build_train_transform(input_size=size, **NORM)
+    transform = build_train_transform(input_size=size, **MEAN)
     assert transform(Image.new("RGB", (60, 50))).shape == (3, *size)

@@ -13,6 +13,7 @@ import yaml
 from helpers import ROOT, TINY, wait_for
 
 from scripts import compare
+from scripts.comparing import scheduling
 from scripts.comparing.recipes import Run, read_recipe
 from scripts.comparing.scheduling import Scheduler
 
@@ -189,6 +190,17 @@ def test_the_time_is_kept(tmp_path, data_path, ending):
     ended = ending(compare.main, [str(argument) for argument in arguments])
     assert ended.code == 0
     assert "d, seed 0: stopped in epoch 0\n0 of 1 runs are finished\n" in ended.out
+
+
+def test_a_run_that_does_not_leave_is_killed(tmp_path, monkeypatch):
+    (run,) = read_recipe(recipe(tmp_path), tmp_path, models=["lit"], seeds=[0])
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
+    command = [sys.executable, "-c", deaf]
+    monkeypatch.setattr(type(run.program), "next_command", lambda *_: command)
+    monkeypatch.setattr(scheduling, "GRACE", 0.2)
+    runs, began = scheduler([run], seconds=2), time.monotonic()
+    runs.work()
+    assert runs.failed == [run] and time.monotonic() - began < 50
 
 
 def test_recipes_of_the_repository(tmp_path):

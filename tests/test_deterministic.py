@@ -44,7 +44,7 @@ def test_a_digest_changes_with_any_bit():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,16 +1,27 @@
 """Augmentation of batches on their device against timm's and Pillow's of single images."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from kernel_cases import gpu
 from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms.functional import normalize
 
 import augment  # noqa: F401, mends timm's Posterize
 import device_augment
 from compilation import compile_augmentation
-from device_augment import OPERATIONS, RandAugment, build_device_transform, colours, geometry
+from device_augment import (
+    OPERATIONS,
+    RandAugment,
+    build_device_transform,
+    build_normalization,
+    colours,
+    geometry,
+)
 
 TIMM = {"Translate": "{}Rel"} | dict.fromkeys(
     ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"), "{}Increasing"
@@ -121,6 +132,48 @@ def test_erasing(remode):
     rows, columns = erased[:, 0].any(2), erased[:, 0].any(1)
     assert erased[:, 0].equal(rows[:, :, None] & columns[:, None])  # one rectangle
     assert ((rows.int().diff(dim=1) == 1).sum(1) <= 1).all()
+
+
+def test_erased_rectangles_are_drawn_as_timm_draws_them():
+    """Of images that are not square: how high, how wide, and how far from the upper left corner."""
+    random.seed(0), torch.manual_seed(0)
+    images = torch.full((8000, 3, 12, 24), 9.0)
+    ours = device_augment.erase(images, 1.0, torch.zeros_like)
+    by_timm = RandomErasing(1.0, device="cpu")(images.clone())
+    shapes = []
+    for erased in (ours[:, 0] == 0, by_timm[:, 0] == 0):
+        rows, columns = erased.any(2).float(), erased.any(1).float()
+        shapes.append([part for sides in (rows, columns)
+                       for part in (sides.sum(1), sides.argmax(1).float())])  # fmt: skip
+    for own, expected in zip(*shapes, strict=True):
+        assert abs(own.mean() - expected.mean()) < 0.04 * expected.mean()
+        assert abs(own.std() - expected.std()) < 0.05 * expected.std()
+
+
+def test_several_rectangles_share_what_is_erased():
+    torch.manual_seed(0)
+    images = torch.full((4000, 3, 32, 32), 9.0)
+    one, three = (
+        (device_augment.erase(images, 0.5, torch.zeros_like, most)[:, 0] == 0) for most in (1, 3)
+    )
+    rows, columns = three.any(2), three.any(1)
+    several = (three != (rows[:, :, None] & columns[:, None])).flatten(1).any(1)
+    assert 0.25 < several.float().mean() < 0.34  # some have one, or several in line
+    assert abs((three.flatten(1).any(1)).float().mean() - 0.5) < 0.03
+    assert 0.7 < three.float().mean() / one.float().mean() < 1  # they overlap
+
+
+def test_what_is_to_be_erased_is_normalised_before():
+    torch.manual_seed(0)
+    pixels = torch.stack([picture(seed=i) for i in range(8)])
+    options = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    plain = build_normalization(**options)(pixels)
+    assert plain.equal(normalize(pixels / 255, *options.values()))
+    erased = build_normalization(**options, reprob=1.0, remode="pixel", recount=2)(pixels)
+    noise = erased[erased != plain]
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    with pytest.raises(ValueError, match="no --remode noise: use const or rand or pixel"):
+        build_normalization(**options, remode="noise")
 
 
 def test_levels_and_operations_are_drawn_as_the_policy_says():

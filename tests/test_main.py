@@ -230,7 +230,7 @@ def test_overwrite_starts_anew(run, data_path, tmp_path):
 
 PLAIN = (*TINY, "--batch-size", "40", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0",
          "--lr", "0.1", "--unscale-lr", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0",
-         "--drop-path", "0")  # fmt: skip
+         "--drop-path", "0", "--reprob", "0")  # fmt: skip
 
 
 @pytest.fixture
@@ -418,7 +418,8 @@ def test_augmentation_arguments_arrive(data_path, run, monkeypatch):
 
         return noting
 
-    for module, name in ((loaders, "build_train_transform"), (main, "build_batch_transform")):
+    for module, name in ((loaders, "build_train_transform"), (main, "build_batch_transform"),
+                         (loaders, "build_normalization")):  # fmt: skip
         monkeypatch.setattr(module, name, note(getattr(module, name)))
     wanted = dict(
         color_jitter=0.1, aa="original", train_interpolation="bilinear", reprob=0.5,
@@ -426,15 +427,20 @@ def test_augmentation_arguments_arrive(data_path, run, monkeypatch):
         mixup_mode="pair", smoothing=0.2,
     )  # fmt: skip
     given = [text for name, value in wanted.items() for text in (f"--{name}", value)]
-    more = ("--ThreeAugment", "--src", "--cutmix-minmax", "0.2", "0.8", "--cosub")
-    assert run(*TINY, "--data-path", data_path, *given, *more).code == 0
+    arguments = (*TINY, "--data-path", data_path, *given, "--src", "--cosub",
+                 "--cutmix-minmax", "0.2", "0.8")  # fmt: skip
+    assert run(*arguments).code == 0
     names = {"train_interpolation": "interpolation", "mixup_prob": "prob", "mixup_mode": "mode",
              "mixup_switch_prob": "switch_prob"}  # fmt: skip
     expected = {names.get(name, name): value for name, value in wanted.items()} | {
-        "input_size": 16, "three_augment": True, "simple_random_crop": True,
+        "input_size": 16, "three_augment": False, "simple_random_crop": True,
         "cutmix_minmax": [0.2, 0.8], "cosub": True, "num_classes": 3,
     }  # fmt: skip
     assert {name: received[name] for name in expected} == expected
+    for option, three in (("--ThreeAugment", True), ("--no-aug", None)):
+        received.clear()
+        assert run(*arguments, option).code == 0
+        assert (received.get("three_augment"), received["reprob"]) == (three, 0)
 
 
 def test_three_images_are_enough(run, tmp_path):

@@ -28,13 +28,19 @@ OF_OWN = Preprocessing((3, 48, 48), "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 def made(monkeypatch):
     """What loaders of evaluation are built with: each one's transform and normalisation."""
     noted = []
-    init = loaders.DeviceLoader.__init__
+    init, build = loaders.DeviceLoader.__init__, loaders.build_normalization
+    normalizations = []
 
     def noting(self, dataset, *args, **kwargs):
         init(self, dataset, *args, **kwargs)
-        noted.append((dataset, tuple(kwargs["mean"]), tuple(kwargs["std"])))
+        noted.append((dataset, *normalizations[-1]))
+
+    def noting_normalization(*, mean, std, **kwargs):
+        normalizations.append((tuple(mean), tuple(std)))
+        return build(mean=mean, std=std, **kwargs)
 
     monkeypatch.setattr(loaders.DeviceLoader, "__init__", noting)
+    monkeypatch.setattr(loaders, "build_normalization", noting_normalization)
     return noted
 
 

@@ -19,6 +19,7 @@ from scripts.comparing.recipes import Run
 STOPPED = tuple(
     code for number in (signal.SIGTERM, signal.SIGINT) for code in (128 + number, -number)
 )
+GRACE = 90.0  # seconds in which runs that are told to leave save
 
 
 @dataclass
@@ -68,11 +69,20 @@ class Scheduler:
                     break
                 time.sleep(0.2)
         finally:
-            for started in self.started:
-                started.process.send_signal(signal.SIGTERM)
-            for started in self.started:
-                started.process.wait()
+            self.end_all()
             self.collect()
+
+    def end_all(self) -> None:
+        """Tells all runs to leave, and kills those that do not."""
+        for started in self.started:
+            started.process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + GRACE
+        for started in self.started:
+            try:
+                started.process.wait(max(end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                started.process.kill()
+                started.process.wait()
 
     def free_slots(self) -> set[int]:
         return self.slots - {started.slot for started in self.started}
@@ -100,9 +110,10 @@ class Scheduler:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "arguments.txt").write_text(shlex.join(run.arguments))
         device = f"cuda:{slot % self.gpus}" if self.gpus else ""
-        threads = max(1, (os.cpu_count() or 1) // len(self.slots))
+        threads = str(max(1, (os.cpu_count() or 1) // len(self.slots)))
+        shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path}
+        environment = {**shares, **os.environ, "PYTHONPATH": path}
         command = run.program.next_command(run, self.data_path, device)
         with (run.folder / "output.txt").open("a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
