@@ -106,14 +106,14 @@ def decay_cumsum_kernel(
 @triton.jit
 def gate_bwd_kernel(
     DLOG_MASK, SUMS, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
-    n, heads, prefix, sums_b, decay_b, decay_n,
+    n, heads, prefix, sums_b, decay_c, decay_b, decay_n,
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, DECAYS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk.
 
-    DLOG_MASK `[B, H, chunks, 6, SIZE]`, by step or by token, has sums of g_ij over the pairs of a
-    query there with earlier (0) and later keys (1), of a key there with later (2) and earlier
+    DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has sums of g_ij over the pairs of
+    a query there with earlier (0) and later keys (1), of a key there with later (2) and earlier
     queries (3), of which 0 and 3 include other chunks; and with later chunks alone: keys (4),
     queries (5). By the exponents of M, dx = (0) - (2), dy = (3) - (1), and a step's log decay has
 
@@ -123,9 +123,13 @@ def gate_bwd_kernel(
     """
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    c = tl.program_id(1)
+    part = c * tl.num_programs(0) + bh * num_chunks + chunk
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
+    if CURVE is not None:
+        CURVE += c * n
     inside, tokens, valid = common.tile(start, size, 0, CURVE, triton.next_power_of_2(SIZE))
-    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE + (tokens if BY_TOKEN else inside)
+    DLOG_MASK += part * 6 * SIZE + (tokens if BY_TOKEN else inside)
     dx = tl.load(DLOG_MASK, mask=valid, other=0.0)
     dx -= tl.load(DLOG_MASK + 2 * SIZE, mask=valid, other=0.0)
     dy = tl.load(DLOG_MASK + 3 * SIZE, mask=valid, other=0.0)
@@ -146,7 +150,7 @@ def gate_bwd_kernel(
         SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
         dl += tl.sum(around, 0) * tl.exp2(tl.load(SUMS + SIZE + CHUNK - 1))
     counts = common.key_mask(VALID, b * n, tokens, valid) & (tokens >= prefix)
-    DECAY += b * decay_b + h
+    DECAY += c * decay_c + b * decay_b + h
     if DECAYS == "logs":
         open_enough = tl.load(DECAY + tokens * decay_n, mask=valid, other=0.0) > -16
     else:
@@ -156,9 +160,9 @@ def gate_bwd_kernel(
     # Nothing but rounding errors comes through a decay below 2^-23.
     dl = tl.where(counts & open_enough, dl, 0.0)
     if DECAYS == "head":  # z = -w
-        tl.store(GRAD + bh * num_chunks + chunk, -tl.sum(dl, 0))
+        tl.store(GRAD + part, -tl.sum(dl, 0))
     else:
-        address = GRAD + b * decay_b + h + tokens * decay_n
+        address = GRAD + c * decay_c + b * decay_b + h + tokens * decay_n
         tl.store(address, dl.to(GRAD.dtype.element_ty), mask=valid)
 
 

@@ -146,17 +146,19 @@ def _chunks_backward(call: Call) -> None:
         _enter_states(call, 4)
         call.launch(chunks.mix_bwd_dq_kernel, call.chunks, call.plan.dq)
         call.launch(chunks.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
-        _gate_gradients(call, c, parts)
+        _gate_gradients(call, parts, c)
     _head_gradients(call, parts, call.num_chunks)
 
 
-def _gate_gradients(call: Call, c: int, parts: Tensor) -> None:
-    """Gradients of curve `c`'s gates or logs, or the `parts` of those of the heads' logits."""
+def _gate_gradients(call: Call, parts: Tensor, c: int = 0, curves: int = 1) -> None:
+    """Gradients of the gates or logs of `curves` curves from `c` on, or the `parts` of those of the
+    heads' logits."""
     if call.values["DECAYS"] == "none":
         return
     into = {"gates": None, "head": parts, "logs": call.values["DDECAY"]}[call.values["DECAYS"]]
     call.launch(
-        decay.gate_bwd_kernel, call.chunks, {"num_warps": 1 if call.num_chunks == 1 else 4},
+        decay.gate_bwd_kernel, (*call.chunks, curves),
+        {"num_warps": 1 if call.num_chunks == 1 else 4},
         DECAY=call.of_curve(c, call.qkv, call.decay),
         GRAD=call.of_curve(c, call.values["DQKV"], into),
     )  # fmt: skip
@@ -191,9 +193,7 @@ def _pairs_backward(call: Call) -> None:
         _head_gradients(call, dlog_mask, call.qkv.shape[1])
         return
     parts = call.empty(*dlog_mask.shape[:2], 1)
-    for c in call.along_curves():
-        call.values.update(DLOG_MASK=dlog_mask[c])
-        _gate_gradients(call, c, parts)
+    _gate_gradients(call, parts, curves=call.num_curves)
     _head_gradients(call, parts, 1)
 
 
