@@ -1,7 +1,8 @@
 """What is measured: a case is one step of one model, mixer or entry point, at one size."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -43,6 +44,7 @@ DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside 
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
 MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
+OF_IMAGES = (TRAINING, INFERENCE, "main")  # parts, whose sizes are in pixels
 # The steps of each part; those of `main` and `pretrain` are the entry points'.
 PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
          TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
@@ -58,13 +60,13 @@ class Case:
     device: str  # cpu or cuda
     card: str  # its name
     precision: str  # float32, bfloat16 (weights, too), or amp: bfloat16 by autocast
-    step: str  # of PARTS
-    scale: str  # of SCALES; of text, nothing
-    pixels: int  # 0 for the mixer and text
-    tokens: int  # of an image or a window
-    batch: int  # images or windows of a process
-    model: str  # of MODELS, or the name of a configuration of mlm.pretrain
-    form: str  # a format of LION, or how softmax is computed: a key of ATTENTION
+    step: str = ""  # of PARTS
+    scale: str = ""  # of SCALES; of text, nothing
+    pixels: int = 0  # none for the mixer and text
+    tokens: int = 0  # of an image or a window
+    batch: int = 0  # images or windows of a process
+    model: str = ""  # of MODELS, or the name of a configuration of mlm.pretrain
+    form: str = ""  # a format of LION, or how softmax is computed: a key of ATTENTION
     chunk_size: int = 64
     compiled: str = ""  # blocks, or the whole model
     config: str = ""  # of text: the file, and key=value
@@ -86,8 +88,15 @@ class Case:
 
     @property
     def label(self) -> str:
-        form = ATTENTION.get(self.form, self.form)
-        return f"{self.model}, {form}" if form else self.model
+        return ", ".join(filter(None, [self.model, ATTENTION.get(self.form, self.form)]))
+
+    @property
+    def in_timm(self) -> tuple[str, dict[str, Any]]:
+        """The model's name there, and its options."""
+        name, options = MODELS[self.model]
+        if self.model in LIONS:
+            options = {**options, "format": self.form, "chunk_size": self.chunk_size}
+        return f"{name}_{self.scale}_patch16_224", options
 
     @property
     def rate(self) -> float:
@@ -97,10 +106,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a part measures: batches of base by size, and the rest that is not given.
+    """What a part measures if nothing else is asked for: batches of base by size, and the rest.
 
-    A size is the image's side in pixels, for the mixer and text the tokens. Narrower models get
-    larger batches, so that they fill the device.
+    A size is the image's side in pixels, for the mixer and text the tokens. Batches of other sizes
+    have `tokens`, if that is given. Narrower models get `wider` batches, which fill the device.
     """
 
     batches: dict[int, int]
@@ -108,9 +117,11 @@ class Defaults:
     backends: tuple[str, ...] = ("flash",)
     formats: tuple[str, ...] = ("Attention",)
     wider: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
 
     def batch(self, size: int, scale: str) -> int:
-        return self.batches.get(size, 1) * self.wider.get(scale, 1)
+        others = max(self.tokens // size, 1)
+        return self.batches.get(size, others) * self.wider.get(scale, 1)
 
 
 @dataclass(frozen=True)
@@ -125,50 +136,38 @@ class Preset:
 
 def presets(device: str) -> dict[str, Preset]:
     """The tables by name, for `cpu` or `cuda`."""
-    cuda, formats = device == "cuda", tuple(FORMATS)
+    cuda, formats, few = device == "cuda", tuple(FORMATS), ("ViT", "LION-D", "LION-S♮")
+    wider, fused = {"tiny": 4, "small": 2}, ("flash", "cudnn", "efficient")
+    speed = {
+        "mixer": Defaults({197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
+                          backends=tuple(BACKENDS), formats=("kernels",), wider=wider),
+        TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
+                           fused, wider=wider),
+        INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=fused,
+                            formats=formats),
+    } if cuda else {
+        "mixer": Defaults({197: 8, 1025: 1}, few, formats=("Attention", "Chunk")),
+        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *few[1:]), formats=("Attention", "Chunk")),
+        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=formats),
+    }  # fmt: skip
     paper = Defaults({224: 64}, tuple(m for m in MODELS if m != NO_MIXING),
                      (EXPLICIT, "flash", "cudnn") if cuda else (EXPLICIT, "flash"))  # fmt: skip
-    resolution = Defaults(
-        dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64), ("ViT", "Hydra", "Vim", "LION-D"),
-        (DEFAULT, EXPLICIT), formats,
-    )  # fmt: skip
-    text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, (),
-                    ("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
+    resolution = Defaults(dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64),
+                          ("ViT", "Hydra", "Vim", "LION-D"), (DEFAULT, EXPLICIT),
+                          formats)  # fmt: skip
+    text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, tokens=2**16,
+                    backends=("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
+    loops = {
+        "main": Defaults({224: 128 if cuda else 8}, few, (DEFAULT,), wider=wider if cuda else {}),
+        "pretrain": Defaults({128: 256 if cuda else 8}, backends=(DEFAULT,), tokens=2**16),
+    }
     return {
-        "speed": Preset(SPEED[device], (INFERENCE,), *((15, 3) if cuda else (10, 60))),
+        "speed": Preset(speed, (INFERENCE,), *((15, 3) if cuda else (10, 60))),
         "paper": Preset({TRAINING: paper, INFERENCE: paper}, (TRAINING, INFERENCE), 10, 20),
         "resolution": Preset({INFERENCE: resolution}, (INFERENCE,), 5, 10),
         "text": Preset({TEXT: text}, (TEXT,), 15, 5),
-        "loops": Preset(LOOPS[device], ("main",), *((15, 3) if cuda else (3, 5))),
+        "loops": Preset(loops, ("main",), *((15, 3) if cuda else (3, 5))),
     }
-
-
-WIDER = {"tiny": 4, "small": 2}
-FEW = ("ViT", "LION-D", "LION-S♮")
-FUSED = ("flash", "cudnn", "efficient")
-SPEED = {
-    "cuda": {
-        "mixer": Defaults(
-            {197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
-            backends=tuple(BACKENDS), formats=("kernels",), wider=WIDER,
-        ),
-        TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
-                           FUSED, wider=WIDER),
-        INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=FUSED,
-                            formats=tuple(FORMATS)),
-    },
-    "cpu": {
-        "mixer": Defaults({197: 8, 1025: 1}, FEW, formats=("Attention", "Chunk")),
-        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *FEW[1:]), formats=("Attention", "Chunk")),
-        INFERENCE: Defaults({512: 1, 1024: 1}, FEW, formats=tuple(FORMATS)),
-    },
-}  # fmt: skip
-LOOPS = {
-    "cuda": {"main": Defaults({224: 128}, FEW, (DEFAULT,), wider=WIDER),
-             "pretrain": Defaults({128: 256}, backends=(DEFAULT,))},
-    "cpu": {"main": Defaults({224: 8}, FEW, (DEFAULT,)),
-            "pretrain": Defaults({128: 8}, backends=(DEFAULT,))},
-}  # fmt: skip
 
 
 def default_precision(device: str, part: str) -> str:
@@ -188,20 +187,37 @@ def tokens_of(pixels: int) -> int:
 
 def parse_size(text: str) -> tuple[int, int | None]:
     """`224` or, with a batch, `224x128`."""
-    size, _, batch = text.partition("x")
-    try:
-        numbers = int(size), int(batch) if batch else None
-    except ValueError as error:
-        raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}") from error
-    if min(numbers[0], 1 if numbers[1] is None else numbers[1]) < 1:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found:
+        raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}")
+    size, batch = (int(number) if number else None for number in found.groups())
+    if 0 in (size, batch):
         raise UserError(f"a size and its batch must be at least 1, not {text!r}")
-    return numbers
+    return size, batch
 
 
-def forms_of(model: str, backends: Sequence[str], formats: Sequence[str]) -> Sequence[str]:
-    if model in SOFTMAX:
-        return backends
-    return formats if model in LIONS else ("",)
+def make_groups(
+    part: str,
+    defaults: Defaults,
+    blank: Case,
+    *,
+    scales: Sequence[str] = ("",),
+    sizes: Sequence[str] | None = None,
+    compiled: Sequence[str] = ("",),
+    processes: Sequence[int] = (1,),
+) -> Iterator[Case]:
+    """The groups of a part, as cases without a model; `sizes` None are the part's own.
+
+    `blank` has what they share: device, precision, chunk size. Raises UserError for a size that the
+    part cannot take.
+    """
+    chosen = [parse_size(s) for s in sizes] if sizes else [(s, None) for s in defaults.batches]
+    groups = product(scales, compiled, processes, chosen, PARTS[part])
+    for scale, how, count, (size, batch), step in groups:
+        pixels, tokens = (size, tokens_of(size)) if part in OF_IMAGES else (0, size)
+        yield replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
+                      batch=batch or defaults.batch(size, scale), processes=count,
+                      drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
 
 
 def make_cases(
@@ -209,20 +225,16 @@ def make_cases(
     defaults: Defaults,
     blank: Case,
     *,
-    scales: Sequence[str],
     models: Sequence[str] | None = None,
-    sizes: Sequence[str] | None = None,
     formats: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
-    compiled: Sequence[str] = ("",),
-    processes: Sequence[int] = (1,),
+    **grouping: Sequence | None,
 ) -> list[Case]:
     """The cases of a part, by group; None is the default. The ViT, the base, is always there.
 
-    `blank` has what they share: device, precision, chunk size. Raises UserError for a size or a
-    model that the part cannot take.
+    `grouping` is for `make_groups`. Raises UserError for a size or a model that the part cannot
+    take.
     """
-    chosen = [parse_size(s) for s in sizes] if sizes else [(s, None) for s in defaults.batches]
     models = list(dict.fromkeys(("ViT", *(models or defaults.models))))
     backends, formats = backends or defaults.backends, formats or defaults.formats
     if part == "mixer":
@@ -231,13 +243,7 @@ def make_cases(
             raise UserError(f"the mixer alone is that of ViT and LION, not of {others[0]}")
     if part != INFERENCE:
         formats = [f for f in formats if f != "RNN"]  # its backward holds a state for each token
-    cases = []
-    groups = product(scales, compiled, processes, chosen, PARTS[part])
-    for scale, how, count, (size, batch), step in groups:
-        pixels, tokens = (0, size) if part == "mixer" else (size, tokens_of(size))
-        group = replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
-                        batch=batch or defaults.batch(size, scale), processes=count,
-                        drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
-        cases += [replace(group, model=model, form=form)
-                  for model in models for form in forms_of(model, backends, formats)]  # fmt: skip
-    return cases
+    forms = {**dict.fromkeys(SOFTMAX, backends), **dict.fromkeys(LIONS, formats)}
+    return [replace(group, model=model, form=form)
+            for group in make_groups(part, defaults, blank, **grouping)
+            for model in models for form in forms.get(model, ("",))]  # fmt: skip

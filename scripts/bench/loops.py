@@ -6,6 +6,7 @@ Each runs in processes of its own for some steps, at the end of which `entry.py`
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from PIL import Image
 
-from scripts.bench.cases import LIONS, MAIN, MODELS, TEXT, TRAINING, Case
+from scripts.bench.cases import MAIN, TEXT, TRAINING, Case
 from scripts.bench.entry import ROOT, TRACED
 from scripts.bench.measure import OUT_OF_MEMORY, OUT_OF_TIME, in_new_process, measure
 from scripts.bench.report import number, rows
@@ -98,36 +100,32 @@ def run_entry(case: Case, setting: Setting) -> Case:
             memory = "OutOfMemoryError" in done.stderr
             return replace(case, note=OUT_OF_MEMORY if memory else f"failed: {said[0]}")
         facts = json.loads(output.read_text())
-    waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)]
-    waits = waits[len(waits) // 2 :]  # the first lines have the start in them
-    return replace(case, **facts, runs=1, data_wait=sum(waits) / len(waits) if waits else math.nan)
+    waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)] or [math.nan]
+    later = waits[len(waits) // 2 :]  # the first lines have the start in them
+    return replace(case, **facts, runs=1, data_wait=fmean(later))
 
 
 def main_arguments(case: Case, setting: Setting) -> list[str]:
     images = case.batch * case.processes * setting.total
     data = setting.data or once(setting.folder / f"images-{images}", make_images, images)
-    name, options = MODELS.get(case.model, ("", {}))
-    if case.model in LIONS:
-        options = {**options, "format": case.form, "chunk_size": case.chunk_size}
-    model = f"{name}_{case.scale}_patch16_224" if name else "mean_colour"
+    model, options = ("mean_colour", {}) if case.model == LOADER else case.in_timm
     words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
              "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
              "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
              **options}  # fmt: skip
-    arguments = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-    arguments += ["--torchcompile"] if case.compiled else []
-    return [*arguments, "--no-amp"] if case.precision == "float32" else arguments
+    flags = {"--torchcompile": case.compiled, "--no-amp": case.precision == "float32"}
+    return [*(word for key, value in words.items() for word in (f"--{key}", str(value))),
+            *(flag for flag, wanted in flags.items() if wanted)]  # fmt: skip
 
 
 def pretrain_arguments(case: Case, setting: Setting) -> list[str]:
     data = setting.data or once(setting.folder / "text", make_text)
-    config = case.config.split()
     words = {"data": data, "length": case.tokens, "micro_batch": case.batch, "workers":
              setting.workers, "global_batch": case.batch * case.processes, "steps": setting.total,
              "eval_every": setting.total, "device": case.device, "output": "",
-             "compile": "true" if case.compiled else "false"}  # fmt: skip
+             "compile": bool(case.compiled)}  # fmt: skip
     smallest = SMALLEST if case.model == LOADER else ()
-    return [*config, *smallest, *(f"{key}={value}" for key, value in words.items())]
+    return [*shlex.split(case.config), *smallest, *(f"{k}={v}" for k, v in words.items())]
 
 
 def once(folder: Path, make: Callable[..., None], *arguments: object) -> Path:
@@ -148,13 +146,11 @@ def make_images(folder: Path, count: int, distinct: int = 64, classes: int = 10)
             pixels += (np.asarray(image, dtype=float) - 128) * 1.2 / octave**2
         picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         picture.save(folder / "distinct" / f"{i}.jpg", quality=92)
-    for split, number_of in (("train", count), ("val", classes)):
-        for label in range(classes):
-            (folder / split / f"class{label}").mkdir(parents=True)
-        for i in range(number_of):
-            (folder / split / f"class{i % classes}" / f"{i}.jpg").symlink_to(
-                folder.resolve() / "distinct" / f"{i % distinct}.jpg"
-            )
+    for split, images in (("train", count), ("val", classes)):
+        for i in range(images):
+            path = folder / split / f"class{i % classes}" / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to((folder / "distinct" / f"{i % distinct}.jpg").resolve())
 
 
 def make_text(folder: Path, words: int = 30_517, documents: int = 2000) -> None:

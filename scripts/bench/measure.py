@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from statistics import median
 from typing import TypeVar
 
@@ -52,6 +53,18 @@ class Turns:
         return not self.case.note and sum(self.taken) + turn <= budget
 
 
+def measure_groups(
+    cases: Sequence[Case], repeats: int, seconds: float, deadline: float
+) -> Iterator[list[Case]]:
+    """Each group with its results; see `measure`."""
+    for _, same in groupby(cases, key=lambda case: case.group):
+        group = list(same)
+        if group[0].compiled and time.perf_counter() < deadline:
+            choose_backend(group)
+        measure(group, repeats, seconds, deadline)
+        yield group
+
+
 def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float = math.inf) -> None:
     """Fills in the results of a group of cases.
 
@@ -78,17 +91,36 @@ def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float 
 def first_run(case: Case) -> Turns | None:
     """After a warm-up, one run; it gives peak memory and how many iterations make a turn."""
     with noting_failure(case):
-        if case.device == "cpu":
-            case.bytes = in_new_process(peak_bytes, case, torch.get_num_threads())
+        on_cpu = case.device == "cpu"
+        alone = in_new_process(peak_bytes, case, torch.get_num_threads()) if on_cpu else 0
         step = prepare(case)
-        warm_up(case, step)
-        with peak_memory(torch.device(case.device)) as peak:
-            case.seconds, case.runs = begin(case, step)(), 1
-        if case.device != "cpu":
-            case.bytes = step.held + peak.bytes
-        case.parameters = step.parameters
+        peak = run_once(case, step)
+        case.bytes = alone or peak
+        case.runs, case.parameters = 1, step.parameters
         case.iterations = max(1, min(100, round(TURN / case.seconds)))
         return Turns(case, step)
+
+
+def peak_bytes(case: Case, threads: int) -> int:
+    torch.set_num_threads(threads)
+    return run_once(case, prepare(case))
+
+
+def run_once(case: Case, step: Step) -> int:
+    """Fills in the time of a run, after a warm-up; returns the bytes held at its peak."""
+    warm_up(case, step)
+    return_freed_memory()
+    with peak_memory(torch.device(case.device)) as peak:
+        case.seconds = begin(case, step)()
+    return step.held + peak.bytes
+
+
+def warm_up(case: Case, step: Step) -> None:
+    """The step itself on a GPU, or where it compiles; else a quick one, on a few patches."""
+    if case.device == "cpu" and not case.compiled:
+        few = {"pixels": 2 * PATCH} if case.pixels else {}
+        step = prepare(replace(case, batch=1, tokens=5, **few))
+    begin(case, step)()
 
 
 def take_turns(turns: Sequence[Turns], repeats: int, budget: float) -> None:
@@ -126,27 +158,6 @@ def begin(case: Case, step: Step) -> Callable[[], float]:
         return start.elapsed_time(end) / 1e3
 
     return read
-
-
-def warm_up(case: Case, step: Step) -> None:
-    """The step itself on a GPU, or where it compiles; else a quick one, on a few patches."""
-    if case.device == "cpu" and not case.compiled:
-        few = {"pixels": 2 * PATCH} if case.pixels else {}
-        step = prepare(replace(case, batch=1, tokens=5, **few))
-    with step.context():
-        step.run()
-    if case.device != "cpu":
-        torch.cuda.synchronize()
-
-
-def peak_bytes(case: Case, threads: int) -> int:
-    torch.set_num_threads(threads)
-    step = prepare(case)
-    warm_up(case, step)
-    return_freed_memory()
-    with step.context(), peak_memory(torch.device(case.device)) as peak:
-        step.run()
-    return step.held + peak.bytes
 
 
 def return_freed_memory() -> None:
