@@ -5,13 +5,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from torch.nn.attention import SDPBackend
 
 from errors import UserError
-from models_lion import FORMATS, SIZES
+from models_lion import FORMATS
 
+ROOT = Path(__file__).resolve().parents[2]
 NO_MIXING = "no mixing"  # the ViT whose tokens keep their own values: a floor for every mixer
 # Names in timm but for the size, and options.
 MODELS = {
@@ -37,10 +39,10 @@ BACKENDS = {  # of scaled_dot_product_attention
 DEFAULT, EXPLICIT = "default", "explicit"  # PyTorch chooses; softmax is written out
 ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
              DEFAULT: "SDPA", EXPLICIT: "explicit softmax"}  # fmt: skip
-SCALES = tuple(SIZES)
 PATCH = 16
 DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside them
 
+OUT_OF_MEMORY = "out of memory"  # the note of a case, which pictures show
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
 MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
@@ -61,7 +63,7 @@ class Case:
     card: str  # its name
     precision: str  # float32, bfloat16 (weights, too), or amp: bfloat16 by autocast
     step: str = ""  # of PARTS
-    scale: str = ""  # of SCALES; of text, nothing
+    scale: str = ""  # a size of models_lion; of text, nothing
     pixels: int = 0  # none for the mixer and text
     tokens: int = 0  # of an image or a window
     batch: int = 0  # images or windows of a process

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.bench.cases import MAIN, TEXT, TRAINING, Case
-from scripts.bench.entry import ROOT, TRACED
-from scripts.bench.measure import OUT_OF_MEMORY, OUT_OF_TIME, in_new_process, measure
-from scripts.bench.report import number, rows
+from scripts.bench.cases import MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
+from scripts.bench.entry import TRACED
+from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
+from scripts.bench.report import number, or_note, rows
 
 LOADER = "loader alone"  # the entry point with a model of next to no time
 # What the progress lines say of the time in which a step waits for its batch, in percent.
@@ -52,15 +52,15 @@ class Setting:
 
 def measure_loops(
     cases: Sequence[Case], setting: Setting, deadline: float = math.inf
-) -> Iterator[Case]:
-    """Bare steps, the entry points and their loaders alone, in turn, with their results."""
+) -> Iterator[list[Case]]:
+    """Bare steps, the entry points and their loaders alone, each in turn with its results."""
     for case in with_companions(cases):
         if time.perf_counter() > deadline:
-            yield replace(case, note=OUT_OF_TIME)
+            yield [replace(case, note=OUT_OF_TIME)]
         elif case.step in (TRAINING, TEXT):
-            yield in_new_process(bare, case, setting, torch.get_num_threads())
+            yield [in_new_process(bare, case, setting, torch.get_num_threads())]
         else:
-            yield run_entry(case, setting)
+            yield [run_entry(case, setting)]
 
 
 def with_companions(cases: Sequence[Case]) -> list[Case]:
@@ -174,22 +174,20 @@ def loop_table(cases: Sequence[Case]) -> str:
     The device computes in `busy` of the time; what is neither that nor waiting for data is
     Python's.
     """
-    bare_steps = {(c.model, c.compiled, c.tokens, c.batch): c.seconds
-                  for c in cases if c.step in (TRAINING, TEXT)}  # fmt: skip
-    header = ("step", " processes", "compiled", " batch", "model", " ms", " / bare step",
-              " per second", " waits for data", " for Python", " for the device",
-              " peak MiB")  # fmt: skip
+    key = lambda case: (case.model, case.compiled, case.tokens, case.batch)  # noqa: E731
+    bare_steps = {key(case): case.seconds for case in cases if case.step in (TRAINING, TEXT)}
     lines = []
     for case in cases:
         name = f"bare step ({case.step})" if case.step in (TRAINING, TEXT) else case.step
-        start = [name, case.processes, case.compiled or "no", case.batch, case.model]
-        if case.note:
-            lines.append([*start, case.note, *[""] * 6])
-            continue
-        step = bare_steps.get((case.model, case.compiled, case.tokens, case.batch), math.nan)
+        ratio = case.seconds / bare_steps.get(key(case), math.nan)
         python = max(1 - case.busy - (0 if math.isnan(case.data_wait) else case.data_wait), 0)
-        shares = (case.data_wait, python if not math.isnan(case.busy) else math.nan, case.busy)
-        lines.append([*start, f"{case.seconds * 1e3:.1f}", number(case.seconds / step, ".2f"),
-                      f"{case.rate:,.0f}", *(number(share, ".0%") for share in shares),
-                      f"{case.bytes / 2**20:,.0f}"])  # fmt: skip
-    return rows(header, lines)
+        shares = (case.data_wait, math.nan if math.isnan(case.busy) else python, case.busy)
+        results = or_note(
+            case, f"{case.seconds * 1e3:.1f}", number(ratio, ".2f"), f"{case.rate:,.0f}",
+            *(number(share, ".0%") for share in shares), f"{case.bytes / 2**20:,.0f}",
+        )  # fmt: skip
+        how = case.compiled or "no"
+        lines.append([name, case.processes, how, case.batch, case.model, *results])
+    return rows(("step", " processes", "compiled", " batch", "model", " ms", " / bare step",
+                 " per second", " waits for data", " for Python", " for the device",
+                 " peak MiB"), lines)  # fmt: skip

@@ -22,14 +22,22 @@ from typing import TypeVar
 
 import torch
 
-from scripts.bench.cases import BACKENDS, BACKWARD, INFERENCE, PATCH, TRAINING, Case
+from scripts.bench.cases import (
+    BACKENDS,
+    BACKWARD,
+    INFERENCE,
+    OUT_OF_MEMORY,
+    PATCH,
+    TRAINING,
+    Case,
+)
 from scripts.bench.steps import Step, images, prepare
 from utils import peak_memory
 from workers import end_with_parent
 
 Result = TypeVar("Result")
 TURN = 0.02  # seconds that a turn takes at least: short cases get several iterations
-OUT_OF_MEMORY, UNAVAILABLE, OUT_OF_TIME = "out of memory", "not available", "no time left"
+UNAVAILABLE, OUT_OF_TIME = "not available", "no time left"
 ONLY_FASTEST = "slower alone, not compiled"
 # What scaled_dot_product_attention says of a backend that the device or the shape rules out.
 NO_KERNEL = ("No available kernel", "No viable backend")
