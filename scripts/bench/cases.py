@@ -178,24 +178,14 @@ def default_precision(device: str, part: str) -> str:
     return "bfloat16" if part in ("mixer", INFERENCE) else "amp"
 
 
-def tokens_of(pixels: int) -> int:
-    """Raises UserError for a size that no model takes."""
-    if pixels % PATCH or pixels < 2 * PATCH:
-        raise UserError(
-            f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, not {pixels}"
-        )
-    return 1 + (pixels // PATCH) ** 2
-
-
-def parse_size(text: str) -> tuple[int, int | None]:
-    """`224` or, with a batch, `224x128`."""
+def parse_size(text: str) -> tuple[int, int]:
+    """`224x128` or, with a batch of 0, `224`."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found:
         raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}")
-    size, batch = (int(number) if number else None for number in found.groups())
-    if 0 in (size, batch):
+    if 0 in (numbers := [int(number) for number in found.groups() if number]):
         raise UserError(f"a size and its batch must be at least 1, not {text!r}")
-    return size, batch
+    return numbers[0], sum(numbers[1:])
 
 
 def make_groups(
@@ -213,10 +203,13 @@ def make_groups(
     `blank` has what they share: device, precision, chunk size. Raises UserError for a size that the
     part cannot take.
     """
-    chosen = [parse_size(s) for s in sizes] if sizes else [(s, None) for s in defaults.batches]
+    chosen = [parse_size(size) for size in sizes or map(str, defaults.batches)]
     groups = product(scales, compiled, processes, chosen, PARTS[part])
     for scale, how, count, (size, batch), step in groups:
-        pixels, tokens = (size, tokens_of(size)) if part in OF_IMAGES else (0, size)
+        pixels, tokens = (size, 1 + (size // PATCH) ** 2) if part in OF_IMAGES else (0, size)
+        if pixels and (pixels % PATCH or pixels < 2 * PATCH):
+            raise UserError(f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, "
+                             f"not {pixels}")  # fmt: skip
         yield replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
                       batch=batch or defaults.batch(size, scale), processes=count,
                       drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
