@@ -189,15 +189,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def make_groups(
-    part: str,
-    defaults: Defaults,
-    blank: Case,
-    *,
-    scales: Sequence[str] = ("",),
-    sizes: Sequence[str] | None = None,
-    compiled: Sequence[str] = ("",),
+    part: str, defaults: Defaults, blank: Case, *, scales: Sequence[str] = ("",),
+    sizes: Sequence[str] | None = None, compiled: Sequence[str] = ("",),
     processes: Sequence[int] = (1,),
-) -> Iterator[Case]:
+) -> Iterator[Case]:  # fmt: skip
     """The groups of a part, as cases without a model; `sizes` None are the part's own.
 
     `blank` has what they share: device, precision, chunk size. Raises UserError for a size that the
@@ -216,15 +211,10 @@ def make_groups(
 
 
 def make_cases(
-    part: str,
-    defaults: Defaults,
-    blank: Case,
-    *,
-    models: Sequence[str] | None = None,
-    formats: Sequence[str] | None = None,
-    backends: Sequence[str] | None = None,
+    part: str, defaults: Defaults, blank: Case, *, models: Sequence[str] | None = None,
+    formats: Sequence[str] | None = None, backends: Sequence[str] | None = None,
     **grouping: Sequence | None,
-) -> list[Case]:
+) -> list[Case]:  # fmt: skip
     """The cases of a part, by group; None is the default. The ViT, the base, is always there.
 
     `grouping` is for `make_groups`. Raises UserError for a size or a model that the part cannot

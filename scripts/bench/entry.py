@@ -13,13 +13,13 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
 TRACED = 10
@@ -51,46 +51,42 @@ def busy_seconds(trace: Sequence[dict]) -> float:
     return busy / 1e6
 
 
-class Watch:
-    """Called after every optimiser step."""
+def now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def __init__(self, output: Path, warm_up: int, steps: int) -> None:
-        self.output, self.warm_up, self.steps = output, warm_up, steps
-        self.step = 0
 
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self.step += 1
-        timed = self.step - self.warm_up
-        if timed not in (0, self.steps, self.steps + TRACED):
-            return
-        cuda = optimizer.param_groups[0]["params"][0].is_cuda
-        if cuda:
-            torch.cuda.synchronize()
-        passed = time.perf_counter()
-        if timed == self.steps:
-            self.seconds = (passed - self.began) / self.steps
-            self.profile = profile(activities=[ProfilerActivity.CUDA if cuda
-                                               else ProfilerActivity.CPU])  # fmt: skip
-            self.profile.start()
-        elif timed > self.steps:
-            self.profile.stop()
-            self.write(passed - self.began, cuda)
-        self.began = time.perf_counter()
-
-    def write(self, traced: float, cuda: bool) -> None:
-        if os.environ.get("RANK", "0") != "0":
-            return
+def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, None]:
+    """Is sent the optimiser after each of its steps, and goes on to the next."""
+    for _ in range(warm_up):
+        optimizer = yield
+    cuda = optimizer.param_groups[0]["params"][0].is_cuda
+    start = now(cuda)
+    for _ in range(steps):
+        yield
+    seconds = (now(cuda) - start) / steps
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as traced:
+        start = now(cuda)
+        for _ in range(TRACED):
+            yield
+        passed = now(cuda) - start
+    if os.environ.get("RANK", "0") == "0":
         with tempfile.TemporaryDirectory() as folder:
-            self.profile.export_chrome_trace(f"{folder}/trace.json")
+            traced.export_chrome_trace(f"{folder}/trace.json")
             trace = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        facts = {"seconds": self.seconds, "busy": busy_seconds(trace) / traced,
+        facts = {"seconds": seconds, "busy": busy_seconds(trace) / passed,
                  "bytes": torch.cuda.max_memory_allocated() if cuda else resident}  # fmt: skip
-        self.output.write_text(json.dumps(facts))
+        output.write_text(json.dumps(facts))
+    while True:
+        yield
 
 
 def main(output: str, warm_up: str, steps: str, name: str, *arguments: str) -> None:
-    register_optimizer_step_post_hook(Watch(Path(output), int(warm_up), int(steps)))
+    watching = watch(Path(output), int(warm_up), int(steps))
+    next(watching)
+    register_optimizer_step_post_hook(lambda optimizer, *_: watching.send(optimizer))
     sys.argv = [name, *arguments]
     runpy.run_module(name.removesuffix(".py"), run_name="__main__", alter_sys=True)
 

@@ -16,15 +16,9 @@ VARIANTS = ("softmax", "Lit", "Decay-Normal", "Selective-Normal", "Decay-S", "Se
 
 
 def host_time(
-    variants: Sequence[str] = VARIANTS,
-    *,
-    device: str = "cuda",
-    side: int = 14,
-    heads: int = 12,
-    head_dim: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    rounds: int = 300,
-) -> dict[str, tuple[float, float]]:
+    variants: Sequence[str] = VARIANTS, *, device: str = "cuda", side: int = 14, heads: int = 12,
+    head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, rounds: int = 300,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Microseconds of host time of a layer's forward and backward pass, by variant.
 
     A variant is "softmax", the ViT's layer with PyTorch's attention of the context (choose one with

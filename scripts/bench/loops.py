@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -107,7 +107,9 @@ def run_entry(case: Case, setting: Setting) -> Case:
 
 def main_arguments(case: Case, setting: Setting) -> list[str]:
     images = case.batch * case.processes * setting.total
-    data = setting.data or once(setting.folder / f"images-{images}", make_images, images)
+    data = setting.data or setting.folder / f"images-{images}"
+    if not data.exists():
+        make_images(data, images)
     model, options = ("mean_colour", {}) if case.model == LOADER else case.in_timm
     words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
              "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
@@ -119,19 +121,15 @@ def main_arguments(case: Case, setting: Setting) -> list[str]:
 
 
 def pretrain_arguments(case: Case, setting: Setting) -> list[str]:
-    data = setting.data or once(setting.folder / "text", make_text)
+    data = setting.data or setting.folder / "text"
+    if not data.exists():
+        make_text(data)
     words = {"data": data, "length": case.tokens, "micro_batch": case.batch, "workers":
              setting.workers, "global_batch": case.batch * case.processes, "steps": setting.total,
              "eval_every": setting.total, "device": case.device, "output": "",
              "compile": bool(case.compiled)}  # fmt: skip
     smallest = SMALLEST if case.model == LOADER else ()
     return [*shlex.split(case.config), *smallest, *(f"{k}={v}" for k, v in words.items())]
-
-
-def once(folder: Path, make: Callable[..., None], *arguments: object) -> Path:
-    if not folder.exists():
-        make(folder, *arguments)
-    return folder
 
 
 def make_images(folder: Path, count: int, distinct: int = 64, classes: int = 10) -> None:

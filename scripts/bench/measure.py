@@ -137,7 +137,7 @@ def take_turns(turns: Sequence[Turns], repeats: int, budget: float) -> None:
         for taken, read in begun:  # a GPU is still at work
             taken.append(read())
     for turn in turns:
-        if turn.taken:
+        if turn.taken and not turn.case.note:
             turn.case.seconds = median(turn.taken) / turn.case.iterations
             turn.case.runs = len(turn.taken)
 

@@ -12,6 +12,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
+from torch.optim import AdamW, Optimizer
 
 import lion_kernels
 import models_hydra  # noqa: F401, registers models, as the next does
@@ -78,7 +79,8 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     The snake curves are those of the grid of N - 1 patches that is nearest to a square.
     """
-    mask, order = lion_options(case)
+    options = MODELS[case.model][1]
+    mask, order = options["mask_type"], options.get("order", "Normal")
     patches, heads = case.tokens - 1, HEADS[case.scale]
     height = max((h for h in range(1, isqrt(patches) + 1) if patches % h == 0), default=0)
     grid = (height, patches // max(height, 1))
@@ -93,15 +95,16 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
         mix = partial(lion_kernels.mix, heads=heads, dim=DIM, scans=scans, prefix=1,
                       lit=mask == "Lit", features=features)  # fmt: skip
     else:
-        mix = partial(plain_mixer, case, scans)
+        mix = partial(plain_mixer, case, mask, scans)
     return lambda projected, decay=None: mix(projected, decay, curves), leaves
 
 
 def plain_mixer(
-    case: Case, scans: int, projected: Tensor, decay: Tensor | None, curves: Tensor | None
-) -> Tensor:
+    case: Case, mask: str, scans: int, projected: Tensor, decay: Tensor | None,
+    curves: Tensor | None,
+) -> Tensor:  # fmt: skip
     """What `lion_kernels.mix` computes, in plain PyTorch."""
-    mask, heads = lion_options(case)[0], HEADS[case.scale]
+    heads = HEADS[case.scale]
     qkv, gates = projected.tensor_split((3 * heads * DIM,), 2)
     q, k, v = heads_of(qkv, case)
     q, k = (models_lion.FEATURE_MAPS[mask](t.float()) for t in (q, k))
@@ -115,12 +118,6 @@ def plain_mixer(
         (q * DIM**-0.5).to(v.dtype), k.to(v.dtype), v, log_decay, curves, chunk_size=case.chunk_size
     )
     return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(projected.dtype)
-
-
-def lion_options(case: Case) -> tuple[str, str]:
-    """Mask and order of a LION."""
-    options = MODELS[case.model][1]
-    return options["mask_type"], options.get("order", "Normal")
 
 
 def heads_of(qkv: Tensor, case: Case) -> Tensor:
@@ -173,9 +170,8 @@ def build(case: Case) -> nn.Module:
 
 
 @lru_cache(maxsize=1)
-def images(batch: int, pixels: int, device: str, precision: str) -> Tensor:
+def images(batch: int, pixels: int, device: str, dtype: torch.dtype) -> Tensor:
     """Random ones; the cases of a group share them, for they can take gigabytes."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     return torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
 
 
@@ -186,10 +182,10 @@ def amp(case: Case) -> torch.autocast:
 def image_step(case: Case) -> Prepared:
     """Inference, or forward, backward and fused AdamW, on random images."""
     model = build(case)
-    x = images(case.batch, case.pixels, case.device, case.precision)
+    x = images(case.batch, case.pixels, case.device, next(model.parameters()).dtype)
     if case.step == cases.TRAINING:
         labels = torch.randint(1000, (case.batch,), device=case.device)
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0, fused=True)
+        optimizer = AdamW(model.train().parameters(), lr=0.0, fused=True)
         loss = lambda: F.cross_entropy(model(x), labels)  # noqa: E731
         return training_step(case, optimizer, loss, [x, labels, *model.buffers()])
     model.eval()
@@ -208,10 +204,7 @@ def text_step(case: Case) -> Prepared:
 
 
 def training_step(
-    case: Case,
-    optimizer: torch.optim.Optimizer,
-    loss_of_batch: Callable[[], Tensor],
-    batch: Sequence[Tensor],
+    case: Case, optimizer: Optimizer, loss_of_batch: Callable[[], Tensor], batch: Sequence[Tensor]
 ) -> Prepared:
     """A step, the same each time if the learning rate is 0; and all that is held between two."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -18,11 +18,7 @@ from scripts.bench.cases import Case, Defaults, make_groups
 
 
 def text_cases(
-    part: str,
-    defaults: Defaults,
-    blank: Case,
-    configs: Sequence[str],
-    **grouping: Sequence | None,
+    part: str, defaults: Defaults, blank: Case, configs: Sequence[str], **grouping: Sequence | None
 ) -> list[Case]:
     """Cases of configurations of mlm.pretrain; `key=value` among them counts for all.
 
