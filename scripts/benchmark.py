@@ -123,7 +123,8 @@ def choose_cases(options: argparse.Namespace, preset: Preset, device: torch.devi
     for part in options.parts or preset.chosen:
         if part not in preset.parts:
             raise UserError(f"the preset has no part {part}: choose of {', '.join(preset.parts)}")
-        precision = options.precision or bench.default_precision(device.type, part)
+        default = "bfloat16" if part in ("mixer", bench.INFERENCE) else "amp"
+        precision = options.precision or ("float32" if on_cpu else default)
         blank = Case(device.type, card, precision, chunk_size=options.chunk_size)
         given = (part, preset.parts[part], blank)
         common = {"sizes": options.sizes, "processes": options.processes,

@@ -121,10 +121,6 @@ class Defaults:
     wider: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
 
-    def batch(self, size: int, scale: str) -> int:
-        others = max(self.tokens // size, 1)
-        return self.batches.get(size, others) * self.wider.get(scale, 1)
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -172,12 +168,6 @@ def presets(device: str) -> dict[str, Preset]:
     }
 
 
-def default_precision(device: str, part: str) -> str:
-    if device == "cpu":
-        return "float32"
-    return "bfloat16" if part in ("mixer", INFERENCE) else "amp"
-
-
 def parse_size(text: str) -> tuple[int, int]:
     """`224x128` or, with a batch of 0, `224`."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
@@ -205,8 +195,9 @@ def make_groups(
         if pixels and (pixels % PATCH or pixels < 2 * PATCH):
             raise UserError(f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, "
                              f"not {pixels}")  # fmt: skip
+        default = defaults.batches.get(size, max(defaults.tokens // size, 1))
         yield replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
-                      batch=batch or defaults.batch(size, scale), processes=count,
+                      batch=batch or default * defaults.wider.get(scale, 1), processes=count,
                       drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
 
 

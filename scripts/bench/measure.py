@@ -113,7 +113,9 @@ def peak_bytes(case: Case, threads: int) -> int:
 def run_once(case: Case, step: Step) -> int:
     """Fills in the time of a run, after a warm-up; returns the bytes held at its peak."""
     warm_up(case, step)
-    return_freed_memory()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # glibc keeps freed memory, in which a peak could hide
     with peak_memory(torch.device(case.device)) as peak:
         case.seconds = begin(case, step)()
     return step.held + peak.bytes
@@ -159,13 +161,6 @@ def begin(case: Case, step: Step) -> Callable[[], float]:
         return start.elapsed_time(end) / 1e3
 
     return read
-
-
-def return_freed_memory() -> None:
-    """To the system, where glibc would keep it: a peak could hide in it."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def in_new_process(function: Callable, *arguments: object) -> Any:
