@@ -82,22 +82,19 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def choose_preset(options: argparse.Namespace) -> str:
-    """The preset that the parts are of: the one that was chosen, or their own."""
-    parts = options.parts or []
-    own = next((part for part in parts if part in OWN), None)
-    if own is None:
-        return options.preset
-    for part in parts:
-        if OWN.get(part) != OWN[own]:
-            raise UserError(f"measure {own} in a run of their own, without {part}")
-    return OWN[own]
+    """The preset that was chosen, or that of parts which are measured in a run of their own."""
+    return next((OWN[part] for part in options.parts or () if part in OWN), options.preset)
 
 
 def check(options: argparse.Namespace, preset: str) -> None:
     """Raises UserError for numbers and parts that make no sense."""
+    parts, data = options.parts or [], options.data_path
+    strangers = [part for part in parts if OWN.get(part, options.preset) != preset]
+    own = " and ".join(part for part in parts if part not in strangers)
     numbers = (options.chunk_size, options.threads, options.steps, options.warm_up,
                *options.processes, 1 if options.repeats is None else options.repeats)  # fmt: skip
     mistakes = {
+        f"measure {own} in a run of their own, without {' and '.join(strangers)}": strangers,
         "chunk size, threads, steps, warm-up, processes and repeats must be at least 1":
             min(numbers) < 1,
         "--processes is of the parts main and pretrain: leave it out":
@@ -105,9 +102,8 @@ def check(options: argparse.Namespace, preset: str) -> None:
         "entry points train with --precision amp or float32":
             preset == "loops" and options.precision == "bfloat16",
         "the preset paper divides by training steps: add the part training":
-            preset == "paper" and options.parts and bench.TRAINING not in options.parts,
-        f"--data-path {options.data_path} is no folder: choose another":
-            options.data_path and not options.data_path.is_dir(),
+            preset == "paper" and parts and bench.TRAINING not in parts,
+        f"--data-path {data} is no folder: choose another": data and not data.is_dir(),
     }  # fmt: skip
     for message, made in mistakes.items():
         if made:

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,7 @@ OF_IMAGES = (TRAINING, INFERENCE, "main")  # parts, whose sizes are in pixels
 # The steps of each part; those of `main` and `pretrain` are the entry points'.
 PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
          TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
-
-
-def measured(default: Any) -> Any:
-    """A result, which makes no other case."""
-    return field(default=default, compare=False)
+result = partial(field, compare=False)  # of a case, which it makes no other
 
 
 @dataclass
@@ -74,14 +71,14 @@ class Case:
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
     drop_path: float = 0.0  # rate of stochastic depth
-    seconds: float = measured(math.nan)  # the median of the runs
-    runs: int = measured(0)  # each of several iterations, if they are short
-    iterations: int = measured(1)
-    bytes: int = measured(0)  # at most held: weights, optimizer, input, what the step takes
-    parameters: int = measured(0)
-    data_wait: float = measured(math.nan)  # share of an entry point's time, for data
-    busy: float = measured(math.nan)  # share in which the device computes
-    note: str = measured("")  # why there is no result
+    seconds: float = result(default=math.nan)  # the median of the runs
+    runs: int = result(default=0)  # each of several iterations, if they are short
+    iterations: int = result(default=1)
+    bytes: int = result(default=0)  # at most held: weights, optimizer, input, what the step takes
+    parameters: int = result(default=0)
+    data_wait: float = result(default=math.nan)  # share of an entry point's time, for data
+    busy: float = result(default=math.nan)  # share in which the device computes
+    note: str = result(default="")  # why there is no result
 
     @property
     def group(self) -> tuple:
@@ -104,6 +101,14 @@ class Case:
     def rate(self) -> float:
         """Images/s, or tokens/s of text and of the mixer."""
         return self.batch * self.processes * (1 if self.pixels else self.tokens) / self.seconds
+
+
+def split(cases: Iterable[Case], key: Callable[[Case], Any]) -> dict[Any, list[Case]]:
+    """The cases by a key, in the order in which they come."""
+    found = {}
+    for case in cases:
+        found.setdefault(key(case), []).append(case)
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from statistics import median
 from timeit import timeit
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from scripts.bench import cases as bench
-from scripts.bench.cases import OUT_OF_MEMORY, Case
+from scripts.bench.cases import OUT_OF_MEMORY, Case, split
 from scripts.bench.steps import Step, images, prepare
 from utils import peak_memory
 from workers import end_with_parent
@@ -62,8 +61,7 @@ def measure_groups(
     cases: Sequence[Case], repeats: int, seconds: float, deadline: float
 ) -> Iterator[list[Case]]:
     """Each group with its results; see `measure`."""
-    for _, same in groupby(cases, key=lambda case: case.group):
-        group = list(same)
+    for group in split(cases, lambda case: case.group).values():
         if group[0].compiled and time.perf_counter() < deadline:
             choose_backend(group)
         measure(group, repeats, seconds, deadline)

@@ -5,17 +5,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from scripts.bench.cases import EXPLICIT, INFERENCE, OUT_OF_MEMORY, SOFTMAX, TRAINING, Case
-from scripts.bench.report import (
-    bases,
-    by_size,
-    conditions,
-    draw_lines,
-    number,
-    or_note,
-    rows,
-    split,
-)
+from scripts.bench import report
+from scripts.bench.cases import EXPLICIT, INFERENCE, OUT_OF_MEMORY, SOFTMAX, TRAINING, Case, split
 
 # Top-1 on ImageNet and the time of training divided by ViT's, on an A100 without FlashAttention.
 TRAINED = {
@@ -45,7 +36,7 @@ def steps_of(cases: Sequence[Case]) -> tuple[list[Case], Case, Case]:
     steps = [case for case in cases if case.step == TRAINING]
     vits = [case for case in steps if case.model == "ViT"]
     explicit = next((case for case in vits if case.form == EXPLICIT), vits[0])
-    fastest = bases(steps).get(explicit.group, vits[-1])
+    fastest = report.bases(steps).get(explicit.group, vits[-1])
     shown = (EXPLICIT, fastest.form)
     kept = [case for case in steps if case.model not in SOFTMAX or case.form in shown]
     return kept, explicit, fastest
@@ -75,11 +66,11 @@ def group_table(cases: Sequence[Case]) -> str:
         lines.append([
             case.label, f"{case.parameters:,}" if case.parameters else "",
             case.note or f"{case.seconds * 1e3:.1f}",
-            *(number(case.seconds / vit.seconds, ".2f") for vit in (explicit, fastest)),
-            *or_note(run, f"{run.seconds * 1e3:.1f}", f"{run.bytes / 2**20:,.0f}"),
-            number(time, ""), number(top1, ""),
+            *(report.number(case.seconds / vit.seconds, ".2f") for vit in (explicit, fastest)),
+            *report.or_note(run, f"{run.seconds * 1e3:.1f}", f"{run.bytes / 2**20:,.0f}"),
+            report.number(time, ""), report.number(top1, ""),
         ])  # fmt: skip
-    return rows(header, lines)
+    return report.rows(header, lines)
 
 
 def draw_paper(cases: Sequence[Case]) -> Figure:
@@ -96,7 +87,7 @@ def draw_paper(cases: Sequence[Case]) -> Figure:
     for i, (name, colour, values) in enumerate(bars):
         places = [j + (i - 1) * 0.27 for j in range(len(steps))]
         drawn = axes.barh(places, values, 0.27, label=name, color=colour)
-        axes.bar_label(drawn, [number(v, ".2f") for v in values], fontsize=7, padding=2)
+        axes.bar_label(drawn, [report.number(v, ".2f") for v in values], fontsize=7, padding=2)
     axes.set_yticks(range(len(steps)), [case.label for case in steps])
     axes.margins(y=0.01)
     axes.invert_yaxis()
@@ -105,14 +96,14 @@ def draw_paper(cases: Sequence[Case]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     size = f"{explicit.scale}, {explicit.pixels} px, batch size {explicit.batch}"
-    axes.set_title(f"{size}\n{conditions(steps)}", fontsize=10, loc="left")
+    axes.set_title(f"{size}\n{report.conditions(steps)}", fontsize=10, loc="left")
     return figure
 
 
 def resolution_table(cases: Sequence[Case]) -> str:
     """Memory, with the paper's, and time of inference by resolution."""
-    memory = by_size(cases, "GB", lambda case: f"{case.bytes / 1e9:.2f}")
-    times = by_size(cases, "ms", lambda case: f"{case.seconds * 1e3:,.2f}")
+    memory = report.by_size(cases, "GB", lambda case: f"{case.bytes / 1e9:.2f}")
+    times = report.by_size(cases, "ms", lambda case: f"{case.seconds * 1e3:,.2f}")
     sizes = dict.fromkeys(case.pixels for case in cases)
     for label, values in MEMORY.items():
         known = dict(zip(PIXELS, values, strict=True))
@@ -124,4 +115,4 @@ def resolution_table(cases: Sequence[Case]) -> str:
 def draw_resolution(cases: Sequence[Case]) -> Figure:
     title = f"inference, {cases[0].scale}, batch size {cases[0].batch}"
     quantities = (("peak memory, GB", lambda c: c.bytes / 1e9), ("time, s", lambda c: c.seconds))
-    return draw_lines({title: cases}, quantities, "pixels")
+    return report.draw_lines({title: cases}, quantities, "pixels")

@@ -2,10 +2,9 @@
 
 import csv
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from errors import UserError
-from scripts.bench.cases import EXPLICIT, NO_MIXING, OUT_OF_MEMORY, Case
+from scripts.bench.cases import EXPLICIT, NO_MIXING, OUT_OF_MEMORY, Case, split
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and two greys.
 COLOURS = {"ViT": "0.1", NO_MIXING: "0.6", "Hydra": "#cc79a7", "Vim": "#d55e00",
@@ -29,7 +28,6 @@ STYLES = {
     "cudnn": {"linestyle": "--"}, "efficient": {"linestyle": ":"}, "math": {"linestyle": "-."},
     EXPLICIT: {"linestyle": "-."},
 }  # fmt: skip
-Key = TypeVar("Key", bound=Hashable)
 Quantity = tuple[str, Callable[[Case], float]]  # the name of an axis, and its values
 
 
@@ -47,14 +45,6 @@ def or_note(case: Case, *results: object) -> Sequence[object]:
 
 def number(value: float, pattern: str) -> str:
     return "" if math.isnan(value) else format(value, pattern)
-
-
-def split(cases: Iterable[Case], key: Callable[[Case], Key]) -> dict[Key, list[Case]]:
-    """The cases by a key, in the order in which they come."""
-    found = {}
-    for case in cases:
-        found.setdefault(key(case), []).append(case)
-    return found
 
 
 def title_of(case: Case) -> str:
@@ -131,7 +121,7 @@ def write_csv(path: Path, cases: Sequence[Case]) -> None:
 
 def read_csv(path: Path) -> list[Case]:
     """Raises UserError for what is no table of cases."""
-    kinds = {field.name: field.type for field in fields(Case)}
+    kinds = Case.__annotations__
     try:
         with path.open(newline="") as file:
             cases = [Case(**{name: kinds[name](text) for name, text in row.items()})
