@@ -31,12 +31,9 @@ MODELS = {
 }
 LIONS = tuple(name for name in MODELS if name.startswith("LION"))
 SOFTMAX = ("ViT", "DeiT")
-BACKENDS = {  # of scaled_dot_product_attention
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+# Of scaled_dot_product_attention.
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
 DEFAULT, EXPLICIT = "default", "explicit"  # PyTorch chooses; softmax is written out
 ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
              DEFAULT: "SDPA", EXPLICIT: "explicit softmax"}  # fmt: skip

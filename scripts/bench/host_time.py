@@ -40,10 +40,8 @@ def host_time(
             backward, _ = until_returned(y.backward, grad)
             if i >= 0:  # kernels are compiled and allocations cached
                 times[name].append((forward, backward))
-    return {
-        name: tuple(1e6 * median(part) for part in zip(*taken, strict=True))
-        for name, taken in times.items()
-    }
+    return {name: tuple(1e6 * median(part) for part in zip(*taken, strict=True))
+            for name, taken in times.items()}  # fmt: skip
 
 
 def make_layer(

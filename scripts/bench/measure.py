@@ -31,12 +31,9 @@ TURN = 0.02  # seconds that a turn takes at least: short cases get several itera
 OUT_OF_TIME, ONLY_FASTEST = "no time left", "slower alone, not compiled"
 # Notes by what errors say: of memory, on a GPU, on the CPU and of a process that the system ended;
 # and of a backend that the device or the shape rules out.
-NOTES = {
-    **dict.fromkeys(
-        ("out of memory", "can't allocate memory", "terminated abruptly"), OUT_OF_MEMORY
-    ),
-    **dict.fromkeys(("No available kernel", "No viable backend"), "not available"),
-}
+NOTES = {"out of memory": OUT_OF_MEMORY, "can't allocate memory": OUT_OF_MEMORY,
+         "terminated abruptly": OUT_OF_MEMORY, "No available kernel": "not available",
+         "No viable backend": "not available"}  # fmt: skip
 
 # Forks processes from one that has imported the libraries and done nothing else.
 processes = multiprocessing.get_context("forkserver")

@@ -150,16 +150,14 @@ class NoMixing(nn.Module):
 def build(case: Case) -> nn.Module:
     """With random weights, made for the size and on the device."""
     name, options = case.in_timm
+    own = {"img_size": case.pixels, "drop_path_rate": case.drop_path}
     with torch.device(case.device):
-        model = timm.create_model(
-            name, img_size=case.pixels, drop_path_rate=case.drop_path, **options
-        )
+        model = timm.create_model(name, **own, **options)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = case.form != cases.EXPLICIT
-    if case.model == cases.NO_MIXING:
-        for block in model.blocks:
-            block.attn = NoMixing(block.attn)
+    for block in model.blocks if case.model == cases.NO_MIXING else ():
+        block.attn = NoMixing(block.attn)
     model.to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
     torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
     if case.compiled == "model":
