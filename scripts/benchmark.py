@@ -206,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if before:
         facts["figures"] = str(options.from_csv)  # of whatever versions measured them
     else:
-        facts = {**provenance(), **facts}
-        facts |= {"threads": str(options.threads)} if device.type == "cpu" else {}
+        facts = {**provenance(), **facts, "threads": str(options.threads)}
         cases = measured(cases, options, preset, stem)
     tables = [write(cases) for write in TABLES.get(name, (report.summary, report.table))]
     text = "\n\n".join(["\n".join(f"- {key}: {facts[key]}" for key in facts), *tables])

@@ -119,8 +119,8 @@ def run_once(case: Case, step: Step) -> int:
 def warm_up(case: Case, step: Step) -> None:
     """The step itself on a GPU, or where it compiles; else a quick one, on a few patches."""
     if case.device == "cpu" and not case.compiled:
-        few = {"pixels": 2 * bench.PATCH} if case.pixels else {}
-        step = prepare(replace(case, batch=1, tokens=5, **few))
+        few = min(case.pixels, 2 * bench.PATCH)
+        step = prepare(replace(case, batch=1, tokens=5, pixels=few))
     begin(case, step)()
 
 

@@ -57,7 +57,8 @@ def with_backend(name: str) -> Iterator[None]:
 
 def mixer_step(case: Case) -> Prepared:
     """From what the Linear layer writes to what `proj` takes, and back."""
-    mix, leaves = (softmax_mixer if case.model in cases.SOFTMAX else lion_mixer)(case)
+    softmax = case.model in cases.SOFTMAX
+    mix, leaves = (partial(attend, case), [random(case)]) if softmax else lion_mixer(case)
     if case.step == cases.FORWARD:
         return torch.inference_mode()(partial(mix, *leaves)), leaves
     grad = torch.randn_like(leaves[0][..., : HEADS[case.scale] * DIM])
@@ -66,12 +67,9 @@ def mixer_step(case: Case) -> Prepared:
     return lambda: torch.autograd.grad(mix(*leaves), leaves, grad), [*leaves, grad]
 
 
-def softmax_mixer(case: Case) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
-    def mix(projected: Tensor) -> Tensor:
-        q, k, v = heads_of(projected, case)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    return mix, [random(case)]
+def attend(case: Case, projected: Tensor) -> Tensor:
+    q, k, v = heads_of(projected, case)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
