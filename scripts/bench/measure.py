@@ -83,9 +83,8 @@ def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float 
     turns.clear()
     images.cache_clear()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if cases and cases[0].compiled:
+    torch.cuda.empty_cache()
+    if cases[0].compiled:
         torch._dynamo.reset()
 
 

@@ -1,7 +1,7 @@
 """How a case runs: its tensors and models, and one step of them as a function."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import isqrt
@@ -23,6 +23,7 @@ from curves import scan_curves
 from scripts.bench import cases
 from scripts.bench.cases import BACKENDS, MODELS, Case
 
+torch._functorch.config.enable_autograd_cache = False  # its key does not tell the backend
 DIM = 64  # of every head
 HEADS = {scale: heads for scale, (_, heads) in models_lion.SIZES.items()}
 Prepared = tuple[Callable[[], object], list[Tensor]]  # a step, and what is held between two
@@ -38,18 +39,11 @@ class Step:
 
 def prepare(case: Case) -> Step:
     """Builds what the case needs, on its device."""
-    context = partial(with_backend, case.form) if case.form in BACKENDS else nullcontext
+    forced = case.form in BACKENDS
+    context = partial(sdpa_kernel, BACKENDS[case.form]) if forced else nullcontext
     run, tensors = STEPS[case.step](case)
     parameters = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
     return Step(run, context, sum(t.nbytes for t in tensors), parameters)
-
-
-@contextmanager
-def with_backend(name: str) -> Iterator[None]:
-    """Without autograd's cache of compiled graphs, whose key does not tell the backend."""
-    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
-    with sdpa_kernel(BACKENDS[name]), uncached:
-        yield
 
 
 # --------------------------------------------------------------------------------- the mixer alone
