@@ -157,11 +157,11 @@ def draw_lines(
     """
     panels = [(title, quantity) for quantity in quantities for title in groups]
     columns = len(groups) if len(groups) > 1 else len(quantities)
-    rows = len(panels) // columns
-    figure = Figure((4.4 * columns + 2.4, 3.4 * rows + 0.7), dpi=120, layout="constrained")
+    lines = len(panels) // columns
+    figure = Figure((4.4 * columns + 2.4, 3.4 * lines + 0.7), dpi=120, layout="constrained")
     legend, every = {}, [case for cases in groups.values() for case in cases]
     for i, (title, (name, value)) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, i + 1)
+        axes = figure.add_subplot(lines, columns, i + 1)
         legend |= draw_panel(axes, groups[title], value, size)
         axes.set(ylabel=name, xlabel=size.replace("pixels", "pixels per side of the image"))
         if name == quantities[0][0]:
