@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import torch
 from PIL import Image
 
 from scripts.bench.cases import MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
 from scripts.bench.entry import TRACED
-from scripts.bench.measure import OUT_OF_TIME, measure
+from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
 from scripts.bench.report import number, or_note, rows
 
 LOADER = "loader alone"  # the entry point with a model of next to no time
@@ -52,10 +53,10 @@ class Setting:
 def measure_loops(cases: Sequence[Case], setting: Setting, deadline: float) -> Iterator[list[Case]]:
     """Bare steps, the entry points and their loaders alone, each in turn with its results."""
     for case in with_companions(cases):
-        if case.step in (TRAINING, TEXT):
-            measure([case], setting.repeats, setting.seconds, deadline)
-        elif time.perf_counter() > deadline:
+        if time.perf_counter() > deadline:
             case.note = OUT_OF_TIME
+        elif case.step in (TRAINING, TEXT):
+            case = in_new_process(bare, case, setting, torch.get_num_threads())
         else:
             case = run_entry(case, setting)
         yield [case]
@@ -73,6 +74,12 @@ def with_companions(cases: Sequence[Case]) -> list[Case]:
         found += [c for c in companions if c not in found]
         found.append(case)
     return found
+
+
+def bare(case: Case, setting: Setting, threads: int) -> Case:
+    torch.set_num_threads(threads)
+    measure([case], setting.repeats, setting.seconds)
+    return case
 
 
 def run_entry(case: Case, setting: Setting) -> Case:
