@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -239,6 +240,28 @@ def test_failures_are_noted(monkeypatch, no_processes, error, note):
     assert [case.note for case in cases] == [note, note]
     measure.measure(late := [make_case()], repeats=1, budget=1, deadline=-math.inf)
     assert late[0].note == "no time left"
+
+
+def test_a_case_that_fails_in_a_turn_has_no_time(monkeypatch):
+    case = make_case(seconds=5.0, runs=1)
+
+    def begin(case, step):
+        if ran:
+            raise TypeError("a bug")
+        ran.append(case)
+        return lambda: 1.0
+
+    ran = []
+    monkeypatch.setattr(measure, "begin", begin)
+    measure.take_turns([measure.Turns(case, None)], 3, budget=20)
+    assert case.note == "failed: TypeError" and math.isnan(case.seconds)
+
+
+def test_a_process_that_the_system_ends_was_out_of_memory():
+    case = make_case()
+    with measure.noting_failure(case):
+        measure.in_new_process(os._exit, 1)
+    assert case.note == "out of memory"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere freed memory hides peaks")

@@ -11,7 +11,7 @@ from test_benchmark import BLANK, CONFIG, SMALL, make_case, tables_of
 
 from arguments import get_args_parser
 from scripts.bench import entry, loops
-from scripts.bench.cases import TEXT, TRAINING, make_cases, presets
+from scripts.bench.cases import PRETRAIN, TEXT, TRAINING, make_cases, presets
 from scripts.bench.text import text_cases
 
 
@@ -60,6 +60,13 @@ def test_main_gets_what_the_case_says(tmp_path, monkeypatch):
         assert part in words
     (data,) = tmp_path.iterdir()
     assert data.name == "images-52", "2 images for each of 2 processes and 13 steps"
+
+
+def test_pretrain_gets_a_configuration_whose_name_has_spaces(tmp_path):
+    (tmp_path / "text").mkdir()
+    case = make_case(PRETRAIN, "a model", "", config="'a model.yaml' lr=1", compiled="blocks")
+    words = loops.pretrain_arguments(case, a_setting(tmp_path))
+    assert words[:2] == ["a model.yaml", "lr=1"] and "compile=True" in words
 
 
 def test_the_progress_lines_tell_what_waits_for_data(tmp_path, monkeypatch):

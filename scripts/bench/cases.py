@@ -1,16 +1,20 @@
 """What is measured: a case is one step of one model, mixer or entry point, at one size."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from torch.nn.attention import SDPBackend
 
 from errors import UserError
-from models_lion import FORMATS, SIZES
+from models_lion import FORMATS
 
+ROOT = Path(__file__).resolve().parents[2]
 NO_MIXING = "no mixing"  # the ViT whose tokens keep their own values: a floor for every mixer
 # Names in timm but for the size, and options.
 MODELS = {
@@ -27,30 +31,24 @@ MODELS = {
 }
 LIONS = tuple(name for name in MODELS if name.startswith("LION"))
 SOFTMAX = ("ViT", "DeiT")
-BACKENDS = {  # of scaled_dot_product_attention
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+# Of scaled_dot_product_attention.
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
 DEFAULT, EXPLICIT = "default", "explicit"  # PyTorch chooses; softmax is written out
 ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
              DEFAULT: "SDPA", EXPLICIT: "explicit softmax"}  # fmt: skip
-SCALES = tuple(SIZES)
 PATCH = 16
 DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside them
 
+OUT_OF_MEMORY = "out of memory"  # the note of a case, which pictures show
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
 MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
+OF_IMAGES = (TRAINING, INFERENCE, "main")  # parts, whose sizes are in pixels
 # The steps of each part; those of `main` and `pretrain` are the entry points'.
 PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
          TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
-
-
-def measured(default: Any) -> Any:
-    """A result, which makes no other case."""
-    return field(default=default, compare=False)
+result = partial(field, compare=False)  # of a case, which it makes no other
 
 
 @dataclass
@@ -58,26 +56,26 @@ class Case:
     device: str  # cpu or cuda
     card: str  # its name
     precision: str  # float32, bfloat16 (weights, too), or amp: bfloat16 by autocast
-    step: str  # of PARTS
-    scale: str  # of SCALES; of text, nothing
-    pixels: int  # 0 for the mixer and text
-    tokens: int  # of an image or a window
-    batch: int  # images or windows of a process
-    model: str  # of MODELS, or the name of a configuration of mlm.pretrain
-    form: str  # a format of LION, or how softmax is computed: a key of ATTENTION
+    step: str = ""  # of PARTS
+    scale: str = ""  # a size of models_lion; of text, nothing
+    pixels: int = 0  # none for the mixer and text
+    tokens: int = 0  # of an image or a window
+    batch: int = 0  # images or windows of a process
+    model: str = ""  # of MODELS, or the name of a configuration of mlm.pretrain
+    form: str = ""  # a format of LION, or how softmax is computed: a key of ATTENTION
     chunk_size: int = 64
     compiled: str = ""  # blocks, or the whole model
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
     drop_path: float = 0.0  # rate of stochastic depth
-    seconds: float = measured(math.nan)  # the median of the runs
-    runs: int = measured(0)  # each of several iterations, if they are short
-    iterations: int = measured(1)
-    bytes: int = measured(0)  # at most held: weights, optimizer, input, what the step takes
-    parameters: int = measured(0)
-    data_wait: float = measured(math.nan)  # share of an entry point's time, for data
-    busy: float = measured(math.nan)  # share in which the device computes
-    note: str = measured("")  # why there is no result
+    seconds: float = result(default=math.nan)  # the median of the runs
+    runs: int = result(default=0)  # each of several iterations, if they are short
+    iterations: int = result(default=1)
+    bytes: int = result(default=0)  # at most held: weights, optimizer, input, what the step takes
+    parameters: int = result(default=0)
+    data_wait: float = result(default=math.nan)  # share of an entry point's time, for data
+    busy: float = result(default=math.nan)  # share in which the device computes
+    note: str = result(default="")  # why there is no result
 
     @property
     def group(self) -> tuple:
@@ -86,8 +84,15 @@ class Case:
 
     @property
     def label(self) -> str:
-        form = ATTENTION.get(self.form, self.form)
-        return f"{self.model}, {form}" if form else self.model
+        return ", ".join(filter(None, [self.model, ATTENTION.get(self.form, self.form)]))
+
+    @property
+    def in_timm(self) -> tuple[str, dict[str, Any]]:
+        """The model's name there, and its options."""
+        name, options = MODELS[self.model]
+        if self.model in LIONS:
+            options = {**options, "format": self.form, "chunk_size": self.chunk_size}
+        return f"{name}_{self.scale}_patch16_224", options
 
     @property
     def rate(self) -> float:
@@ -95,12 +100,20 @@ class Case:
         return self.batch * self.processes * (1 if self.pixels else self.tokens) / self.seconds
 
 
+def split(cases: Iterable[Case], key: Callable[[Case], Any]) -> dict[Any, list[Case]]:
+    """The cases by a key, in the order in which they come."""
+    found = {}
+    for case in cases:
+        found.setdefault(key(case), []).append(case)
+    return found
+
+
 @dataclass(frozen=True)
 class Defaults:
-    """What a part measures: batches of base by size, and the rest that is not given.
+    """What a part measures if nothing else is asked for: batches of base by size, and the rest.
 
-    A size is the image's side in pixels, for the mixer and text the tokens. Narrower models get
-    larger batches, so that they fill the device.
+    A size is the image's side in pixels, for the mixer and text the tokens. Batches of other sizes
+    have `tokens`, if that is given. Narrower models get `wider` batches, which fill the device.
     """
 
     batches: dict[int, int]
@@ -108,9 +121,7 @@ class Defaults:
     backends: tuple[str, ...] = ("flash",)
     formats: tuple[str, ...] = ("Attention",)
     wider: dict[str, int] = field(default_factory=dict)
-
-    def batch(self, size: int, scale: str) -> int:
-        return self.batches.get(size, 1) * self.wider.get(scale, 1)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,104 +136,83 @@ class Preset:
 
 def presets(device: str) -> dict[str, Preset]:
     """The tables by name, for `cpu` or `cuda`."""
-    cuda, formats = device == "cuda", tuple(FORMATS)
+    cuda, formats, few = device == "cuda", tuple(FORMATS), ("ViT", "LION-D", "LION-S♮")
+    wider, fused = {"tiny": 4, "small": 2}, ("flash", "cudnn", "efficient")
+    speed = {
+        "mixer": Defaults({197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
+                          backends=tuple(BACKENDS), formats=("kernels",), wider=wider),
+        TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
+                           fused, wider=wider),
+        INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=fused,
+                            formats=formats),
+    } if cuda else {
+        "mixer": Defaults({197: 8, 1025: 1}, few, formats=("Attention", "Chunk")),
+        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *few[1:]), formats=("Attention", "Chunk")),
+        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=formats),
+    }  # fmt: skip
     paper = Defaults({224: 64}, tuple(m for m in MODELS if m != NO_MIXING),
                      (EXPLICIT, "flash", "cudnn") if cuda else (EXPLICIT, "flash"))  # fmt: skip
-    resolution = Defaults(
-        dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64), ("ViT", "Hydra", "Vim", "LION-D"),
-        (DEFAULT, EXPLICIT), formats,
-    )  # fmt: skip
-    text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, (),
-                    ("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
+    resolution = Defaults(dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64),
+                          ("ViT", "Hydra", "Vim", "LION-D"), (DEFAULT, EXPLICIT),
+                          formats)  # fmt: skip
+    text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, tokens=2**16,
+                    backends=("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
+    loops = {
+        "main": Defaults({224: 128 if cuda else 8}, few, (DEFAULT,), wider=wider if cuda else {}),
+        "pretrain": Defaults({128: 256 if cuda else 8}, backends=(DEFAULT,), tokens=2**16),
+    }
     return {
-        "speed": Preset(SPEED[device], (INFERENCE,), *((15, 3) if cuda else (10, 60))),
+        "speed": Preset(speed, (INFERENCE,), *((15, 3) if cuda else (10, 60))),
         "paper": Preset({TRAINING: paper, INFERENCE: paper}, (TRAINING, INFERENCE), 10, 20),
         "resolution": Preset({INFERENCE: resolution}, (INFERENCE,), 5, 10),
         "text": Preset({TEXT: text}, (TEXT,), 15, 5),
-        "loops": Preset(LOOPS[device], ("main",), *((15, 3) if cuda else (3, 5))),
+        "loops": Preset(loops, ("main",), *((15, 3) if cuda else (3, 5))),
     }
 
 
-WIDER = {"tiny": 4, "small": 2}
-FEW = ("ViT", "LION-D", "LION-S♮")
-FUSED = ("flash", "cudnn", "efficient")
-SPEED = {
-    "cuda": {
-        "mixer": Defaults(
-            {197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
-            backends=tuple(BACKENDS), formats=("kernels",), wider=WIDER,
-        ),
-        TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
-                           FUSED, wider=WIDER),
-        INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=FUSED,
-                            formats=tuple(FORMATS)),
-    },
-    "cpu": {
-        "mixer": Defaults({197: 8, 1025: 1}, FEW, formats=("Attention", "Chunk")),
-        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *FEW[1:]), formats=("Attention", "Chunk")),
-        INFERENCE: Defaults({512: 1, 1024: 1}, FEW, formats=tuple(FORMATS)),
-    },
-}  # fmt: skip
-LOOPS = {
-    "cuda": {"main": Defaults({224: 128}, FEW, (DEFAULT,), wider=WIDER),
-             "pretrain": Defaults({128: 256}, backends=(DEFAULT,))},
-    "cpu": {"main": Defaults({224: 8}, FEW, (DEFAULT,)),
-            "pretrain": Defaults({128: 8}, backends=(DEFAULT,))},
-}  # fmt: skip
-
-
-def default_precision(device: str, part: str) -> str:
-    if device == "cpu":
-        return "float32"
-    return "bfloat16" if part in ("mixer", INFERENCE) else "amp"
-
-
-def tokens_of(pixels: int) -> int:
-    """Raises UserError for a size that no model takes."""
-    if pixels % PATCH or pixels < 2 * PATCH:
-        raise UserError(
-            f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, not {pixels}"
-        )
-    return 1 + (pixels // PATCH) ** 2
-
-
-def parse_size(text: str) -> tuple[int, int | None]:
-    """`224` or, with a batch, `224x128`."""
-    size, _, batch = text.partition("x")
-    try:
-        numbers = int(size), int(batch) if batch else None
-    except ValueError as error:
-        raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}") from error
-    if min(numbers[0], 1 if numbers[1] is None else numbers[1]) < 1:
+def parse_size(text: str) -> tuple[int, int]:
+    """`224x128` or, with a batch of 0, `224`."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found:
+        raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}")
+    if 0 in (numbers := [int(number) for number in found.groups() if number]):
         raise UserError(f"a size and its batch must be at least 1, not {text!r}")
-    return numbers
+    return numbers[0], sum(numbers[1:])
 
 
-def forms_of(model: str, backends: Sequence[str], formats: Sequence[str]) -> Sequence[str]:
-    if model in SOFTMAX:
-        return backends
-    return formats if model in LIONS else ("",)
+def make_groups(
+    part: str, defaults: Defaults, blank: Case, *, scales: Sequence[str] = ("",),
+    sizes: Sequence[str] | None = None, compiled: Sequence[str] = ("",),
+    processes: Sequence[int] = (1,),
+) -> Iterator[Case]:  # fmt: skip
+    """The groups of a part, as cases without a model; `sizes` None are the part's own.
+
+    `blank` has what they share: device, precision, chunk size. Raises UserError for a size that the
+    part cannot take.
+    """
+    chosen = [parse_size(size) for size in sizes or map(str, defaults.batches)]
+    groups = product(scales, compiled, processes, chosen, PARTS[part])
+    for scale, how, count, (size, batch), step in groups:
+        pixels, tokens = (size, 1 + (size // PATCH) ** 2) if part in OF_IMAGES else (0, size)
+        if pixels and (pixels % PATCH or pixels < 2 * PATCH):
+            raise UserError(f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, "
+                             f"not {pixels}")  # fmt: skip
+        default = defaults.batches.get(size, max(defaults.tokens // size, 1))
+        yield replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
+                      batch=batch or default * defaults.wider.get(scale, 1), processes=count,
+                      drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
 
 
 def make_cases(
-    part: str,
-    defaults: Defaults,
-    blank: Case,
-    *,
-    scales: Sequence[str],
-    models: Sequence[str] | None = None,
-    sizes: Sequence[str] | None = None,
-    formats: Sequence[str] | None = None,
-    backends: Sequence[str] | None = None,
-    compiled: Sequence[str] = ("",),
-    processes: Sequence[int] = (1,),
-) -> list[Case]:
+    part: str, defaults: Defaults, blank: Case, *, models: Sequence[str] | None = None,
+    formats: Sequence[str] | None = None, backends: Sequence[str] | None = None,
+    **grouping: Sequence | None,
+) -> list[Case]:  # fmt: skip
     """The cases of a part, by group; None is the default. The ViT, the base, is always there.
 
-    `blank` has what they share: device, precision, chunk size. Raises UserError for a size or a
-    model that the part cannot take.
+    `grouping` is for `make_groups`. Raises UserError for a size or a model that the part cannot
+    take.
     """
-    chosen = [parse_size(s) for s in sizes] if sizes else [(s, None) for s in defaults.batches]
     models = list(dict.fromkeys(("ViT", *(models or defaults.models))))
     backends, formats = backends or defaults.backends, formats or defaults.formats
     if part == "mixer":
@@ -231,13 +221,7 @@ def make_cases(
             raise UserError(f"the mixer alone is that of ViT and LION, not of {others[0]}")
     if part != INFERENCE:
         formats = [f for f in formats if f != "RNN"]  # its backward holds a state for each token
-    cases = []
-    groups = product(scales, compiled, processes, chosen, PARTS[part])
-    for scale, how, count, (size, batch), step in groups:
-        pixels, tokens = (0, size) if part == "mixer" else (size, tokens_of(size))
-        group = replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
-                        batch=batch or defaults.batch(size, scale), processes=count,
-                        drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
-        cases += [replace(group, model=model, form=form)
-                  for model in models for form in forms_of(model, backends, formats)]  # fmt: skip
-    return cases
+    forms = {**dict.fromkeys(SOFTMAX, backends), **dict.fromkeys(LIONS, formats)}
+    return [replace(group, model=model, form=form)
+            for group in make_groups(part, defaults, blank, **grouping)
+            for model in models for form in forms.get(model, ("",))]  # fmt: skip

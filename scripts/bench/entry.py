@@ -13,38 +13,26 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parents[2]
 TRACED = 10
 COMPUTING = {"kernel", "gpu_memcpy", "gpu_memset", "cpu_op"}  # of Chrome's trace; cpu_op on a CPU
 
 
-class MeanColour(nn.Module):
-    """A linear classifier of the mean pixel: a step of next to nothing, the loop around it left."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.head = nn.Linear(3, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(images.mean((2, 3)))
-
-
-default_cfgs = generate_default_cfgs({"mean_colour": {"input_size": (3, 224, 224)}})
+default_cfgs = generate_default_cfgs({"mean_colour": {}})
 
 
 @register_model
-def mean_colour(pretrained: bool = False, num_classes: int = 1000, **_: object) -> MeanColour:
-    return MeanColour(num_classes)
+def mean_colour(pretrained: bool = False, num_classes: int = 1000, **_: object) -> nn.Module:
+    """A linear classifier of the mean pixel: a step of next to nothing, the loop around it left."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 
 
 def busy_seconds(trace: Sequence[dict]) -> float:
@@ -57,52 +45,44 @@ def busy_seconds(trace: Sequence[dict]) -> float:
     return busy / 1e6
 
 
-class Watch:
-    """Called after every optimiser step."""
+def now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def __init__(self, output: Path, warm_up: int, steps: int) -> None:
-        self.output, self.first, self.last = output, warm_up, warm_up + steps
-        self.step, self.times = 0, {}
 
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self.step += 1
-        if self.step not in (self.first, self.last, self.last + TRACED):
-            return
-        cuda = optimizer.param_groups[0]["params"][0].is_cuda
-        if cuda:
-            torch.cuda.synchronize()
-        self.times[self.step] = time.perf_counter()
-        if self.step == self.last:
-            self.profile = profile(activities=[ProfilerActivity.CUDA if cuda
-                                               else ProfilerActivity.CPU])  # fmt: skip
-            self.profile.start()
-            self.trace_began = time.perf_counter()
-        elif self.step > self.last:
-            self.profile.stop()
-            self.write(cuda)
-
-    def write(self, cuda: bool) -> None:
-        if os.environ.get("RANK", "0") != "0":
-            return
+def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, None]:
+    """Is sent the optimiser after each of its steps, and goes on to the next."""
+    for _ in range(warm_up):
+        optimizer = yield
+    cuda = optimizer.param_groups[0]["params"][0].is_cuda
+    start = now(cuda)
+    for _ in range(steps):
+        yield
+    seconds = (now(cuda) - start) / steps
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as traced:
+        start = now(cuda)
+        for _ in range(TRACED):
+            yield
+        passed = now(cuda) - start
+    if os.environ.get("RANK", "0") == "0":
         with tempfile.TemporaryDirectory() as folder:
-            self.profile.export_chrome_trace(f"{folder}/trace.json")
+            traced.export_chrome_trace(f"{folder}/trace.json")
             trace = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        facts = {
-            "seconds": (self.times[self.last] - self.times[self.first]) / (self.last - self.first),
-            "busy": busy_seconds(trace) / (self.times[self.last + TRACED] - self.trace_began),
-            "bytes": torch.cuda.max_memory_allocated() if cuda else peak,
-        }
-        self.output.write_text(json.dumps(facts))
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        facts = {"seconds": seconds, "busy": busy_seconds(trace) / passed,
+                 "bytes": torch.cuda.max_memory_allocated() if cuda else resident}  # fmt: skip
+        output.write_text(json.dumps(facts))
+    while True:
+        yield
 
 
 def main(output: str, warm_up: str, steps: str, name: str, *arguments: str) -> None:
-    register_optimizer_step_post_hook(Watch(Path(output), int(warm_up), int(steps)))
+    watching = watch(Path(output), int(warm_up), int(steps))
+    next(watching)
+    register_optimizer_step_post_hook(lambda optimizer, *_: watching.send(optimizer))
     sys.argv = [name, *arguments]
-    if name.endswith(".py"):
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-    else:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    runpy.run_module(name.removesuffix(".py"), run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,24 @@ Each runs in processes of its own for some steps, at the end of which `entry.py`
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from PIL import Image
 
-from scripts.bench.cases import LIONS, MAIN, MODELS, TEXT, TRAINING, Case
-from scripts.bench.entry import ROOT, TRACED
-from scripts.bench.measure import OUT_OF_MEMORY, OUT_OF_TIME, in_new_process, measure
-from scripts.bench.report import number, rows
+from scripts.bench.cases import MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
+from scripts.bench.entry import TRACED
+from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
+from scripts.bench.report import number, or_note, rows
 
 LOADER = "loader alone"  # the entry point with a model of next to no time
 # What the progress lines say of the time in which a step waits for its batch, in percent.
@@ -48,17 +50,16 @@ class Setting:
         return self.warm_up + self.steps + TRACED
 
 
-def measure_loops(
-    cases: Sequence[Case], setting: Setting, deadline: float = math.inf
-) -> Iterator[Case]:
-    """Bare steps, the entry points and their loaders alone, in turn, with their results."""
+def measure_loops(cases: Sequence[Case], setting: Setting, deadline: float) -> Iterator[list[Case]]:
+    """Bare steps, the entry points and their loaders alone, each in turn with its results."""
     for case in with_companions(cases):
         if time.perf_counter() > deadline:
-            yield replace(case, note=OUT_OF_TIME)
+            case.note = OUT_OF_TIME
         elif case.step in (TRAINING, TEXT):
-            yield in_new_process(bare, case, setting, torch.get_num_threads())
+            case = in_new_process(bare, case, setting, torch.get_num_threads())
         else:
-            yield run_entry(case, setting)
+            case = run_entry(case, setting)
+        yield [case]
 
 
 def with_companions(cases: Sequence[Case]) -> list[Case]:
@@ -98,42 +99,36 @@ def run_entry(case: Case, setting: Setting) -> Case:
             memory = "OutOfMemoryError" in done.stderr
             return replace(case, note=OUT_OF_MEMORY if memory else f"failed: {said[0]}")
         facts = json.loads(output.read_text())
-    waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)]
-    waits = waits[len(waits) // 2 :]  # the first lines have the start in them
-    return replace(case, **facts, runs=1, data_wait=sum(waits) / len(waits) if waits else math.nan)
+    waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)] or [math.nan]
+    later = waits[len(waits) // 2 :]  # the first lines have the start in them
+    return replace(case, **facts, runs=1, data_wait=fmean(later))
 
 
 def main_arguments(case: Case, setting: Setting) -> list[str]:
     images = case.batch * case.processes * setting.total
-    data = setting.data or once(setting.folder / f"images-{images}", make_images, images)
-    name, options = MODELS.get(case.model, ("", {}))
-    if case.model in LIONS:
-        options = {**options, "format": case.form, "chunk_size": case.chunk_size}
-    model = f"{name}_{case.scale}_patch16_224" if name else "mean_colour"
+    data = setting.data or setting.folder / f"images-{images}"
+    if not data.exists():
+        make_images(data, images)
+    model, options = ("mean_colour", {}) if case.model == LOADER else case.in_timm
     words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
              "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
              "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
              **options}  # fmt: skip
-    arguments = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-    arguments += ["--torchcompile"] if case.compiled else []
-    return [*arguments, "--no-amp"] if case.precision == "float32" else arguments
+    flags = {"--torchcompile": case.compiled, "--no-amp": case.precision == "float32"}
+    return [*(word for key, value in words.items() for word in (f"--{key}", str(value))),
+            *(flag for flag, wanted in flags.items() if wanted)]  # fmt: skip
 
 
 def pretrain_arguments(case: Case, setting: Setting) -> list[str]:
-    data = setting.data or once(setting.folder / "text", make_text)
-    config = case.config.split()
+    data = setting.data or setting.folder / "text"
+    if not data.exists():
+        make_text(data)
     words = {"data": data, "length": case.tokens, "micro_batch": case.batch, "workers":
              setting.workers, "global_batch": case.batch * case.processes, "steps": setting.total,
              "eval_every": setting.total, "device": case.device, "output": "",
-             "compile": "true" if case.compiled else "false"}  # fmt: skip
+             "compile": bool(case.compiled)}  # fmt: skip
     smallest = SMALLEST if case.model == LOADER else ()
-    return [*config, *smallest, *(f"{key}={value}" for key, value in words.items())]
-
-
-def once(folder: Path, make: Callable[..., None], *arguments: object) -> Path:
-    if not folder.exists():
-        make(folder, *arguments)
-    return folder
+    return [*shlex.split(case.config), *smallest, *(f"{k}={v}" for k, v in words.items())]
 
 
 def make_images(folder: Path, count: int, distinct: int = 64, classes: int = 10) -> None:
@@ -148,13 +143,11 @@ def make_images(folder: Path, count: int, distinct: int = 64, classes: int = 10)
             pixels += (np.asarray(image, dtype=float) - 128) * 1.2 / octave**2
         picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         picture.save(folder / "distinct" / f"{i}.jpg", quality=92)
-    for split, number_of in (("train", count), ("val", classes)):
-        for label in range(classes):
-            (folder / split / f"class{label}").mkdir(parents=True)
-        for i in range(number_of):
-            (folder / split / f"class{i % classes}" / f"{i}.jpg").symlink_to(
-                folder.resolve() / "distinct" / f"{i % distinct}.jpg"
-            )
+    for split, images in (("train", count), ("val", classes)):
+        for i in range(images):
+            path = folder / split / f"class{i % classes}" / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to((folder / "distinct" / f"{i % distinct}.jpg").resolve())
 
 
 def make_text(folder: Path, words: int = 30_517, documents: int = 2000) -> None:
@@ -178,22 +171,20 @@ def loop_table(cases: Sequence[Case]) -> str:
     The device computes in `busy` of the time; what is neither that nor waiting for data is
     Python's.
     """
-    bare_steps = {(c.model, c.compiled, c.tokens, c.batch): c.seconds
-                  for c in cases if c.step in (TRAINING, TEXT)}  # fmt: skip
-    header = ("step", " processes", "compiled", " batch", "model", " ms", " / bare step",
-              " per second", " waits for data", " for Python", " for the device",
-              " peak MiB")  # fmt: skip
+    key = lambda case: (case.model, case.compiled, case.tokens, case.batch)  # noqa: E731
+    bare_steps = {key(case): case.seconds for case in cases if case.step in (TRAINING, TEXT)}
     lines = []
     for case in cases:
         name = f"bare step ({case.step})" if case.step in (TRAINING, TEXT) else case.step
-        start = [name, case.processes, case.compiled or "no", case.batch, case.model]
-        if case.note:
-            lines.append([*start, case.note, *[""] * 6])
-            continue
-        step = bare_steps.get((case.model, case.compiled, case.tokens, case.batch), math.nan)
+        ratio = case.seconds / bare_steps.get(key(case), math.nan)
         python = max(1 - case.busy - (0 if math.isnan(case.data_wait) else case.data_wait), 0)
-        shares = (case.data_wait, python if not math.isnan(case.busy) else math.nan, case.busy)
-        lines.append([*start, f"{case.seconds * 1e3:.1f}", number(case.seconds / step, ".2f"),
-                      f"{case.rate:,.0f}", *(number(share, ".0%") for share in shares),
-                      f"{case.bytes / 2**20:,.0f}"])  # fmt: skip
-    return rows(header, lines)
+        shares = (case.data_wait, math.nan if math.isnan(case.busy) else python, case.busy)
+        results = or_note(
+            case, f"{case.seconds * 1e3:.1f}", number(ratio, ".2f"), f"{case.rate:,.0f}",
+            *(number(share, ".0%") for share in shares), f"{case.bytes / 2**20:,.0f}",
+        )  # fmt: skip
+        how = case.compiled or "no"
+        lines.append([name, case.processes, how, case.batch, case.model, *results])
+    return rows(("step", " processes", "compiled", " batch", "model", " ms", " / bare step",
+                 " per second", " waits for data", " for Python", " for the device",
+                 " peak MiB"), lines)  # fmt: skip

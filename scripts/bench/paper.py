@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from scripts.bench.cases import EXPLICIT, INFERENCE, SOFTMAX, TRAINING, Case
-from scripts.bench.report import by_size, conditions, draw_lines, number, rows
+from scripts.bench import report
+from scripts.bench.cases import EXPLICIT, INFERENCE, OUT_OF_MEMORY, SOFTMAX, TRAINING, Case, split
 
 # Top-1 on ImageNet and the time of training divided by ViT's, on an A100 without FlashAttention.
 TRAINED = {
@@ -20,13 +20,13 @@ TRAINED = {
     "LION-S": {"tiny": (72.4, 2.05), "small": (74.0, 2.03), "base": (76.3, 1.46)},
     "LION-S♮": {"tiny": (73.5, 3.83), "small": (79.6, 2.72), "base": (79.9, 1.68)},
 }
+UNKNOWN = (math.nan, math.nan)
 # GB of base models for 64 images on an A100 of 80 GB; resolutions here are multiples of 16.
-OUT = "out of memory"
 PIXELS = (224, 512, 736, 1024, 1248, 2496)
 MEMORY = {
-    "ViT, explicit softmax": (0.40, 2.44, 8.35, 27.8, 58.5, OUT),
-    "Hydra": (1.05, 5.46, 11.3, 21.9, 32.5, OUT),
-    "Vim": (0.85, 4.36, 9.0, 17.4, 25.8, OUT),
+    "ViT, explicit softmax": (0.40, 2.44, 8.35, 27.8, 58.5, OUT_OF_MEMORY),
+    "Hydra": (1.05, 5.46, 11.3, 21.9, 32.5, OUT_OF_MEMORY),
+    "Vim": (0.85, 4.36, 9.0, 17.4, 25.8, OUT_OF_MEMORY),
     "LION, RNN": (0.62, 2.11, 4.26, 8.25, 12.3, 49.0),
 }
 
@@ -36,28 +36,22 @@ def steps_of(cases: Sequence[Case]) -> tuple[list[Case], Case, Case]:
     steps = [case for case in cases if case.step == TRAINING]
     vits = [case for case in steps if case.model == "ViT"]
     explicit = next((case for case in vits if case.form == EXPLICIT), vits[0])
-    fused = [case for case in vits if case.form != EXPLICIT] or [explicit]
-    fastest = min(fused, key=lambda case: (bool(case.note), case.seconds))
+    fastest = report.bases(steps).get(explicit.group, vits[-1])
     shown = (EXPLICIT, fastest.form)
     kept = [case for case in steps if case.model not in SOFTMAX or case.form in shown]
     return kept, explicit, fastest
 
 
-def is_fused(case: Case) -> bool:
-    """The paper's ViT and DeiT have no fused attention."""
-    return case.model in SOFTMAX and case.form != EXPLICIT
-
-
-def ratio(case: Case, other: Case) -> float:
-    return math.nan if case.note or other.note else case.seconds / other.seconds
+def trained(case: Case) -> tuple[float, float]:
+    """The paper's top-1 and time over the ViT's; its ViT and DeiT have no fused attention."""
+    fused = case.model in SOFTMAX and case.form != EXPLICIT
+    return TRAINED[case.model].get(case.scale, UNKNOWN) if not fused else UNKNOWN
 
 
 def paper_table(cases: Sequence[Case]) -> str:
     """A table for each group of training steps, with its inference."""
-    tables = []
-    for group in dict.fromkeys(case.group[1:] for case in cases):
-        tables.append(group_table([case for case in cases if case.group[1:] == group]))
-    return "\n\n".join(tables)
+    groups = split(cases, lambda case: case.group[1:])
+    return "\n\n".join(map(group_table, groups.values()))
 
 
 def group_table(cases: Sequence[Case]) -> str:
@@ -68,38 +62,33 @@ def group_table(cases: Sequence[Case]) -> str:
     lines = []
     for case in steps:
         run = runs.get(case.label, case)
-        top1, time = ("", "")
-        if not is_fused(case):
-            top1, time = TRAINED[case.model].get(case.scale, (top1, time))
-        inference = (run.note, "") if run.note else (f"{run.seconds * 1e3:.1f}",
-                                                     f"{run.bytes / 2**20:,.0f}")  # fmt: skip
+        top1, time = trained(case)
         lines.append([
             case.label, f"{case.parameters:,}" if case.parameters else "",
-            case.note or f"{case.seconds * 1e3:.1f}", number(ratio(case, explicit), ".2f"),
-            number(ratio(case, fastest), ".2f"), *inference, time, top1,
+            case.note or f"{case.seconds * 1e3:.1f}",
+            *(report.number(case.seconds / vit.seconds, ".2f") for vit in (explicit, fastest)),
+            *report.or_note(run, f"{run.seconds * 1e3:.1f}", f"{run.bytes / 2**20:,.0f}"),
+            report.number(time, ""), report.number(top1, ""),
         ])  # fmt: skip
-    return rows(header, lines)
+    return report.rows(header, lines)
 
 
 def draw_paper(cases: Sequence[Case]) -> Figure:
     """Steps of training divided by the ViT's, here and in the paper: of the first group."""
     first = next(case.group for case in cases if case.step == TRAINING)
     steps, explicit, fastest = steps_of([case for case in cases if case.group == first])
-    labels = [case.label for case in steps]
-    known = [math.nan if is_fused(case) else TRAINED[case.model].get(case.scale, (0, math.nan))[1]
-             for case in steps]  # fmt: skip
-    bars = {
-        f"here / {explicit.label}": ("0.35", [ratio(c, explicit) for c in steps]),
-        f"here / {fastest.label}": ("#56b4e9", [ratio(c, fastest) for c in steps]),
-        "paper (A100) / its ViT": ("#e69f00", known),
-    }
+    bars = [
+        (f"here / {explicit.label}", "0.35", [c.seconds / explicit.seconds for c in steps]),
+        (f"here / {fastest.label}", "#56b4e9", [c.seconds / fastest.seconds for c in steps]),
+        ("paper (A100) / its ViT", "#e69f00", [trained(case)[1] for case in steps]),
+    ]
     figure = Figure(figsize=(8.5, 0.5 * len(steps) + 1.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for i, (name, (colour, values)) in enumerate(bars.items()):
+    for i, (name, colour, values) in enumerate(bars):
         places = [j + (i - 1) * 0.27 for j in range(len(steps))]
         drawn = axes.barh(places, values, 0.27, label=name, color=colour)
-        axes.bar_label(drawn, [number(v, ".2f") for v in values], fontsize=7, padding=2)
-    axes.set_yticks(range(len(steps)), labels)
+        axes.bar_label(drawn, [report.number(v, ".2f") for v in values], fontsize=7, padding=2)
+    axes.set_yticks(range(len(steps)), [case.label for case in steps])
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(1, color="0.7", linewidth=0.8, zorder=0)
@@ -107,14 +96,14 @@ def draw_paper(cases: Sequence[Case]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     size = f"{explicit.scale}, {explicit.pixels} px, batch size {explicit.batch}"
-    axes.set_title(f"{size}\n{conditions(steps)}", fontsize=10, loc="left")
+    axes.set_title(f"{size}\n{report.conditions(steps)}", fontsize=10, loc="left")
     return figure
 
 
 def resolution_table(cases: Sequence[Case]) -> str:
     """Memory, with the paper's, and time of inference by resolution."""
-    memory = by_size(cases, "GB", lambda case: f"{case.bytes / 1e9:.2f}")
-    times = by_size(cases, "ms", lambda case: f"{case.seconds * 1e3:,.2f}")
+    memory = report.by_size(cases, "GB", lambda case: f"{case.bytes / 1e9:.2f}")
+    times = report.by_size(cases, "ms", lambda case: f"{case.seconds * 1e3:,.2f}")
     sizes = dict.fromkeys(case.pixels for case in cases)
     for label, values in MEMORY.items():
         known = dict(zip(PIXELS, values, strict=True))
@@ -124,7 +113,6 @@ def resolution_table(cases: Sequence[Case]) -> str:
 
 
 def draw_resolution(cases: Sequence[Case]) -> Figure:
-    first = cases[0]
-    title = f"inference, {first.scale}, batch size {first.batch}"
+    title = f"inference, {cases[0].scale}, batch size {cases[0].batch}"
     quantities = (("peak memory, GB", lambda c: c.bytes / 1e9), ("time, s", lambda c: c.seconds))
-    return draw_lines({title: cases}, quantities, "pixels")
+    return report.draw_lines({title: cases}, quantities, "pixels")

@@ -3,16 +3,16 @@
 import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from errors import UserError
-from scripts.bench.cases import EXPLICIT, NO_MIXING, Case
+from scripts.bench.cases import EXPLICIT, NO_MIXING, OUT_OF_MEMORY, Case, split
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and two greys.
 COLOURS = {"ViT": "0.1", NO_MIXING: "0.6", "Hydra": "#cc79a7", "Vim": "#d55e00",
@@ -28,7 +28,7 @@ STYLES = {
     "cudnn": {"linestyle": "--"}, "efficient": {"linestyle": ":"}, "math": {"linestyle": "-."},
     EXPLICIT: {"linestyle": "-."},
 }  # fmt: skip
-OUT_OF_MEMORY = "out of memory"
+Quantity = tuple[str, Callable[[Case], float]]  # the name of an axis, and its values
 
 
 def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -38,12 +38,13 @@ def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
+def or_note(case: Case, *results: object) -> Sequence[object]:
+    """Cells of a line: the results, or why there are none."""
+    return (case.note, *[""] * (len(results) - 1)) if case.note else results
+
+
 def number(value: float, pattern: str) -> str:
     return "" if math.isnan(value) else format(value, pattern)
-
-
-def size_of(case: Case) -> str:
-    return f"{case.pixels:,} px" if case.pixels else f"{case.tokens:,}"
 
 
 def title_of(case: Case) -> str:
@@ -53,13 +54,12 @@ def title_of(case: Case) -> str:
 
 def bases(cases: Sequence[Case]) -> dict[tuple, Case]:
     """What a group is divided by: its first model, with the fastest of PyTorch's attention."""
-    first = {}
-    for case in cases:
-        first.setdefault(case.group, case.model)
     found = {}
-    for case in cases:
-        if case.model == first[case.group] and case.form != EXPLICIT and not case.note:
-            found[case.group] = min(found.get(case.group, case), case, key=lambda c: c.seconds)
+    for key, group in split(cases, lambda case: case.group).items():
+        usable = [c for c in group
+                  if c.model == group[0].model and c.form != EXPLICIT and not c.note]  # fmt: skip
+        if usable:
+            found[key] = min(usable, key=lambda case: case.seconds)
     return found
 
 
@@ -73,30 +73,32 @@ def ratios(case: Case, base: dict[tuple, Case]) -> tuple[float, float]:
 
 def table(cases: Sequence[Case]) -> str:
     """Every case, with its ratios to the base of its group; speed is in images or tokens/s."""
-    header = ("step", " tokens", " batch", "model", " ms", " / base", " per second", " runs",
-              " peak MiB", " / base")  # fmt: skip
     base = bases(cases)
     lines = []
     for case in cases:
-        start = [title_of(case), f"{case.tokens:,}", case.batch, case.label]
-        if case.note:
-            lines.append([*start, case.note, "", "", "", "", ""])
-            continue
         time, memory = ratios(case, base)
-        lines.append([*start, f"{case.seconds * 1e3:.2f}", number(time, ".2f"),
-                      f"{case.rate:,.0f}", case.runs, f"{case.bytes / 2**20:.1f}",
-                      number(memory, ".2f")])  # fmt: skip
-    return rows(header, lines)
+        results = or_note(
+            case, f"{case.seconds * 1e3:.2f}", number(time, ".2f"), f"{case.rate:,.0f}", case.runs,
+            f"{case.bytes / 2**20:.1f}", number(memory, ".2f"),
+        )  # fmt: skip
+        lines.append([title_of(case), f"{case.tokens:,}", case.batch, case.label, *results])
+    return rows(("step", " tokens", " batch", "model", " ms", " / base", " per second", " runs",
+                 " peak MiB", " / base"), lines)  # fmt: skip
 
 
 def by_size(cases: Sequence[Case], title: str, cell: Callable[[Case], str]) -> str:
     """A line for each model, a column for each size."""
-    sizes = list(dict.fromkeys((size_of(c), c.batch) for c in cases))
-    values = {}
-    for case in cases:
-        values.setdefault(case.label, {})[size_of(case), case.batch] = case.note or cell(case)
-    lines = [[label, *(row.get(size, "") for size in sizes)] for label, row in values.items()]
-    return rows([title, *(f" {size}, batch {batch}" for size, batch in sizes)], lines)
+
+    def size_of(case: Case) -> str:
+        size = f"{case.pixels:,} px" if case.pixels else f"{case.tokens:,}"
+        return f" {size}, batch {case.batch}"
+
+    sizes = dict.fromkeys(map(size_of, cases))
+    lines = []
+    for label, series in split(cases, lambda case: case.label).items():
+        cells = {size_of(case): case.note or cell(case) for case in series}
+        lines.append([label, *(cells.get(size, "") for size in sizes)])
+    return rows([title, *sizes], lines)
 
 
 def summary(cases: Sequence[Case]) -> str:
@@ -106,11 +108,8 @@ def summary(cases: Sequence[Case]) -> str:
     def cell(case: Case) -> str:
         return f"{case.seconds * 1e3:.2f}, {number(ratios(case, base)[0], '.2f')}"
 
-    titles = dict.fromkeys(map(title_of, cases))
-    return "\n\n".join(
-        by_size([case for case in cases if title_of(case) == title], f"{title}: ms, / base", cell)
-        for title in titles
-    )
+    return "\n\n".join(by_size(group, f"{title}: ms, / base", cell)
+                       for title, group in split(cases, title_of).items())  # fmt: skip
 
 
 def write_csv(path: Path, cases: Sequence[Case]) -> None:
@@ -122,7 +121,7 @@ def write_csv(path: Path, cases: Sequence[Case]) -> None:
 
 def read_csv(path: Path) -> list[Case]:
     """Raises UserError for what is no table of cases."""
-    kinds = {field.name: field.type for field in fields(Case)}
+    kinds = Case.__annotations__
     try:
         with path.open(newline="") as file:
             cases = [Case(**{name: kinds[name](text) for name, text in row.items()})
@@ -140,17 +139,13 @@ def conditions(cases: Sequence[Case]) -> str:
     return f"{seen('card')}; {seen('precision')}".replace("amp", "bfloat16 (mixed precision)")
 
 
-Quantity = tuple[str, Callable[[Case], float]]  # the name of an axis, and its values
-
-
 def draw_ratios(cases: Sequence[Case]) -> Figure:
     """Time and memory over those of the base, a column of panels for each step and scale."""
     base = bases(cases)
     quantities = (("time / fastest softmax", lambda c: ratios(c, base)[0]),
                   ("peak memory / fastest softmax", lambda c: ratios(c, base)[1]))  # fmt: skip
     known = [q for q in quantities if not all(math.isnan(q[1](case)) for case in cases)]
-    groups = {title: [c for c in cases if title_of(c) == title] for title in map(title_of, cases)}
-    return draw_lines(groups, known or quantities, "tokens")
+    return draw_lines(split(cases, title_of), known or quantities, "tokens")
 
 
 def draw_lines(
@@ -160,23 +155,20 @@ def draw_lines(
 
     Those of a single group are side by side.
     """
-    single = len(groups) == 1
-    shape = (1, len(quantities)) if single else (len(quantities), len(groups))
-    size_of_figure = (4.4 * shape[1] + 2.4, 3.4 * shape[0] + 0.7)
-    figure = Figure(figsize=size_of_figure, dpi=120, layout="constrained")
-    panels = figure.subplots(*shape, squeeze=False)
-    legend = {}
-    for column, (title, cases) in zip(panels if single else panels.T, groups.items(), strict=True):
-        for axes, (name, value) in zip(column, quantities, strict=True):
-            legend |= draw_panel(axes, cases, value, size)
-            axes.set_ylabel(name)
-            axes.set_xlabel("pixels per side of the image" if size == "pixels" else size)
-        column[0].set_title(title, loc="left", fontsize=10)
-    every = [case for cases in groups.values() for case in cases]
+    panels = [(title, quantity) for quantity in quantities for title in groups]
+    columns = len(groups) if len(groups) > 1 else len(quantities)
+    lines = len(panels) // columns
+    figure = Figure((4.4 * columns + 2.4, 3.4 * lines + 0.7), dpi=120, layout="constrained")
+    legend, every = {}, [case for cases in groups.values() for case in cases]
+    for i, (title, (name, value)) in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        legend |= draw_panel(axes, groups[title], value, size)
+        axes.set(ylabel=name, xlabel=size.replace("pixels", "pixels per side of the image"))
+        if name == quantities[0][0]:
+            axes.set_title(title, loc="left", fontsize=10)
     if any(case.note == OUT_OF_MEMORY for case in every):
-        legend["out of memory at the next size"] = Line2D(
-            [], [], color="0.3", marker="x", markersize=10, linestyle=""
-        )
+        cross = {"color": "0.3", "marker": "x", "markersize": 10, "linestyle": ""}
+        legend["out of memory at the next size"] = Line2D([], [], **cross)
     figure.legend(legend.values(), legend, loc="outside right upper", frameon=False, fontsize=8,
                   handlelength=4)  # fmt: skip
     figure.suptitle(conditions(every), fontsize=10, x=0.01, ha="left")
@@ -188,8 +180,7 @@ def draw_panel(
 ) -> dict[str, Line2D]:
     """A line for each model and form; returns them by what they show."""
     lines = {}
-    for label in dict.fromkeys(case.label for case in cases):
-        series = [case for case in cases if case.label == label]
+    for label, series in split(cases, lambda case: case.label).items():
         shown = [case for case in series if not case.note and not math.isnan(value(case))]
         if not shown:
             continue
@@ -199,18 +190,18 @@ def draw_panel(
         (lines[label],) = axes.plot(*zip(*points, strict=True), **style)
         if any(case.note == OUT_OF_MEMORY for case in series):
             axes.plot(*points[-1], "x", color=style["color"], markersize=13)
-    axes.set(xscale="log", yscale="log")
     ticks = sorted({getattr(case, size) for case in cases})
+    axes.set(xscale="log", yscale="log")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, ha="right",
                     rotation_mode="anchor", fontsize=8)  # fmt: skip
     axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
-    subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
     if high / low < 3:  # of which a logarithm shows few
         axes.set_yscale("linear")
     else:
+        subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="0.92")
     axes.set_axisbelow(True)

@@ -1,7 +1,7 @@
 """How a case runs: its tensors and models, and one step of them as a function."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import isqrt
@@ -12,6 +12,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
+from torch.optim import AdamW, Optimizer
 
 import lion_kernels
 import models_hydra  # noqa: F401, registers models, as the next does
@@ -19,22 +20,13 @@ import models_lion
 import models_vim  # noqa: F401
 from compilation import compile_in_place
 from curves import scan_curves
-from scripts.bench.cases import (
-    BACKENDS,
-    BACKWARD,
-    EXPLICIT,
-    FORWARD,
-    INFERENCE,
-    MODELS,
-    NO_MIXING,
-    SOFTMAX,
-    TEXT,
-    TRAINING,
-    Case,
-)
+from scripts.bench import cases
+from scripts.bench.cases import BACKENDS, MODELS, Case
 
+torch._functorch.config.enable_autograd_cache = False  # its key does not tell the backend
 DIM = 64  # of every head
 HEADS = {scale: heads for scale, (_, heads) in models_lion.SIZES.items()}
+Prepared = tuple[Callable[[], object], list[Tensor]]  # a step, and what is held between two
 
 
 @dataclass
@@ -47,51 +39,31 @@ class Step:
 
 def prepare(case: Case) -> Step:
     """Builds what the case needs, on its device."""
-    context = partial(with_backend, case.form) if case.form in BACKENDS else nullcontext
-    run, tensors = PREPARE[case.step](case)
+    forced = case.form in BACKENDS
+    context = partial(sdpa_kernel, BACKENDS[case.form]) if forced else nullcontext
+    run, tensors = STEPS[case.step](case)
     parameters = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
     return Step(run, context, sum(t.nbytes for t in tensors), parameters)
-
-
-@contextmanager
-def with_backend(name: str) -> Iterator[None]:
-    """Without autograd's cache of compiled graphs, whose key does not tell the backend."""
-    with (
-        sdpa_kernel(BACKENDS[name]),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
 
 
 # --------------------------------------------------------------------------------- the mixer alone
 
 
-def prepare_mixer(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
-    """From what the Linear layer writes to what `proj` takes; backward, to the Linear layer."""
-    mix, leaves = (softmax_mixer if case.model in SOFTMAX else lion_mixer)(case)
-
-    def forward() -> Tensor:
-        with torch.inference_mode():
-            return mix(*leaves)
-
-    if case.step == FORWARD:
-        return forward, leaves
-    width = HEADS[case.scale] * DIM
-    grad = torch.randn_like(leaves[0][..., :width])
+def mixer_step(case: Case) -> Prepared:
+    """From what the Linear layer writes to what `proj` takes, and back."""
+    softmax = case.model in cases.SOFTMAX
+    mix, leaves = (partial(attend, case), [random(case)]) if softmax else lion_mixer(case)
+    if case.step == cases.FORWARD:
+        return torch.inference_mode()(partial(mix, *leaves)), leaves
+    grad = torch.randn_like(leaves[0][..., : HEADS[case.scale] * DIM])
     for leaf in leaves:
         leaf.requires_grad_()
     return lambda: torch.autograd.grad(mix(*leaves), leaves, grad), [*leaves, grad]
 
 
-def softmax_mixer(case: Case) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
-    heads = HEADS[case.scale]
-
-    def mix(projected: Tensor) -> Tensor:
-        """Strided views of qkv, as timm's attention takes them."""
-        q, k, v = projected.unflatten(2, (3, heads, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    return mix, [random(case, 3 * heads * DIM)]
+def attend(case: Case, projected: Tensor) -> Tensor:
+    q, k, v = heads_of(projected, case)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -99,55 +71,56 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     The snake curves are those of the grid of N - 1 patches that is nearest to a square.
     """
-    mask, order = lion_options(case)
+    options = MODELS[case.model][1]
+    mask, order = options["mask_type"], options.get("order", "Normal")
     patches, heads = case.tokens - 1, HEADS[case.scale]
-    height = max(h for h in range(1, isqrt(patches) + 1) if patches % h == 0) if patches else 0
+    height = max((h for h in range(1, isqrt(patches) + 1) if patches % h == 0), default=0)
     grid = (height, patches // max(height, 1))
     curves = scan_curves(order, grid, num_prefix=1, device=case.device)
     scans = 1 if curves is None else 2
     gates = lion_kernels.padded_gates(scans * heads) if mask == "Selective" else 0
-    leaves = [random(case, 3 * heads * DIM + gates)]
+    leaves = [random(case, gates)]
     if mask == "Decay":
         leaves.append(torch.randn(scans, heads, device=case.device))
     if case.form == "kernels":
         features = "elu" if mask == "Lit" else "silu"
-        options = {"scans": scans, "prefix": 1, "lit": mask == "Lit", "features": features}
-        mix = partial(lion_kernels.mix, heads=heads, dim=DIM, **options)
+        mix = partial(lion_kernels.mix, heads=heads, dim=DIM, scans=scans, prefix=1,
+                      lit=mask == "Lit", features=features)  # fmt: skip
     else:
-        mix = partial(plain_mixer, case, scans)
+        mix = partial(plain_mixer, case, mask, scans)
     return lambda projected, decay=None: mix(projected, decay, curves), leaves
 
 
 def plain_mixer(
-    case: Case, scans: int, projected: Tensor, decay: Tensor | None, curves: Tensor | None
-) -> Tensor:
+    case: Case, mask: str, scans: int, projected: Tensor, decay: Tensor | None,
+    curves: Tensor | None,
+) -> Tensor:  # fmt: skip
     """What `lion_kernels.mix` computes, in plain PyTorch."""
-    mask, heads = lion_options(case)[0], HEADS[case.scale]
+    heads = HEADS[case.scale]
     qkv, gates = projected.tensor_split((3 * heads * DIM,), 2)
-    q, k, v = qkv.unflatten(2, (3, heads, DIM)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads_of(qkv, case)
     q, k = (models_lion.FEATURE_MAPS[mask](t.float()) for t in (q, k))
-    q, k = ((q * DIM**-0.5).to(v.dtype), k.to(v.dtype))
     log_decay = None
     if mask == "Decay":
         log_decay = F.logsigmoid(decay)[:, None, :, None].expand(-1, 1, -1, case.tokens)
     elif mask == "Selective":
-        logits = (
-            gates[:, 1:, : scans * heads].float().unflatten(2, (scans, heads)).permute(2, 0, 3, 1)
-        )
-        log_decay = F.pad(F.logsigmoid(-logits), (1, 0))
-    mix = models_lion.FORMATS[case.form]
-    numerator, denominator = mix(q, k, v, log_decay, curves, chunk_size=case.chunk_size)
+        logits = gates[:, 1:, : scans * heads].float().unflatten(2, (scans, heads))
+        log_decay = F.pad(F.logsigmoid(-logits.permute(2, 0, 3, 1)), (1, 0))
+    numerator, denominator = models_lion.FORMATS[case.form](
+        (q * DIM**-0.5).to(v.dtype), k.to(v.dtype), v, log_decay, curves, chunk_size=case.chunk_size
+    )
     return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(projected.dtype)
 
 
-def lion_options(case: Case) -> tuple[str, str]:
-    """Mask and order of a LION."""
-    options = MODELS[case.model][1]
-    return options["mask_type"], options.get("order", "Normal")
+def heads_of(qkv: Tensor, case: Case) -> Tensor:
+    """Queries, keys and values `[3, B, H, N, D]`, strided views as timm's attention takes them."""
+    return qkv.unflatten(2, (3, HEADS[case.scale], DIM)).permute(2, 0, 3, 1, 4)
 
 
-def random(case: Case, width: int) -> Tensor:
+def random(case: Case, gates: int = 0) -> Tensor:
+    """What a Linear layer writes: queries, keys, values and `gates`."""
     dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
+    width = 3 * HEADS[case.scale] * DIM + gates
     return torch.randn(case.batch, case.tokens, width, device=case.device, dtype=dtype)
 
 
@@ -168,48 +141,70 @@ class NoMixing(nn.Module):
 
 def build(case: Case) -> nn.Module:
     """With random weights, made for the size and on the device."""
-    name, options = MODELS[case.model]
-    if name == "lion":
-        options = {**options, "format": case.form, "chunk_size": case.chunk_size}
+    name, options = case.in_timm
+    own = {"img_size": case.pixels, "drop_path_rate": case.drop_path}
     with torch.device(case.device):
-        model = timm.create_model(f"{name}_{case.scale}_patch16_224", img_size=case.pixels,
-                                  drop_path_rate=case.drop_path, **options)  # fmt: skip
+        model = timm.create_model(name, **own, **options)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = case.form != EXPLICIT
-    if case.model == NO_MIXING:
-        for block in model.blocks:
-            block.attn = NoMixing(block.attn)
-    return model.to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
+            module.fused_attn = case.form != cases.EXPLICIT
+    for block in model.blocks if case.model == cases.NO_MIXING else ():
+        block.attn = NoMixing(block.attn)
+    model.to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
+    torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
+    if case.compiled == "model":
+        model.compile(dynamic=False)
+    elif case.compiled == "blocks":  # which are alike and compile once
+        compile_in_place(model, dynamic=False)
+    return model
 
 
-def prepare_training(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
-    """Forward, backward and fused AdamW on random images."""
-    model = build(case).train()
-    x = images(case.batch, case.pixels, case.device, case.precision)
-    labels = torch.randint(1000, (case.batch,), device=case.device)
-    call = compiled(model, case.compiled)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    return training_step(case, optimizer, lambda: F.cross_entropy(call(x), labels),
-                         [x, labels, *model.buffers()])  # fmt: skip
+@lru_cache(maxsize=1)
+def images(batch: int, pixels: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Random ones; the cases of a group share them, for they can take gigabytes."""
+    return torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
+
+
+def amp(case: Case) -> torch.autocast:
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "amp")
+
+
+def image_step(case: Case) -> Prepared:
+    """Inference, or forward, backward and fused AdamW, on random images."""
+    model = build(case)
+    x = images(case.batch, case.pixels, case.device, next(model.parameters()).dtype)
+    if case.step == cases.TRAINING:
+        labels = torch.randint(1000, (case.batch,), device=case.device)
+        optimizer = AdamW(model.train().parameters(), lr=0.0, fused=True)
+        loss = lambda: F.cross_entropy(model(x), labels)  # noqa: E731
+        return training_step(case, optimizer, loss, [x, labels, *model.buffers()])
+    model.eval()
+
+    def run() -> Tensor:
+        with torch.inference_mode(), amp(case):
+            return model(x)
+
+    return run, [x, *model.parameters(), *model.buffers()]
+
+
+def text_step(case: Case) -> Prepared:
+    from scripts.bench import text  # its libraries take seconds to import
+
+    return training_step(case, *text.pretraining(case))
 
 
 def training_step(
-    case: Case,
-    optimizer: torch.optim.Optimizer,
-    loss_of_batch: Callable[[], Tensor],
-    batch: Sequence[Tensor],
-) -> tuple[Callable[[], object], list[Tensor]]:
+    case: Case, optimizer: Optimizer, loss_of_batch: Callable[[], Tensor], batch: Sequence[Tensor]
+) -> Prepared:
     """A step, the same each time if the learning rate is 0; and all that is held between two."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:  # so that the optimizer has its state
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    amp = partial(torch.autocast, case.device, torch.bfloat16, enabled=case.precision == "amp")
 
     def run() -> None:
-        with amp():
+        with amp(case):
             loss = loss_of_batch()
         loss.backward()
         optimizer.step()
@@ -219,47 +214,5 @@ def training_step(
     return run, [*batch, *parameters, *filter(torch.is_tensor, state)]
 
 
-def prepare_inference(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
-    model = build(case).eval()
-    x = images(case.batch, case.pixels, case.device, case.precision)
-    call = compiled(model, case.compiled)
-
-    def run() -> Tensor:
-        amp = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "amp")
-        with torch.inference_mode(), amp:
-            return call(x)
-
-    return run, [x, *model.parameters(), *model.buffers()]
-
-
-def prepare_text(case: Case) -> tuple[Callable[[], object], list[Tensor]]:
-    from scripts.bench import text  # its libraries take seconds to import
-
-    optimizer, loss_of_batch, batch = text.pretraining(case)
-    return training_step(case, optimizer, loss_of_batch, batch)
-
-
-@lru_cache(maxsize=1)
-def images(batch: int, pixels: int, device: str, precision: str) -> Tensor:
-    """Random ones; the cases of a group share them, for they can take gigabytes."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
-
-
-def compiled(model: nn.Module, how: str) -> nn.Module:
-    """The whole model, or its blocks: these are alike and compile once."""
-    torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
-    if how == "model":
-        return torch.compile(model, dynamic=False)
-    if how == "blocks":
-        compile_in_place(model, dynamic=False)
-    return model
-
-
-PREPARE: dict[str, Callable[[Case], tuple[Callable[[], object], list[Tensor]]]] = {
-    FORWARD: prepare_mixer,
-    BACKWARD: prepare_mixer,
-    TRAINING: prepare_training,
-    INFERENCE: prepare_inference,
-    TEXT: prepare_text,
-}
+STEPS = {cases.FORWARD: mixer_step, cases.BACKWARD: mixer_step, cases.TRAINING: image_step,
+         cases.INFERENCE: image_step, cases.TEXT: text_step}  # fmt: skip

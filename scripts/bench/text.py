@@ -14,40 +14,27 @@ from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
-from scripts.bench.cases import PARTS, Case, Defaults, parse_size
+from scripts.bench.cases import Case, Defaults, make_groups
 
 
 def text_cases(
-    part: str,
-    defaults: Defaults,
-    blank: Case,
-    configs: Sequence[str],
-    *,
-    sizes: Sequence[str] | None = None,
-    compiled: Sequence[str] = ("",),
-    processes: Sequence[int] = (1,),
+    part: str, defaults: Defaults, blank: Case, configs: Sequence[str], **grouping: Sequence | None
 ) -> list[Case]:
-    """Cases of configurations of mlm.pretrain, by length; `key=value` among them counts for all.
+    """Cases of configurations of mlm.pretrain; `key=value` among them counts for all.
 
-    Raises UserError for bad settings.
+    `grouping` is for `make_groups`. Raises UserError for bad settings.
     """
     values = [word for word in configs if "=" in word]
     paths = [word for word in configs if "=" not in word]
     if not paths:
         raise UserError("give at least one configuration of mlm.pretrain (--configs)")
-    lengths = [parse_size(s) for s in sizes] if sizes else [(n, None) for n in defaults.batches]
-    (step,) = PARTS[part]
     cases = []
-    for how, count, (length, batch) in product(compiled, processes, lengths):
-        batch = batch or defaults.batches.get(length) or max(2**16 // length, 1)
-        group = replace(blank, step=step, tokens=length, batch=batch, compiled=how, processes=count)
-        for path in paths:
-            case = replace(group, model=Path(path).stem, config=shlex.join([path, *values]))
-            settings, config = settings_of(case)
-            dtype = amp_dtype(settings, torch.device(case.device))
-            case = replace(case, precision="amp" if dtype else "float32")
-            forms = defaults.backends if config.mixer == "softmax" else ("",)
-            cases += [replace(case, form=form) for form in forms]
+    for group, path in product(make_groups(part, defaults, blank, **grouping), paths):
+        case = replace(group, model=Path(path).stem, config=shlex.join([path, *values]))
+        settings, config = settings_of(case)
+        dtype = amp_dtype(settings, torch.device(case.device))
+        forms = defaults.backends if config.mixer == "softmax" else ("",)
+        cases += [replace(case, precision="amp" if dtype else "float32", form=f) for f in forms]
     return cases
 
 
