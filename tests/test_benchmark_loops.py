@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from helpers import long
+from helpers import long, make_image_folder
 from test_benchmark import BLANK, CONFIG, SMALL, make_case, tables_of
 
 from arguments import get_args_parser
@@ -16,8 +16,9 @@ from scripts.bench.text import text_cases
 
 
 def a_setting(folder, **values):
-    values = {"warm_up": 1, "steps": 2, "workers": 0, "repeats": 1, "seconds": 0.01, **values}
-    return loops.Setting(folder, None, **values)
+    values = {"data": None, "warm_up": 1, "steps": 2, "workers": 0, "repeats": 1, "seconds": 0.01,
+              **values}  # fmt: skip
+    return loops.Setting(folder, **values)
 
 
 @pytest.mark.slow
@@ -49,6 +50,13 @@ def test_what_stops_an_entry_point_is_noted(tmp_path, capsys):
     assert result.note.startswith("failed: ") and "--lr" in result.note
 
 
+@pytest.mark.slow
+def test_data_of_too_few_steps_are_noted(tmp_path, capfd):
+    setting = a_setting(tmp_path, data=make_image_folder(tmp_path / "data", train=18))
+    result = loops.run_entry(make_case(loops.MAIN, loops.LOADER, ""), setting)
+    assert result.note == "failed: an epoch has fewer than 13 steps"
+
+
 def test_main_gets_what_the_case_says(tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "make_images", lambda folder, count: folder.mkdir())
     case = make_case(loops.MAIN, "LION-S♮", "Chunk", compiled="blocks", processes=2, drop_path=0.2)
@@ -60,6 +68,8 @@ def test_main_gets_what_the_case_says(tmp_path, monkeypatch):
         assert part in words
     (data,) = tmp_path.iterdir()
     assert data.name == "images-52", "2 images for each of 2 processes and 13 steps"
+    loops.main_arguments(replace(case, batch=20), a_setting(tmp_path))
+    assert (tmp_path / "images-768").exists(), "520, and what an epoch is rounded down from"
 
 
 def test_pretrain_gets_a_configuration_whose_name_has_spaces(tmp_path):

@@ -61,16 +61,16 @@ def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, 
         yield
     seconds = (now(cuda) - start) / steps
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as traced:
-        start = now(cuda)
         for _ in range(TRACED):
             yield
-        passed = now(cuda) - start
+        now(cuda)
     if os.environ.get("RANK", "0") == "0":
         with tempfile.TemporaryDirectory() as folder:
             traced.export_chrome_trace(f"{folder}/trace.json")
             trace = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        facts = {"seconds": seconds, "busy": busy_seconds(trace) / passed,
+        busy = busy_seconds(trace) / TRACED / seconds  # tracing makes Python slower, not a GPU
+        facts = {"seconds": seconds, "busy": min(busy, 1.0),
                  "bytes": torch.cuda.max_memory_allocated() if cuda else resident}  # fmt: skip
         output.write_text(json.dumps(facts))
     while True:
@@ -82,7 +82,10 @@ def main(output: str, warm_up: str, steps: str, name: str, *arguments: str) -> N
     next(watching)
     register_optimizer_step_post_hook(lambda optimizer, *_: watching.send(optimizer))
     sys.argv = [name, *arguments]
-    runpy.run_module(name.removesuffix(".py"), run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(name.removesuffix(".py"), run_name="__main__", alter_sys=True)
+    finally:
+        watching.close()  # a profiler that the interpreter's end closes crashes
 
 
 if __name__ == "__main__":
