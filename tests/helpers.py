@@ -31,9 +31,12 @@ TINY = (*MODEL, "--model", "lion_tiny_patch16_224", "--input-size", "16", "--bat
 VARIANT = ("--mask_type", "Selective", "--order", "S", "--pos_emb", "--mean", "0.2", "0.3", "0.4",
            "--mixup", "0", "--cutmix", "0", "--interpolation", "bilinear")  # fmt: skip
 
-# Forks processes that have imported torch already; clean ones, as it does nothing else.
+# Forks processes that have imported what takes long; clean ones, as it does nothing else.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["timm", "torch._dynamo", "torch.utils.tensorboard"])
+processes.set_forkserver_preload([
+    "pytest", "timm.optim", "timm.scheduler", "torch._dynamo", "torch.utils.tensorboard",
+    "transformers.modeling_layers", "sklearn.metrics",
+])  # fmt: skip
 
 
 def older(package: str, version: str) -> bool:
