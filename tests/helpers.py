@@ -161,6 +161,7 @@ def _rank(rank: int, size: int, folder: Path, function: Callable, arguments: Seq
         os.dup2(target, stream.fileno())
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as elsewhere: the default
     function(rank, folder, *arguments)
 
 
