@@ -24,6 +24,14 @@ from mlm import prepare
 from processes import STOP_SIGNALS
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes takes more than seconds: -m 'not slow' leaves it out, too."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors on a busy machine: threads that wait for each other take many times as long."""

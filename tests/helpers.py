@@ -51,7 +51,7 @@ def slow(*values: Any) -> Any:
 
 def long(*values: Any) -> Any:
     """A case that runs by `-m long` alone."""
-    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.long])
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def slow_except(quick: Collection[tuple], cases: Iterable[tuple]) -> list:

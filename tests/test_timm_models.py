@@ -140,7 +140,6 @@ def test_arguments_that_no_model_can_be_built_with(kwargs):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("family", timm.list_modules())
 def test_every_family(family):
     name, size = smallest(family), small_size(family)
