@@ -36,6 +36,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([
     "pytest", "timm.optim", "timm.scheduler", "torch._dynamo", "torch.utils.tensorboard",
     "transformers.modeling_layers", "sklearn.metrics",
+    "torch._inductor.cudagraph_trees",  # each step of training marks its beginning there
 ])  # fmt: skip
 
 

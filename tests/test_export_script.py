@@ -84,7 +84,7 @@ def test_one_size_where_loops_or_the_architecture_settle_it(name, options, call,
     [
         ("Lit", "Normal"),
         slow("Decay", "Normal"),
-        ("Decay", "Diagonal"),
+        slow("Decay", "Diagonal"),
         slow("Selective", "Snakes"),
     ],
 )

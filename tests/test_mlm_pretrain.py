@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Ranks, count_reduction, rendezvous, same, slow
+from helpers import ROOT, Ranks, count_reduction, rendezvous, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -108,7 +108,8 @@ def whole(corpus, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mixer", [slow("lion-d"), "lion-s"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["lion-d", "lion-s"])
 def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
     pretraining(corpus, output=tmp_path, steps=150, eval_every=150, **{"model.mixer": mixer})
     tokens = np.concatenate(Corpus(corpus, "eval", 64).shards)
@@ -213,7 +214,8 @@ def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeyp
     assert ended.code == 143 and "Stopped at step 2: not saved, without output\n" in ended.out
 
 
-@pytest.mark.parametrize("at", [(7,), slow((2, "evaluate"))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [(7,), (2, "evaluate")], ids=str)
 def test_two_ranks_go_on_bit_for_bit(at, corpus, tmp_path):
     settings = {"workers": 0}
     ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)
