@@ -33,11 +33,11 @@ VARIANT = ("--mask_type", "Selective", "--order", "S", "--pos_emb", "--mean", "0
 
 # Forks processes that have imported what takes long; clean ones, as it does nothing else.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([
+IMPORTED = [
     "pytest", "timm.optim", "timm.scheduler", "torch._dynamo", "torch.utils.tensorboard",
     "transformers.modeling_layers", "sklearn.metrics",
     "torch._inductor.cudagraph_trees",  # each step of training marks its beginning there
-])  # fmt: skip
+]  # fmt: skip
 
 
 def older(package: str, version: str) -> bool:
