@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Ranks, count_reduction, rendezvous, same
+from helpers import ROOT, Ranks, count_reduction, rendezvous, same, slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -121,7 +121,7 @@ def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
     assert tokenizer("help")["input_ids"][0] == tokenizer.cls_token_id
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), slow((2, 0))])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     workers, whole, corpus, ending, tmp_path, monkeypatch
 ):
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(("call", "step"), [(2, 8), (3, 12)])
+@pytest.mark.parametrize(("call", "step"), [(2, 8), slow(3, 12)])
 def test_a_stop_in_an_evaluation_does_not_wait_for_it(
     call, step, whole, corpus, ending, tmp_path, monkeypatch
 ):

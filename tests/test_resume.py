@@ -68,10 +68,10 @@ def signal_at(monkeypatch, owner: object, name: str, call: int, number: signal.S
     ("owner", "name", "call", "epoch", "step", "number", "workers"),
     [
         (main.MovingAverage, "update", 4, 0, 5, signal.SIGTERM, (0, 2)),
-        (main.MovingAverage, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
+        slow(main.MovingAverage, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
         (main.MovingAverage, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
         (main, "evaluate", 3, 1, STEPS, signal.SIGTERM, (2, 0)),
-        (main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
+        slow(main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
         (main.checkpoint, "save", 2, 1, 1, signal.SIGTERM, (0, 0)),
     ],
     ids=["first epoch", "training", "last step", "evaluation", "last evaluation", "saving"],

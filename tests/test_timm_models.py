@@ -8,7 +8,7 @@ import gc
 import pytest
 import timm
 import torch
-from helpers import TINY, older, refused
+from helpers import TINY, older, refused, slow
 
 import main
 import models_timm
@@ -81,7 +81,7 @@ def learns_and_starts_from_itself(name: str, size: int, **kwargs) -> None:
         assert torch.equal(target.eval()(images[:1]), source.eval()(images[:1]))
 
 
-@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("name", [slow(n) if "volo" in n else n for n in AWKWARD])
 def test_a_model_learns_and_starts_from_its_own_weights(name):
     learns_and_starts_from_itself(name, own_size(name), **AWKWARD[name])
 
