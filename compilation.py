@@ -1,5 +1,6 @@
 """torch.compile of a model in place, whose weights keep their names, and of augmentation."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,12 @@ def _make_alike(blocks: Sequence[nn.Module]) -> None:
             if isinstance(part, DropPath | nn.Identity):  # timm's blocks have that for a rate of 0
                 depth = StochasticDepth(getattr(part, "drop_prob", 0.0), device)
                 block.set_submodule(name, depth.train(part.training))
+
+
+def begin_step() -> None:
+    """Lets CUDA graphs, if there are any, overwrite what they gave out in the step before."""
+    if "torch._inductor.cudagraph_trees" in sys.modules:  # whose import takes seconds
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def compile_augmentation(

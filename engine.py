@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 import checkpoint
+from compilation import begin_step
 from errors import UserError
 from journal import Mean, Progress
 from optimizer_step import OptimizerStep, Reading
@@ -265,7 +266,7 @@ def evaluate(
             break
         samples = samples.to(world.device, non_blocking=True)
         targets = targets.to(world.device, non_blocking=True)
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step()
         with autocast(world.device, amp_dtype):
             logits = model(samples).float()
         loss = F.cross_entropy(logits, targets, reduction="sum")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from compilation import begin_step
 from optimization import clip_gradients
 from processes import StopSignal, World
 from utils import seed_everything
@@ -68,7 +69,7 @@ class OptimizerStep:
         step that is looked at is not finite on any.
         """
         seed_everything(self.seed, *position.values(), self.world.rank)
-        torch.compiler.cudagraph_mark_step_begin()  # not for each part: gradients are outputs, too
+        begin_step()  # not for each part: gradients are outputs, too
         loss = reduce(add, self._backward(batches, loss_of))
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip_grad)

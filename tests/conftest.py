@@ -18,10 +18,23 @@ if not torch.cuda.is_available():
 
         faster_interpreter.install()
 
-from helpers import TINY, VARIANT, call_main, make_image_folder
+from helpers import IMPORTED, TINY, VARIANT, call_main, make_image_folder, processes
 
 from mlm import prepare
 from processes import STOP_SIGNALS
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes takes more than seconds: -m 'not slow' leaves it out, too."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """There is one fork server, and modules that tests import choose what it imports, too."""
+    processes.set_forkserver_preload(IMPORTED)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,9 +1,12 @@
-"""Triton's interpreter, mended, and without work that changes no result: twice as fast."""
+"""Triton's interpreter, mended, and without work that changes no result: far faster."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
+import triton
 from triton.language import core
 from triton.runtime import interpreter
 
@@ -24,6 +27,21 @@ def _patch_builtin(package: object, *others: object) -> None:
             interpreter._patch_attr(package, name, member, *others)
 
 
+@cache
+def _languages(function: Callable) -> list[object]:
+    return [v for v in function.__globals__.values() if v is triton.language or v is core]
+
+
+_own_patch_lang = interpreter._patch_lang
+
+
+def _patch_lang(function: Callable) -> object:
+    """Replaces the language at a launch; Triton's own does so at each call of a helper, too."""
+    if any(core.is_builtin(language.load) for language in _languages(function)):
+        return _own_patch_lang(function)
+    return SimpleNamespace(restore=lambda: None)
+
+
 _own_splat = interpreter.InterpreterBuilder.create_splat
 
 
@@ -40,6 +58,7 @@ def _create_splat(
 def install() -> None:
     interpreter.InterpreterBuilder.create_splat = _create_splat
     interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = _patch_lang
     # Whether integers overflow is computed at every operation, but asserted with `debug` alone.
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter.interpreter_builder.options = options

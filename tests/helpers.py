@@ -31,9 +31,12 @@ TINY = (*MODEL, "--model", "lion_tiny_patch16_224", "--input-size", "16", "--bat
 VARIANT = ("--mask_type", "Selective", "--order", "S", "--pos_emb", "--mean", "0.2", "0.3", "0.4",
            "--mixup", "0", "--cutmix", "0", "--interpolation", "bilinear")  # fmt: skip
 
-# Forks processes that have imported torch already; clean ones, as it does nothing else.
+# Forks processes that have imported what takes long; clean ones, as it does nothing else.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["timm", "torch._dynamo", "torch.utils.tensorboard"])
+IMPORTED = [
+    "pytest", "timm.optim", "timm.scheduler", "torch._dynamo", "torch.utils.tensorboard",
+    "transformers.modeling_layers", "sklearn.metrics",
+]  # fmt: skip
 
 
 def older(package: str, version: str) -> bool:
@@ -48,7 +51,7 @@ def slow(*values: Any) -> Any:
 
 def long(*values: Any) -> Any:
     """A case that runs by `-m long` alone."""
-    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.long])
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def slow_except(quick: Collection[tuple], cases: Iterable[tuple]) -> list:
@@ -158,6 +161,7 @@ def _rank(rank: int, size: int, folder: Path, function: Callable, arguments: Seq
         os.dup2(target, stream.fileno())
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as elsewhere: the default
     function(rank, folder, *arguments)
 
 

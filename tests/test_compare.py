@@ -155,7 +155,6 @@ def test_failures_are_told(tmp_path, ending, data_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_leases(tmp_path, data_path):
     """A signal stops all, which save; the next call ends what was begun and removes checkpoints."""
     out = tmp_path / "out"

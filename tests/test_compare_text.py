@@ -159,7 +159,6 @@ def test_the_best_of_each_model_comes_first(tmp_path, ending):
     assert [list(line.get_ydata()) for line in axes.lines] == [[6, 5.8, 5.2], [6, 5.8, 3]]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_runs_from_text_to_the_table(tmp_path, text, ending, monkeypatch):
     """In whatever folder it is called."""

@@ -2,16 +2,19 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
+from helpers import ROOT, TINY
 from kernel_cases import gpu
 from timm.layers import DropPath
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from compilation import CUDA_GRAPHS, StochasticDepth, compile_in_place
+from compilation import CUDA_GRAPHS, StochasticDepth, begin_step, compile_in_place
 from engine import Position, train_one_epoch
 from losses import DistillationLoss
 from optimization import MovingAverage
@@ -193,3 +196,24 @@ def test_cuda_graphs_train_as_others_do(accumulate):
         for one, other in zip(*(model.parameters() for model in pair), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert scores[:3] == pytest.approx(scores[3:], rel=1e-2, abs=1e-2)
+
+
+def test_steps_of_graphs_begin_where_there_may_be_graphs(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
+    begin_step()
+    assert not begun
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", object())
+    begin_step()
+    assert begun
+
+
+def test_training_that_is_not_compiled_imports_no_compiler(data_path):
+    script = (
+        "import sys, main; main.main(main.get_args_parser().parse_args(sys.argv[1:])); "
+        "print('torch._inductor.cudagraph_trees' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, *TINY, "--data-path", str(data_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr

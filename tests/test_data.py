@@ -473,12 +473,9 @@ def test_workers_outlive_signals_and_end_with_their_loader():
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("end", "code"),
-    [
-        pytest.param("raise RuntimeError", 1, marks=pytest.mark.slow),
-        ("os.kill(os.getpid(), 9)", -9),
-    ],
+    ("end", "code"), [("raise RuntimeError", 1), ("os.kill(os.getpid(), 9)", -9)]
 )
 def test_no_worker_outlives_its_process(end, code):
     script = f"""

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, TINY, refused
+from helpers import ROOT, TINY, refused, slow
 
 import loaders
 from errors import UserError, as_user_error
@@ -31,7 +31,7 @@ def fail(*_: object, **__: object) -> None:
     ("kind", "code", "first", "last"),
     [
         ("UserError", 2, "command: error: invalid literal", "command: error: invalid literal"),
-        ("ValueError", 1, "Traceback (most recent call last):", "ValueError: invalid literal"),
+        slow("ValueError", 1, "Traceback (most recent call last):", "ValueError: invalid literal"),
     ],
 )
 def test_the_ends_of_a_command(kind, code, first, last):

@@ -62,13 +62,14 @@ def test_any_batch_and_size(kind, format, call, trained, tmp_path):
     torch.testing.assert_close(torch.as_tensor(actual), model(images), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("lion_tiny_patch16_224", {"mask_type": "Decay", "order": "Hilbert"}),
-        slow("lion_tiny_patch16_224", {"mask_type": "Selective", "order": "S+Morton"}),
+        ("lion_tiny_patch16_224", {"mask_type": "Selective", "order": "S+Morton"}),
         long("vim_tiny_patch16_224", {}),
-        slow("hydra_tiny_patch16_224", {}),
+        ("hydra_tiny_patch16_224", {}),
     ],
 )
 def test_one_size_where_loops_or_the_architecture_settle_it(name, options, call, tmp_path):
@@ -84,7 +85,7 @@ def test_one_size_where_loops_or_the_architecture_settle_it(name, options, call,
     [
         ("Lit", "Normal"),
         slow("Decay", "Normal"),
-        ("Decay", "Diagonal"),
+        slow("Decay", "Diagonal"),
         slow("Selective", "Snakes"),
     ],
 )
@@ -102,6 +103,7 @@ def test_a_checkpoint_is_read_once(trained, monkeypatch):
     assert read == [str(trained)]
 
 
+@pytest.mark.slow
 def test_a_fixed_size(call, tmp_path):
     ended = call("torch", tmp_path / "model.pt2", "--fixed-size")
     assert ended.code == 0 and ended.out.startswith("agrees with the model for 2x3x16x16, 1x3x16x1")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import MODEL, ROOT, TINY, Ranks, make_image_folder, same, slow, torchrun, weights
+from helpers import MODEL, ROOT, TINY, Ranks, make_image_folder, same, torchrun, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.utils import parameters_to_vector
 
@@ -109,11 +109,12 @@ def called(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "options"),
     [
         (("torch.distributed.run",), ()),
-        slow(
+        (
             ("torch.distributed.launch", "--use_env"),
             ("--mask_type", "Decay", "--order", "S", "--format", "Attention"),
         ),

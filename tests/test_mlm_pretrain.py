@@ -108,7 +108,8 @@ def whole(corpus, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mixer", [slow("lion-d"), "lion-s"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["lion-d", "lion-s"])
 def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
     pretraining(corpus, output=tmp_path, steps=150, eval_every=150, **{"model.mixer": mixer})
     tokens = np.concatenate(Corpus(corpus, "eval", 64).shards)
@@ -120,7 +121,7 @@ def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
     assert tokenizer("help")["input_ids"][0] == tokenizer.cls_token_id
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), slow((2, 0))])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     workers, whole, corpus, ending, tmp_path, monkeypatch
 ):
@@ -135,7 +136,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(("call", "step"), [(2, 8), (3, 12)])
+@pytest.mark.parametrize(("call", "step"), [(2, 8), slow(3, 12)])
 def test_a_stop_in_an_evaluation_does_not_wait_for_it(
     call, step, whole, corpus, ending, tmp_path, monkeypatch
 ):
@@ -213,7 +214,8 @@ def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeyp
     assert ended.code == 143 and "Stopped at step 2: not saved, without output\n" in ended.out
 
 
-@pytest.mark.parametrize("at", [(7,), slow((2, "evaluate"))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [(7,), (2, "evaluate")], ids=str)
 def test_two_ranks_go_on_bit_for_bit(at, corpus, tmp_path):
     settings = {"workers": 0}
     ranks = Ranks(tmp_path, corpus, tmp_path / "whole", settings, function=rank)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from helpers import slow
 from kernel_cases import DEVICE
 from reference import curves_for
 from timm.models._manipulate import reinit_non_persistent_buffers
@@ -246,7 +247,7 @@ def test_rows_are_filled_up_with_what_is_there_and_without_gradients(bias):
     assert not any(gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("wrap", [with_low_rank, with_forward_hook, with_parametrization])
+@pytest.mark.parametrize("wrap", [with_low_rank, slow(with_forward_hook), with_parametrization])
 def test_wrapped_layers_compile_and_export_whole(wrap, kernels):
     torch.compiler.reset()
     layer, x = mixer(order="Normal"), tokens()

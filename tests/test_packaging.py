@@ -160,6 +160,7 @@ def test_the_workflow_runs_the_tests_on_every_python():
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_loaded_with_the_package_alone(site, saved, tmp_path):
     done = run(LOAD, saved, tmp_path / "again", cwd=tmp_path, path=[site])
     assert done.returncode == 0, done.stderr
@@ -168,6 +169,7 @@ def test_a_saved_model_is_loaded_with_the_package_alone(site, saved, tmp_path):
     assert torch.load(tmp_path / "again" / "logits.pth").equal(expected)
 
 
+@pytest.mark.slow
 def test_without_the_package_it_is_told_how_to_get_it(saved, tmp_path):
     done = run(LOAD, saved, tmp_path / "again", cwd=tmp_path, path=[])
     assert done.returncode == 1

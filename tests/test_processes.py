@@ -333,13 +333,15 @@ def test_data_may_lie_elsewhere(data_path, tmp_path):
     shutil.copytree(data_path, tmp_path / "of1" / "images")
     (tmp_path / "of0").mkdir()
     alone = ("--data-path", "images", "--num_workers", "1")
-    ranks = Ranks(tmp_path, ("--data-path", data_path), alone, function=differing)
+    arguments = ("--data-path", data_path, "--batch-size", "40")
+    ranks = Ranks(tmp_path, arguments, alone, function=differing)
     assert ranks.wait() == [0, 0], ranks.errors()
 
 
 @pytest.mark.parametrize("epochs", [slow(1), 2], ids=["other weights", "another epoch"])
 def test_another_checkpoint(epochs, run, data_path, tmp_path):
-    arguments = ("--data-path", data_path, "--output_dir", "run", "--epochs", "3")
+    arguments = ("--data-path", data_path, "--output_dir", "run", "--epochs", "3",
+                 "--batch-size", "40")  # fmt: skip
     for rank in (0, 1):
         options = ("--epochs", epochs if rank else 1, "--seed", rank if epochs == 1 else 0)
         folder = tmp_path / f"of{rank}" / "run"

@@ -2,10 +2,13 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,28 +28,36 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 # Those of language models have tests of their own.
 COMMANDS = list(dict.fromkeys(line for line in LINES if "text" not in line))
-# They start few processes; the others take long.
 LONG = ("scripts/benchmark.py", "distill", "finetune_384")
-QUICK = ("main.py --eval", "score_formats", "run_with_submitit", "plot_log", "predict.py")
+# Python of one process, which can be this one: most of a short process's time goes to imports.
+QUICK = ("main.py --eval", "run_with_submitit", "plot_log", "predict.py")
 # What is done with the trained model in demo/.
 TRAINED = ("predict.py", "visualize.py", "export.py")
 # The two that set up a machine: this test runs in one of them, and the other takes minutes.
 SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
          "--device", "cpu", "--mixup", "0", "--cutmix", "0")  # fmt: skip
-SUBMITIT = """
-class AutoExecutor:
-    def __init__(self, **_): pass
-    def update_parameters(self, **parameters): assert parameters["nodes"] == 2
-    def submit(self, job):
+JOB = SimpleNamespace(job_id="7")
+
+
+class Executor:
+    def __init__(self, **_: object) -> None: ...
+
+    def update_parameters(self, **parameters: object) -> None:
+        assert parameters["nodes"] == 2
+
+    def submit(self, job: Callable[[], None]) -> SimpleNamespace:
         job()
-        return JobEnvironment()
-class JobEnvironment:
-    job_id = "7"
-class helpers:
-    class TorchDistributedEnvironment:
-        def export(self): pass
-"""
+        return JOB
+
+
+SUBMITIT = SimpleNamespace(
+    AutoExecutor=Executor,
+    JobEnvironment=lambda: JOB,
+    helpers=SimpleNamespace(
+        TorchDistributedEnvironment=lambda: SimpleNamespace(export=lambda: None)
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,6 @@ def places(tmp_path_factory, data_path) -> dict[str, str]:
         '{"train_loss": 1.0, "train_lr": 0.1, "test_loss": 1.0, "test_acc1": 50.0, '
         '"test_acc5": 90.0, "epoch": 0, "n_parameters": 1}\n'
     )
-    (root / "submitit.py").write_text(SUBMITIT)
     return {
         "/outputpath/log.txt": str(root / "log.txt"),
         "--finetune checkpoint.pth": f"--finetune {root}/plain.pth",
@@ -88,7 +98,7 @@ def case(line: str) -> Any:
 
 
 @pytest.mark.parametrize("line", [case(line) for line in COMMANDS])
-def test_command(line, places, tmp_path):
+def test_command(line, places, tmp_path, ending, monkeypatch):
     line = line.split("  #")[0].strip()
     if any(name in line for name in SETTING_UP):
         assert Path(ROOT, line.split()[1]).exists()
@@ -114,27 +124,37 @@ def test_command(line, places, tmp_path):
         words += SMALL
     if words[0] == "bash" and "distill_cifar10" not in line:  # compiled for speed on GPUs
         words += ["--torchcompile", "eager", "--teacher-model", "test_resnet"]
-    folder = Path(places["PATH_OR_URL"]).parent
+    monkeypatch.chdir(ROOT)
+    if is_quick(line):
+        monkeypatch.setattr(sys, "path", sys.path[:])  # scripts add to it
+        monkeypatch.setitem(sys.modules, "submitit", SUBMITIT)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        ended = ending(runpy.run_path, words[1], run_name="__main__")
+        assert not ended.code and not ended.err, ended
+        return check(line, words, ended.out, tmp_path)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
         "OMP_NUM_THREADS": "1",
         "GPUS": "2",
         "SEEDS": "0",
     }
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    check(line, words, done.stdout, tmp_path)
+
+
+def check(line: str, words: list[str], printed: str, folder: Path) -> None:
     if "--output_dir" in line and "--eval" not in line:
-        assert weights(tmp_path / "run")
+        assert weights(folder / "run")
     if any(name in line for name in TRAINED):
-        assert (tmp_path / Path(words[words.index("--output") + 1]).name).exists()
+        assert (folder / Path(words[words.index("--output") + 1]).name).exists()
     if "compare.py" in line:
-        assert re.search(r"^(\d+) of \1 runs are finished$", done.stdout, re.MULTILINE)
+        assert re.search(r"^(\d+) of \1 runs are finished$", printed, re.MULTILINE)
     if "distill_cifar10" in line:
-        scores = dict(row.split(":") for row in done.stdout.splitlines()[-4:])
+        scores = dict(row.split(":") for row in printed.splitlines()[-4:])
         assert list(scores) == ["teacher", "none", "hard", "soft"]
-        assert "head_dist.weight" in weights(tmp_path / "run" / "soft-0")
+        assert "head_dist.weight" in weights(folder / "run" / "soft-0")
 
 
 def test_python():

@@ -68,10 +68,10 @@ def signal_at(monkeypatch, owner: object, name: str, call: int, number: signal.S
     ("owner", "name", "call", "epoch", "step", "number", "workers"),
     [
         (main.MovingAverage, "update", 4, 0, 5, signal.SIGTERM, (0, 2)),
-        (main.MovingAverage, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
+        slow(main.MovingAverage, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
         (main.MovingAverage, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
         (main, "evaluate", 3, 1, STEPS, signal.SIGTERM, (2, 0)),
-        (main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
+        slow(main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
         (main.checkpoint, "save", 2, 1, 1, signal.SIGTERM, (0, 0)),
     ],
     ids=["first epoch", "training", "last step", "evaluation", "last evaluation", "saving"],
@@ -92,7 +92,7 @@ def test_signal(
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, slow(2)])
 def test_kill_after_an_epoch(size, request, data_path, tmp_path):
     whole = request.getfixturevalue("whole" if size == 1 else "whole_on_two_ranks")
     log = tmp_path / "run" / "log.txt"
@@ -147,6 +147,7 @@ def test_an_evaluation_that_fails_costs_no_epoch(
     assert (before["epoch"], before["step"]) == (1, 0), "that of the epoch before"
 
 
+@pytest.mark.slow
 def test_kill_in_an_evaluation(whole, data_path, tmp_path):
     arguments = (*RECIPE, "--data-path", data_path, "--output_dir", tmp_path / "run")
     ranks = Ranks(tmp_path, 4, *arguments, size=1, function=killed_rank)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import ROOT, TINY, call_main, refused, signal_in_step, weights
+from helpers import ROOT, TINY, call_main, refused, signal_in_step, slow, weights
 
 import checkpoint
 from arguments import get_args_parser
@@ -180,7 +180,7 @@ def test_other_images_may_come_after_an_epoch(places, resumed, tmp_path):
 
 
 @pytest.mark.parametrize("by_step", [(), ("--sched-on-updates",)], ids=["by epoch", "by step"])
-@pytest.mark.parametrize("stopped", [None, 4], ids=["epoch's end", "mid-epoch"])
+@pytest.mark.parametrize("stopped", [slow(None), 4], ids=["epoch's end", "mid-epoch"])
 def test_a_new_schedule_is_that_of_a_run_which_had_it_all_along(
     by_step, stopped, run, data_path, tmp_path, monkeypatch
 ):

@@ -72,7 +72,10 @@ def test_workers_ignore_what_stops_a_run(ending):  # which restores the handlers
 
 
 def loading(_rank: int, folder: Path) -> None:
-    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_signals))
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([])
+    options = {"num_workers": 1, "multiprocessing_context": server}
+    batches = iter(DataLoader(range(100), worker_init_fn=ignore_signals, **options))
     next(batches)
     (folder / "worker").write_text(str(batches._workers[0].pid))
     (folder / "ready").touch()
@@ -80,7 +83,7 @@ def loading(_rank: int, folder: Path) -> None:
 
 
 def test_workers_end_with_a_run_that_is_killed(tmp_path):
-    """Those of a fork server, too: this process is one's, and so are its workers."""
+    """Those of a fork server, too, which is their parent in the place of the run."""
     run = Ranks(tmp_path, size=1, function=loading)
     wait_for((run.folder / "ready").exists)
     worker = int((run.folder / "worker").read_text())

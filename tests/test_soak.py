@@ -8,7 +8,6 @@ from scripts import soak
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("case", soak.CASES)
 def test_killed_runs_end_with_equal_weights(case, tmp_path, capsys):
     soak.main([case, "--kills", "2", "--output", str(tmp_path / "runs")])
