@@ -29,7 +29,6 @@ COMPUTING = {"kernel", "gpu_memcpy", "gpu_memset", "cpu_op"}  # of Chrome's trac
 default_cfgs = generate_default_cfgs({"mean_colour": {}})
 
 
-@register_model
 def mean_colour(pretrained: bool = False, num_classes: int = 1000, **_: object) -> nn.Module:
     """A linear classifier of the mean pixel: a step of next to nothing, the loop around it left."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
@@ -80,6 +79,7 @@ def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, 
 def main(output: str, warm_up: str, steps: str, name: str, *arguments: str) -> None:
     watching = watch(Path(output), int(warm_up), int(steps))
     next(watching)
+    register_model(mean_colour)
     register_optimizer_step_post_hook(lambda optimizer, *_: watching.send(optimizer))
     sys.argv = [name, *arguments]
     try:
