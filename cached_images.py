@@ -50,6 +50,10 @@ class CachedLoader:
         keys = range(len(dataset)) if keys is None else keys
         self._decoder = DataLoader(dataset, BATCH, sampler=keys, **options)
 
+    def start(self) -> None:
+        """Decodes the images now, as `loaders.DeviceLoader` starts its workers."""
+        _ = self._images_and_labels
+
     @cached_property
     def _images_and_labels(self) -> tuple[Tensor, Tensor]:
         images, labels = zip(*self._decoder, strict=True)

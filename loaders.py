@@ -116,6 +116,15 @@ class DeviceLoader(DataLoader):
         self.device = device
         self.transform = transform
 
+    def start(self) -> None:
+        """Starts the workers, which otherwise start with the first batch.
+
+        They are forks: what other threads hold just then, as those of a compiler, they wait for
+        in vain.
+        """
+        if self.num_workers:
+            super().__iter__()
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         # No generator: what starts an epoch draws random numbers, here and not at the first batch.
         batches: Iterator[tuple[Tensor, Tensor]] = super().__iter__()

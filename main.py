@@ -343,6 +343,7 @@ class Training:
         args, world, run = self.args, self.world, self.run
         self.stop = StopSignal()
         journal = self._open_journal()
+        self.eval_loader.start()
         model = world.distributed(run.model)
         if args.torchcompile:
             compile_in_place(run.model, args.torchcompile, args.torchcompile_mode)
@@ -456,8 +457,9 @@ class Training:
 
     def _leave(self) -> NoReturn:
         position = self.run.position
-        folder = self.args.output_dir
-        left = "go on by --resume auto" if folder else "not saved, without --output_dir"
+        left = (
+            "go on by --resume auto" if self.args.output_dir else "not saved, without --output_dir"
+        )
         logger.info("Stopped at epoch %d, step %d: %s", position.epoch, position.step, left)
         sys.exit(self.stop.exit_code)
 

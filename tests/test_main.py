@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -442,6 +443,25 @@ def test_augmentation_arguments_arrive(data_path, run, monkeypatch):
         received.clear()
         assert run(*arguments, option).code == 0
         assert (received.get("three_augment"), received["reprob"]) == (three, 0)
+
+
+@pytest.mark.parametrize("more", [(), ("--cache",)])
+def test_workers_of_an_evaluation_start_before_a_compiler(more, run, data_path, monkeypatch):
+    decoders = []
+
+    def forking(self):
+        decoders.append("worker")
+        started(self)
+
+    def compiling(*arguments, **options):
+        decoders.append("compiler")
+
+    started = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", forking)
+    monkeypatch.setattr(main, "compile_in_place", compiling)
+    arguments = (*TINY, "--data-path", data_path, "--torchcompile", "eager", "--num_workers", "1")
+    assert run(*arguments, *more).code == 0
+    assert decoders == ["worker", "compiler", "worker"], "of evaluation, and of training"
 
 
 def test_three_images_are_enough(run, tmp_path):
