@@ -457,9 +457,7 @@ class Training:
 
     def _leave(self) -> NoReturn:
         position = self.run.position
-        left = (
-            "go on by --resume auto" if self.args.output_dir else "not saved, without --output_dir"
-        )
+        left = "go on by --resume auto" if self.args.output_dir else "unsaved, without --output_dir"
         logger.info("Stopped at epoch %d, step %d: %s", position.epoch, position.step, left)
         sys.exit(self.stop.exit_code)
 

@@ -202,7 +202,7 @@ def test_a_stopped_run_without_a_folder_promises_nothing(run, data_path, monkeyp
     signal_at(monkeypatch, main.MovingAverage, "update", 4, signal.SIGTERM)
     ended = run(*RECIPE, "--data-path", data_path)
     assert ended.code == 143
-    assert "Stopped at epoch 0, step 5: not saved, without --output_dir\n" in ended.out
+    assert "Stopped at epoch 0, step 5: unsaved, without --output_dir\n" in ended.out
 
 
 def test_notes_in_a_log_stay(whole, run, data_path, tmp_path):
