@@ -341,7 +341,7 @@ class Pretraining:
         except Interrupted:
             progress.close()
             self.save(meter)
-            left = "go on by resume=auto" if settings.output else "not saved, without output"
+            left = "go on by resume=auto" if settings.output else "unsaved, without output"
             print(f"Stopped at step {self.step}: {left}", flush=True)
             sys.exit(stop.exit_code)
         progress.close()

@@ -211,7 +211,7 @@ def test_the_docs_name_what_is_taken_up():
 def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeypatch):
     interrupted(monkeypatch, 2)
     ended = ending(pretraining, corpus, **SHORT)
-    assert ended.code == 143 and "Stopped at step 2: not saved, without output\n" in ended.out
+    assert ended.code == 143 and "Stopped at step 2: unsaved, without output\n" in ended.out
 
 
 @pytest.mark.slow
