@@ -1,7 +1,6 @@
 """Loaders of labelled images for training, whose augmentation is seeded, and for evaluation."""
 
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,7 @@ from preprocessing import Preprocessing
 from processes import World
 from samplers import EpochSampler, ShardSampler
 from utils import seed_host
-from workers import ignore_signals
+from workers import worker_options
 
 logger = logging.getLogger(__name__)
 
@@ -196,12 +195,11 @@ class ImageLoading:
         self, dataset: Any, batch_size: int, *, device: torch.device, **options: Any
     ) -> DeviceLoader | CachedLoader:
         """A loader with the `options` of its class."""
-        workers = min(self.num_workers, os.cpu_count() or 1)
-        options |= {"device": device, "num_workers": workers, "worker_init_fn": ignore_signals}
+        options |= {"device": device, **worker_options(self.num_workers)}
         if self.cached:
             return CachedLoader(dataset, batch_size, **options)
         pin_memory = self.pin_memory and device.type == "cuda"
-        return DeviceLoader(dataset, batch_size, persistent_workers=workers > 0,
+        return DeviceLoader(dataset, batch_size, persistent_workers=options["num_workers"] > 0,
                             pin_memory=pin_memory, **options)  # fmt: skip
 
     def compiled(self, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,8 +6,21 @@ import os
 import signal
 import threading
 from multiprocessing.connection import wait
+from typing import Any
 
 from processes import STOP_SIGNALS
+
+PATIENCE = 600.0  # seconds for a batch: what a worker that hangs would make a run wait for ever
+
+
+def worker_options(count: int) -> dict[str, Any]:
+    """Of a DataLoader with `count` workers, but at most one per CPU core.
+
+    A worker that hangs ends the run with a RuntimeError, so that it can be started again.
+    """
+    workers = min(count, os.cpu_count() or 1)
+    timeout = PATIENCE if workers else 0
+    return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": timeout}
 
 
 def ignore_signals(worker_id: int) -> None:

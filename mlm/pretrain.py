@@ -1,6 +1,5 @@
 """Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
 from samplers import EpochSampler
 from utils import digest, make_deterministic, seed_everything
-from workers import ignore_signals
+from workers import worker_options
 
 NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these
 # Of every setting, when a run goes on.
@@ -191,15 +190,13 @@ def build_loaders(
         "train": EndlessSampler(epochs, step * settings.global_batch // world.size),
         "eval": EvalSampler(len(windows["eval"]), **ranks),
     }
-    workers = min(settings.workers, os.cpu_count() or 1)
     train, evaluation = (
         DataLoader(
             windows[split],
             settings.micro_batch,
             sampler=samplers[split],
-            num_workers=workers if split == "train" else 0,
             pin_memory=world.device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            **worker_options(settings.workers if split == "train" else 0),
         )
         for split in ("train", "eval")
     )

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import types
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102
 
 import datasets
+import workers
 from augment import build_train_transform
 from datasets import ALIASES, DATASETS, build_dataset
 from loaders import DeviceLoader, ImageLoading, SeededDataset, build_eval_loader
@@ -311,6 +313,16 @@ def test_inaturalist_errors(inat_folder):
 # The stream of training samples
 
 
+class Endless(torch.utils.data.Dataset):
+    """Its images never come."""
+
+    def __getitem__(self, index: int) -> None:
+        time.sleep(1000)
+
+    def __len__(self) -> int:
+        return 4
+
+
 def demo_loader(workers: int = 0, batch_size: int = 8, start: int = 0, **sampler) -> DataLoader:
     images, _ = build_dataset("DEMO", "", train=True)
     dataset = SeededDataset(images, build_train_transform(**AUGMENTATION), seed=3)
@@ -471,6 +483,17 @@ def test_workers_outlive_signals_and_end_with_their_loader():
     assert len(received) == 25
     del batches
     assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_a_worker_that_hangs_ends_the_run(monkeypatch):
+    assert workers.worker_options(0)["timeout"] == 0
+    monkeypatch.setattr(workers, "PATIENCE", 0.5)
+    loading = ImageLoading("DEMO", "", num_workers=1)
+    batches = loading.batches(
+        Endless(), 2, device=torch.device("cpu"), transform=torch.neg, sampler=range(4)
+    )
+    with pytest.raises(RuntimeError, match="timed out after 0.5 seconds"):
+        next(iter(batches))
 
 
 @pytest.mark.slow
