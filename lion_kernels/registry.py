@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def operator(
     """
 
     def register(function: Callable) -> Callable:
+        function = _on_the_tensors_device(function)
         found = schema or torch.library.infer_schema(function, mutates_args=())
         torch.library.define(f"lion::{name}", found, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"lion::{name}", "default", function)
@@ -53,6 +55,20 @@ def operator(
         return call
 
     return register
+
+
+def _on_the_tensors_device(function: Callable) -> Callable:
+    """PyTorch's own operators run on the GPU of their tensors, Triton's launches on the current."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        device = arguments[0].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
+
+    return call
 
 
 def _autograd(backward: Callable, tensors: int, saved: slice) -> tuple[Callable, Callable]:

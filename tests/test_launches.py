@@ -1,6 +1,8 @@
 """Launches that are recorded and repeated, and calls that go round the dispatcher."""
 
 import ctypes
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from kernel_cases import DEVICE, call, gpu, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from lion_kernels import launches, tuning
+from lion_kernels import launches, registry, tuning
 from scripts.bench.host_time import host_time
 
 
@@ -198,3 +200,37 @@ def test_gpu_host_time_is_close_to_that_of_softmax_attention():
     times = {name: sum(parts) for name, parts in host_time(side=7).items()}
     softmax = times.pop("softmax")
     assert max(times.values()) < 2 * softmax, (softmax, times)
+
+
+def test_launches_are_on_the_device_of_the_tensors(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device(wanted):
+        entered.append(wanted)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    found = registry._on_the_tensors_device(lambda tensor, option: (list(entered), option))
+    for name, inside in (("cpu", []), ("cuda:0", []), ("cuda:1", [torch.device("cuda:1")])):
+        assert found(SimpleNamespace(device=torch.device(name)), 7) == (inside, 7)
+    assert not entered
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("mask", ["Lit", "Decay", "Selective"])
+def test_another_gpu_than_the_current_one(mask):
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        projected, decay, curves, grad = (
+            t if t is None else t.to(device)
+            for t in make_inputs(mask, "S", 50, dtype=torch.bfloat16)
+        )
+        projected.requires_grad_()
+        y = call(projected, decay, curves, grad, mask)
+        y.backward(grad)
+        results.append((y.cpu(), projected.grad.cpu()))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
