@@ -150,6 +150,12 @@ def test_erased_rectangles_are_drawn_as_timm_draws_them():
         assert abs(own.std() - expected.std()) < 0.05 * expected.std()
 
 
+def test_an_image_without_room_for_a_rectangle_stays_as_it_is():
+    torch.manual_seed(0)
+    images = torch.full((500, 3, 1, 30), 9.0)
+    assert device_augment.erase(images, 1.0, torch.zeros_like).equal(images)
+
+
 def test_several_rectangles_share_what_is_erased():
     torch.manual_seed(0)
     images = torch.full((4000, 3, 32, 32), 9.0)
