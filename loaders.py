@@ -114,19 +114,21 @@ class DeviceLoader(DataLoader):
         super().__init__(*args, **options)
         self.device = device
         self.transform = transform
+        self._started: Any = None
 
     def start(self) -> None:
-        """Starts the workers, which otherwise start with the first batch.
+        """Starts the workers on the next pass; otherwise they start with its first batch.
 
         They are forks: what other threads hold just then, as those of a compiler, they wait for
         in vain.
         """
         if self.num_workers:
-            super().__iter__()
+            self._started = super().__iter__()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         # No generator: what starts an epoch draws random numbers, here and not at the first batch.
-        batches: Iterator[tuple[Tensor, Tensor]] = super().__iter__()
+        batches: Iterator[tuple[Tensor, Tensor]] = self._started or super().__iter__()
+        self._started = None
         if self.device.type == "cuda":
             batches = copied_ahead(batches, self.device)
         return ((self.transform(images), labels) for images, labels in batches)

@@ -485,6 +485,32 @@ def test_workers_outlive_signals_and_end_with_their_loader():
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
+class Counted(torch.utils.data.Dataset):
+    """Counts, in all processes, how often each of its images is loaded."""
+
+    def __init__(self) -> None:
+        self.loaded = torch.zeros(5).share_memory_()
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.loaded[index] += 1
+        return torch.zeros(3, 2, 2), index
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_what_workers_load_at_their_start_is_used():
+    images, loading = Counted(), ImageLoading("DEMO", "", num_workers=1)
+    loader = loading.batches(
+        images, 2, device=torch.device("cpu"), transform=torch.neg, sampler=[3, 1, 2, 0, 4]
+    )
+    loader.start()
+    for count in (1, 2):
+        labels = [label for _, batch in loader for label in batch.tolist()]
+        assert labels == [3, 1, 2, 0, 4]
+        assert images.loaded.tolist() == [count] * 5
+
+
 def test_a_worker_that_hangs_ends_the_run(monkeypatch):
     assert workers.worker_options(0)["timeout"] == 0
     monkeypatch.setattr(workers, "PATIENCE", 0.5)
