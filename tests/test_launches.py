@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from kernel_cases import DEVICE, call, gpu, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
@@ -31,25 +32,26 @@ def ordinary(monkeypatch):
             return Compiled(self, interpret, arguments)
 
         monkeypatch.setattr(InterpretedFunction, "run", compiled)
+        driver = SimpleNamespace(get_current_stream=lambda device: 0)
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     return names
 
 
 class Compiled:
     """What Triton's launch returns on a GPU: it takes addresses in the place of tensors."""
 
+    function = packed_metadata = None
+
     def __init__(self, kernel, interpret, arguments):
         self.kernel, self.interpret, self.templates = kernel, interpret, arguments
 
-    def __getitem__(self, grid):
-        def run(*values):
-            names = self.kernel.arg_names
-            arguments = {
-                name: tensor_at(value, self.templates[name])
-                for name, value in zip(names, values, strict=True)
-            }
-            self.interpret(self.kernel, grid=grid, warmup=False, **arguments)
-
-        return run
+    def run(self, x, y, z, stream, *values):
+        values = values[5:]  # handles, the launch's metadata, and hooks
+        arguments = {
+            name: tensor_at(value, self.templates[name])
+            for name, value in zip(self.kernel.arg_names, values, strict=True)
+        }
+        self.interpret(self.kernel, grid=(x, y, z), warmup=False, **arguments)
 
 
 def tensor_at(address, template):
