@@ -136,7 +136,8 @@ class LionBertForMaskedLM(LionBertHead):
         if targets_only:
             if labels is None:
                 raise ValueError("targets_only needs labels.")
-            x, labels = x[labels != -100], labels[labels != -100]
+            asked = (labels != -100).nonzero(as_tuple=True)  # once, as the host waits for it
+            x, labels = x[asked], labels[asked]
         logits, loss = self.head(x), None
         if labels is not None:
             loss = classification_loss(logits, labels, num_items_in_batch=num_items_in_batch)

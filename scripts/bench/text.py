@@ -1,4 +1,4 @@
-"""Steps of pre-training on random windows of one document each."""
+"""Steps of pre-training on random windows, each of one document, which is told."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -59,5 +59,7 @@ def pretraining(case: Case) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]
         group["lr"] = 0.0
     ids = torch.randint(config.vocab_size, (case.batch, case.tokens), device=device)
     labels: Tensor = ids.where(torch.rand(ids.shape, device=device) < settings.mask_share, IGNORED)
-    loss = lambda: model(ids, labels=labels, targets_only=True).loss  # noqa: E731
+    documents = torch.zeros_like(ids) if settings.separate_documents else None
+    batch = {"input_ids": ids, "labels": labels, "document_ids": documents}
+    loss = lambda: model(**batch, targets_only=True).loss  # noqa: E731
     return optimizer, loss, [ids, labels, *model.buffers()]
