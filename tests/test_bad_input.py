@@ -158,6 +158,7 @@ def test_a_malicious_checkpoint_runs_nothing(options, run, data_path, tmp_path):
     assert not proof.exists() and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_error_under_two_ranks_is_told_once(tmp_path):
     ranks = Ranks(tmp_path, *TINY, "--data-path", "absent", "--output_dir", tmp_path / "run")
     assert ranks.wait() == [2, 2]

@@ -92,6 +92,7 @@ def test_speed(tmp_path, capsys, no_processes):
     assert (again / "benchmark.png").exists()
 
 
+@pytest.mark.slow
 def test_paper(tmp_path, capsys, no_processes):
     options = "--preset paper --sizes 32x1 --models Hydra LION-S♮ DeiT"
     printed, cases = called(capsys, tmp_path, options)
@@ -116,6 +117,7 @@ def test_paper(tmp_path, capsys, no_processes):
     assert "float32" in axes.get_title(loc="left")
 
 
+@pytest.mark.slow
 def test_resolution(tmp_path, capsys, no_processes):
     options = "--preset resolution --sizes 32x1 48x1 --models LION-D"
     printed, cases = called(capsys, tmp_path, options)
@@ -257,6 +259,7 @@ def test_a_case_that_fails_in_a_turn_has_no_time(monkeypatch):
     assert case.note == "failed: TypeError" and math.isnan(case.seconds)
 
 
+@pytest.mark.slow
 def test_a_process_that_the_system_ends_was_out_of_memory():
     case = make_case()
     with measure.noting_failure(case):

@@ -44,6 +44,7 @@ def test_pretrain_runs_and_tells(tmp_path):
     assert step.step == TEXT and not loops.run_entry(loader, a_setting(tmp_path)).note
 
 
+@pytest.mark.slow
 def test_what_stops_an_entry_point_is_noted(tmp_path, capsys):
     case = make_case(loops.MAIN, "ViT", "default")
     result = loops.run_entry(case, a_setting(tmp_path, extra=["--lr", "-1"]))

@@ -209,6 +209,7 @@ def test_steps_of_graphs_begin_where_there_may_be_graphs(monkeypatch):
     assert begun
 
 
+@pytest.mark.slow
 def test_training_that_is_not_compiled_imports_no_compiler(data_path):
     script = (
         "import sys, main; main.main(main.get_args_parser().parse_args(sys.argv[1:])); "

@@ -511,6 +511,7 @@ def test_what_workers_load_at_their_start_is_used():
         assert images.loaded.tolist() == [count] * 5
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_the_run(monkeypatch):
     assert workers.worker_options(0)["timeout"] == 0
     monkeypatch.setattr(workers, "PATIENCE", 0.5)

@@ -121,7 +121,7 @@ def test_learns_more_than_the_unigram_entropy(mixer, corpus, tmp_path):
     assert tokenizer("help")["input_ids"][0] == tokenizer.cls_token_id
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (0, 2), slow((2, 0))])
+@pytest.mark.parametrize("workers", [(0, 0), slow((0, 2)), slow((2, 0))])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     workers, whole, corpus, ending, tmp_path, monkeypatch
 ):
@@ -151,7 +151,7 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_it(
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("call", [2, 3])
+@pytest.mark.parametrize("call", [2, slow(3)])
 def test_an_evaluation_that_fails_costs_no_step(call, whole, corpus, ending, tmp_path, monkeypatch):
     evaluate, calls = pretrain.Pretraining.evaluate, []
 
@@ -170,6 +170,7 @@ def test_an_evaluation_that_fails_costs_no_step(call, whole, corpus, ending, tmp
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_kill_after_an_evaluation_logs_it_once(whole, corpus, ending, tmp_path, monkeypatch):
     step = pretrain.Pretraining._train_step
 

@@ -69,7 +69,7 @@ def signal_at(monkeypatch, owner: object, name: str, call: int, number: signal.S
     [
         (main.MovingAverage, "update", 4, 0, 5, signal.SIGTERM, (0, 2)),
         slow(main.MovingAverage, "update", STEPS + 4, 1, 5, signal.SIGTERM, (2, 0)),
-        (main.MovingAverage, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
+        slow(main.MovingAverage, "update", STEPS, 0, STEPS, signal.SIGINT, (0, 0)),
         (main, "evaluate", 3, 1, STEPS, signal.SIGTERM, (2, 0)),
         slow(main, "evaluate", 6, 2, STEPS, signal.SIGTERM, (0, 2)),
         (main.checkpoint, "save", 2, 1, 1, signal.SIGTERM, (0, 0)),
@@ -130,7 +130,7 @@ def killed_rank(rank: int, folder: Path, call: int, *arguments: object) -> None:
     call_main(*arguments)
 
 
-@pytest.mark.parametrize("call", [3, 6])
+@pytest.mark.parametrize("call", [slow(3), 6])
 def test_an_evaluation_that_fails_costs_no_epoch(
     call, run, whole, data_path, tmp_path, monkeypatch
 ):
