@@ -835,8 +835,11 @@ class LionBlock(Block):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(super().forward, x, attn_mask)
-        return super().forward(x, attn_mask)
+            return checkpoint(self._mixed, x, attn_mask)
+        return self._mixed(x, attn_mask)
+
+    def _mixed(self, x: Tensor, curves: Any) -> Tensor:
+        return super().forward(x, curves)
 
 
 POOLS = ("avg", "avgmax", "max", "token", "map", "prr", "")
@@ -955,7 +958,7 @@ class LionVisionTransformer(VisionTransformer):
         options = {**kwargs, "attn_mask": self._curves_for(x)}
         return super().forward_intermediates(x, *args, **options)
 
-    def _curves_for(self, x: Tensor) -> Tensor | None:
+    def _curves_for(self, x: Tensor) -> Any:
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         known = self.curves is not None and self.curves.device == x.device
         varies = any(isinstance(side, torch.SymInt) for side in grid)  # in an export: do not ask
