@@ -456,8 +456,8 @@ def _has_kernel(
 
 def _check_format(format: str, chunk_size: int | None) -> None:
     _check_choice("format", format, FORMATS)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}: give whole tokens.")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -494,7 +494,7 @@ def _check_masks(
     scans = len(curves) if curves is not None and curves.dim() == 2 else 1
     without = " without curves" if curves is None else ""
     decays: tuple[int, ...] = (batch, n, heads)
-    if log_decay is not None and (log_decay.dim() != 3 or scans != 1):
+    if log_decay is not None and (log_decay.dim() == 4 or scans != 1):
         decays = (max(scans, 1), *decays)
     for name, tensor, shape, dtypes in (
         ("curves", curves, (max(scans, 1), n), (torch.int64,)),
