@@ -456,8 +456,8 @@ def _has_kernel(
 
 def _check_format(format: str, chunk_size: int | None) -> None:
     _check_choice("format", format, FORMATS)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}: give whole tokens.")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -494,7 +494,7 @@ def _check_masks(
     scans = len(curves) if curves is not None and curves.dim() == 2 else 1
     without = " without curves" if curves is None else ""
     decays: tuple[int, ...] = (batch, n, heads)
-    if log_decay is not None and (log_decay.dim() != 3 or scans != 1):
+    if log_decay is not None and (log_decay.dim() == 4 or scans != 1):
         decays = (max(scans, 1), *decays)
     for name, tensor, shape, dtypes in (
         ("curves", curves, (max(scans, 1), n), (torch.int64,)),
@@ -835,8 +835,11 @@ class LionBlock(Block):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(super().forward, x, attn_mask)
-        return super().forward(x, attn_mask)
+            return checkpoint(self._mixed, x, attn_mask)
+        return self._mixed(x, attn_mask)
+
+    def _mixed(self, x: Tensor, curves: Any) -> Tensor:
+        return super().forward(x, curves)
 
 
 POOLS = ("avg", "avgmax", "max", "token", "map", "prr", "")
@@ -955,7 +958,7 @@ class LionVisionTransformer(VisionTransformer):
         options = {**kwargs, "attn_mask": self._curves_for(x)}
         return super().forward_intermediates(x, *args, **options)
 
-    def _curves_for(self, x: Tensor) -> Tensor | None:
+    def _curves_for(self, x: Tensor) -> Any:
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         known = self.curves is not None and self.curves.device == x.device
         varies = any(isinstance(side, torch.SymInt) for side in grid)  # in an export: do not ask

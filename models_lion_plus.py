@@ -8,7 +8,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,19 @@ from models_lion import (
 PLUS = ("conv", "gate", "rope")
 
 
+class Place(NamedTuple):
+    """Where patches are: curves `[C, N]`, (h, w), and rotary embedding `[h * w, 2 * head_dim]`."""
+
+    curves: Tensor | None
+    grid: tuple[int, int]
+    angles: Tensor | None
+
+
 class LionPlusAttention(LionAttention):
     """As LionAttention, with parameters `conv` and `gate` where these are asked for.
 
     `grid` is the patches' (h, w) and `angles` the rotary embedding `[h * w, 2 * head_dim]`: the
-    model sets both before its blocks are called.
+    block sets both before it is called.
     """
 
     def __init__(self, dim: int, num_heads: int, *, plus: Sequence[str] = (), **kwargs: Any):
@@ -77,6 +85,11 @@ class LionPlusAttention(LionAttention):
 class LionPlusBlock(LionBlock):
     mixer_class = LionPlusAttention
 
+    def _mixed(self, x: Tensor, place: Any) -> Tensor:
+        """Sets what its mixer needs itself, as it may be computed again after other images."""
+        curves, self.attn.grid, self.attn.angles = place
+        return super()._mixed(x, curves)
+
 
 class LionPlusVisionTransformer(LionVisionTransformer):
     """As LionVisionTransformer; `plus` names some of `PLUS`.
@@ -93,18 +106,15 @@ class LionPlusVisionTransformer(LionVisionTransformer):
             raise ValueError("conv and rope need every patch: leave patch_drop_rate at 0.")
         super().__init__(*args, **kwargs, more_of_mixer={"plus": tuple(plus)})
 
-    def _curves_for(self, x: Tensor) -> Tensor | None:
+    def _curves_for(self, x: Tensor) -> Any:
         grid = tuple(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
-        mixers = [block.attn for block in self.blocks]
-        angles = None
-        if mixers[0].rotates:
+        mixer, angles = self.blocks[0].attn, None
+        if mixer.rotates:
             sines_and_cosines = build_rotary_pos_embed(
-                list(grid), dim=mixers[0].head_dim, in_pixels=False, device=x.device
+                list(grid), dim=mixer.head_dim, in_pixels=False, device=x.device
             )
             angles = torch.cat(sines_and_cosines, -1)
-        for mixer in mixers:
-            mixer.grid, mixer.angles = grid, angles
-        return super()._curves_for(x)
+        return Place(super()._curves_for(x), grid, angles)
 
 
 default_cfgs = generate_default_cfgs(

@@ -139,7 +139,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for options that contradict each other or the machine."""
     computes = options.to in ("onnx", "torch")
-    if not computes and (options.format or options.chunk_size or options.fixed_size):
+    sized = options.chunk_size is not None
+    if not computes and (options.format or sized or options.fixed_size):
         raise UserError(
             "--format, --chunk-size and --fixed-size are of --to onnx and torch: leave them out."
         )
@@ -160,7 +161,7 @@ def load(options: argparse.Namespace) -> Pretrained:
     trained = trained_model.load(options)
     if options.to in ("onnx", "torch") and not options.fixed_size and takes_any_size(trained.model):
         trained = trained_model.load(options, trained.saved, dynamic_img_size=True)
-    if options.format or options.chunk_size:
+    if options.format or options.chunk_size is not None:
         if not hasattr(trained.model, "set_format"):
             raise UserError("--format and --chunk-size are of LION models: leave them out.")
         form = options.format or trained.options["format"]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import UserError
+from errors import UserError, as_user_error
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -42,7 +42,7 @@ def read_log(path: Path) -> list[dict]:
     """
     path = path / "log.txt" if path.is_dir() else path
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     found = {}
@@ -149,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         logs = [read_log(path) for path in options.logs]
         figure = draw(dict(zip(run_names(options.logs), logs, strict=True)))
-        figure.savefig(options.output)
+        with as_user_error():  # endings that are no format
+            figure.savefig(options.output)
     except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {options.output}")

@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(2, problems)
     write = as_json if options.output and options.output.suffix == ".json" else as_csv
     if options.output:
-        options.output.write_text(write(predictions))
+        # names of files need not be UTF-8
+        options.output.write_text(write(predictions), encoding="utf-8", errors="backslashreplace")
     else:
         print(write(predictions), end="")
     if problems:

@@ -151,6 +151,7 @@ def test_weights_alone(call, trained, tmp_path):
         ("checkpoint", "m.pth", ["--format", "RNN"], "are of --to onnx and torch: leave them out"),
         ("onnx", "m.onnx", ["--half"], "--half is of --to checkpoint: leave it out"),
         ("torch", "m.pt2", ["--chunk-size", "-1"], "chunk_size must be at least 1, not -1"),
+        ("torch", "m.pt2", ["--chunk-size", "0"], "chunk_size must be at least 1, not 0"),
         ("torch", "m.pt2", ["--checkpoint", "no.pth"], "cannot read the checkpoint no.pth"),
     ],
 )

@@ -124,6 +124,17 @@ def test_scores_of_the_rotary_embedding_depend_on_the_distance():
     assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-4  # rows are not columns
 
 
+def test_checkpointed_blocks_compute_again_on_their_own_grid():
+    results = []
+    for saving in (False, True):
+        model = build(*PLUS, dynamic_img_size=True)
+        model.set_grad_checkpointing(saving)
+        sum(model(images(h, w)).square().sum() for h, w in ((16, 64), (64, 16))).backward()
+        results.append([p.grad for p in model.parameters()])
+    for plain, saved in zip(*results, strict=True):
+        assert torch.allclose(plain, saved, atol=1e-5)
+
+
 def test_gradient_checkpointing_and_inference_before_training():
     model = build(*PLUS)
     with torch.inference_mode():

@@ -136,3 +136,15 @@ def test_as_a_script(tmp_path):
     script = Path(plot_log.__file__).resolve()
     subprocess.run([sys.executable, script, "run/log.txt"], cwd=tmp_path, check=True)
     assert (tmp_path / "curves.png").exists()
+
+
+def test_what_is_no_log_and_no_picture(tmp_path, ending):
+    log, other = tmp_path / "log.txt", tmp_path / "model.pth"
+    log.write_text('{"epoch": 0, "train_loss": 1.0}\n')
+    other.write_bytes(b"\x80\n\x81\n")
+    for words, message in (
+        ([other], f"line 1 of {other} is not the JSON of an epoch or step"),
+        ([log, "--output", tmp_path / "a.xyz"], "Format 'xyz' is not supported"),
+    ):
+        ended = ending(plot_log.main, list(map(str, words)))
+        assert ended.code == 2 and ended.err.startswith(f"error: {message}"), ended

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,14 @@ def test_what_cannot_be_read_is_told_and_the_rest_predicted(call, data_path, tmp
     assert ended.err.startswith(f"error: Cannot read the image {tmp_path}/broken.png")
     ended = call(tmp_path)
     assert ended.code == 2 and ended.out == ""
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_name_that_is_not_utf_8(kind, call, data_path, tmp_path):
+    image = tmp_path / os.fsdecode(b"b\xe4r.png")
+    image.write_bytes((data_path / "val" / "class0" / "0.png").read_bytes())
+    ended = call(image, "--output", tmp_path / f"p.{kind}")
+    assert ended.code == 0 and r"b\udce4r.png" in (tmp_path / f"p.{kind}").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
