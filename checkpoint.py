@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -21,7 +21,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import hub
 from errors import UserError
-from files import replacing
+from files import replacing, writing
 from urls import cached, is_url, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
     With `keep_previous`, the checkpoint replaced stays as `<stem>.previous<suffix>`.
 
     Raises:
+        UserError: the disk is full, say.
         RuntimeError: `state` cannot be written, or could not be loaded again.
         FloatingPointError: it holds a tensor that is not finite.
 
@@ -49,22 +50,22 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
         )
     replaced = path.with_name(f".{path.name}.replaced")
     try:
-        replaced.unlink(missing_ok=True)
-        with replacing(path, "xb") as file:
-            torch.save(state, file)
-            file.flush()
-            if refused := get_unsafe_globals_in_checkpoint(file.name):
-                raise TypeError(f"it holds {', '.join(refused)}, which a safe load refuses")
-            if keep_previous and path.exists():
-                _link_or_copy(path, replaced)
-        if replaced.exists():
-            os.replace(replaced, _previous(path))
-        _sync_folder(path.parent)
+        with writing(path):
+            replaced.unlink(missing_ok=True)
+            with replacing(path, "xb") as file:
+                _write(state, file)
+                file.flush()
+                if refused := get_unsafe_globals_in_checkpoint(file.name):
+                    raise TypeError(f"it holds {', '.join(refused)}, which a safe load refuses")
+                if keep_previous and path.exists():
+                    _link_or_copy(path, replaced)
+            if replaced.exists():
+                os.replace(replaced, _previous(path))
+            _sync_folder(path.parent)
+    except UserError:
+        raise
     except Exception as error:
-        # torch.save raises an internal error of its own over that of a failed write.
-        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
-        reason = error.__context__ if hidden else error
-        raise RuntimeError(f"cannot save the checkpoint {path}: {reason}") from error
+        raise RuntimeError(f"cannot save the checkpoint {path}: {error}") from error
     finally:
         with suppress(OSError):
             replaced.unlink()
@@ -401,6 +402,13 @@ def _added_to_tokens(state: dict, tokens: list[str], pos_embed: torch.Tensor) ->
     entries = pos_embed[:, : sum(widths)].split(widths, dim=1)
     sums = {name: state[name] + entry for name, entry in zip(tokens, entries, strict=True)}
     return {**state, **sums}
+
+
+def _write(state: dict, file: IO[bytes]) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # an internal one, raised over that of a failed write
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _previous(path: Path) -> Path:

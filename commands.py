@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from errors import UserError
+from errors import UserError, told
 from processes import Peers, meet
 from urls import without_secrets
 
@@ -34,8 +34,9 @@ def run_command(
     """Runs a command: `build(peers)` reads and checks everything, what it returns does the work.
 
     A UserError of `build` is one sentence on standard error, from the main process or from each
-    whose error is another, and exit code 2. A FloatingPointError of the work is one sentence, too,
-    with exit code 1; every other error keeps its traceback. An error of one process ends all.
+    whose error is another, and exit code 2. So is one of the work, such as a full disk, from the
+    process that met it. A FloatingPointError of the work is one sentence, too, with exit code 1;
+    every other error keeps its traceback. An error of one process ends all.
     """
 
     def tell(problem: str) -> None:
@@ -59,6 +60,10 @@ def run_command(
             sys.exit(2)
         try:
             work()
+        except UserError as error:
+            peers.fail(2)
+            tell(told(error) if peers.size == 1 else f"{peers}: {told(error)}")
+            sys.exit(2)
         except FloatingPointError as error:
             tell(str(error))
             sys.exit(1)

@@ -23,6 +23,12 @@ def as_user_error() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def told(error: UserError) -> str:
+    """Its sentence; of one in a loader's worker, without the traceback that PyTorch adds."""
+    kind = type(error)
+    return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+
+
 def one_line(error: Exception) -> str:
     """All that an error says; its kind if that is nothing."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -10,23 +10,35 @@ from errors import UserError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: raises UserError for a full disk and the like."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error}. Make room for it, or mend the folder."
+        ) from error
+
+
+@contextmanager
 def replacing(path: Path, mode: str = "x", **options: Any) -> Iterator[IO]:
     """A new file, opened in `mode` "x" or "xb", that takes the place of `path` after the block.
 
-    Until then, and if the block fails, `path` is what it was.
+    Until then, and if the block fails, `path` is what it was. Raises UserError for an OSError.
     """
     # A fixed name, so that a new attempt also replaces what a killed one has left.
     temporary = path.with_name(f".{path.name}.saving")
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open(mode, **options) as file:  # "x": a link of this name is not followed
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with writing(path):
+        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open(mode, **options) as file:  # "x": no link of this name is followed
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> str:

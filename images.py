@@ -5,23 +5,37 @@ dropped, so that the colours under transparent pixels are seen, and the orientat
 is not applied. Grey images of more than 8 bits, which Pillow would clip at 255, are scaled.
 """
 
+import errno
 import os
 
 import numpy as np
 from PIL import Image
 from PIL.TiffTags import TAGS_V2
 
+from errors import UserError, one_line
+
 BITS_PER_SAMPLE = next(tag for tag, info in TAGS_V2.items() if info.name == "BitsPerSample")
+USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 DEEP_GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
+class UnreadableImage(UserError, OSError):
+    """A file that is no image, or a damaged one."""
+
+
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """The RGB image in a file; OSError naming the file where it cannot be read."""
+    """The RGB image in a file.
+
+    Raises UnreadableImage, which names the file, and UserError where memory or the files that may
+    be open are used up, which says nothing of the image.
+    """
     try:
         with Image.open(path) as image:
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many types on corrupt data
-        raise OSError(f"Cannot read the image {path}: {error}") from error
+        used_up = isinstance(error, MemoryError) or getattr(error, "errno", None) in USED_UP
+        kind = UserError if used_up else UnreadableImage
+        raise kind(f"Cannot read the image {path}: {one_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
-from files import replacing
+from files import replacing, writing
 from processes import World
 from urls import without_secrets
 
@@ -212,33 +212,35 @@ class Journal:
         with replacing(self.folder / "args.yaml", **TEXT) as file:
             yaml.safe_dump(without_secrets(facts), file, sort_keys=False)
         self._drop_from(first_epoch, self.folder / "log.txt")
-        self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
+        with writing(self.folder):
+            self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
     def write(self, stats: dict[str, Any], **speeds: float) -> None:
         """Adds a record: one line of JSON, and every number to TensorBoard, `speeds` there only."""
         if self.folder is None:
             return
-        with (self.folder / "log.txt").open("a") as file:
+        with writing(self.folder / "log.txt"), (self.folder / "log.txt").open("a") as file:
             file.write(to_json(stats) + "\n")
-        for name, value in {**stats, **speeds}.items():
-            if name not in (self.clock, "n_parameters"):
-                self.board.add_scalar(name.replace("_", "/", 1), value, stats[self.clock])
-        self.board.flush()
+        with writing(self.folder):
+            for name, value in {**stats, **speeds}.items():
+                if name not in (self.clock, "n_parameters"):
+                    self.board.add_scalar(name.replace("_", "/", 1), value, stats[self.clock])
+            self.board.flush()
 
     def _drop_from(self, epoch: int, log: Path) -> None:
         if not log.exists():
             return
-        text = log.read_text(encoding="utf-8", errors="backslashreplace")
-        lines = text.splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        *lines, last = log.read_text(encoding="utf-8", errors="backslashreplace").split("\n")
+        if self._epoch_of(last) > -math.inf:  # whole, or a kill has cut it off
+            lines.append(last)
         with replacing(log) as file:
-            file.writelines(line for line in whole if self._epoch_of(line) < epoch)
+            file.writelines(f"{line}\n" for line in lines if self._epoch_of(line) < epoch)
 
     def _epoch_of(self, line: str) -> float:
         """Before all epochs for what is no record: notes and blank lines of the user's stay."""
         try:
             return float(json.loads(line)[self.clock])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return -math.inf
 
 
@@ -262,7 +264,9 @@ def _obstacle(folder: Path) -> str | None:
             return "is a file: choose a folder."
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**16))  # a full disk has room for an empty file
+            probe.flush()
             return None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -43,7 +43,7 @@ class SeededDataset(Dataset):
         max_corrupt: different unreadable images to put up with.
 
     Raises:
-        RuntimeError: on access, with more than `max_corrupt` unreadable images, or all of them.
+        UserError: on access, with more than `max_corrupt` unreadable images, or all of them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SeededDataset(Dataset):
             self._corrupt[index] = True
             logger.warning("Training goes on without image %d: %s", index, error)
         if self.corrupt_count > self.max_corrupt:
-            raise RuntimeError(
+            raise UserError(
                 f"{self.corrupt_count} of {len(self)} training images cannot be read, more than "
                 f"the {self.max_corrupt} allowed: mend the data set (last: {error})."
             ) from error

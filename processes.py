@@ -78,6 +78,11 @@ class Peers:
         if differing:
             raise UserError(f"The processes differ in {', '.join(differing)}: {remedy}.")
 
+    def fail(self, code: int) -> None:
+        """Tells the others that this process ends with `code`, for an error of its own."""
+        if self.size > 1:
+            self.store.set("failed", str(code))
+
     def failure(self) -> int | None:
         """The exit code of a process that has failed, None if there is none."""
         if self.size > 1 and self.store.check(["failed"]):
@@ -92,7 +97,7 @@ class Peers:
         if self.size == 1:
             return True
         if problem:
-            self.store.set("failed", "2")
+            self.fail(2)
         self.store.set(f"verdict/{self.rank}", problem)
         keys = self._keys("verdict")
         if problem:
@@ -117,7 +122,7 @@ class Peers:
             code = self.failure()  # else the error is but the lost connection to that process
             if code is None:
                 code = 1
-                self.store.set("failed", str(code))
+                self.fail(code)
                 traceback.print_exc()
                 print(f"{command}: error: {self}: {error!r}", file=sys.stderr, flush=True)
             sys.exit(code)

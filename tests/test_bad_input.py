@@ -86,6 +86,14 @@ def test_empty_class_folder(split, run, data_path, tmp_path):
     refused(ended, f"class folder .*{split}/zebra has no images", tmp_path / "run")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_an_evaluation_cannot_read(workers, run, data_path, tmp_path):
+    data = shutil.copytree(data_path, tmp_path / "data")
+    (data / "val" / "class0" / "0.png").write_bytes(b"")
+    ended = run(*TINY, "--data-path", data, "--eval", "--num_workers", workers)
+    refused(ended, "Cannot read the image .*val/class0/0.png: cannot identify image")
+
+
 def test_output_folder_of_another_run(run, data_path, tmp_path):
     arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
     assert run(*arguments).code == 0

@@ -20,6 +20,7 @@ from helpers import Malicious
 from torch import nn
 
 import checkpoint
+from errors import UserError
 
 
 def state(step: int) -> dict:
@@ -155,9 +156,9 @@ def test_a_save_is_on_the_disk_before_it_is_renamed(path, monkeypatch):
     ]
 
 
-def assert_save_fails(new: dict, path, message: str) -> None:
+def assert_save_fails(new: dict, path, message: str, kind: type = RuntimeError) -> None:
     old = path.read_bytes()
-    with pytest.raises(RuntimeError, match=f"(?s){re.escape(str(path))}.*{message}"):
+    with pytest.raises(kind, match=f"(?s){re.escape(str(path))}.*{message}"):
         checkpoint.save(new, path)
     assert path.read_bytes() == old
     assert names(path.parent) == [path.name]
@@ -173,7 +174,7 @@ def test_full_disk(path):
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        assert_save_fails(state(1), path, "File too large")
+        assert_save_fails(state(1), path, "File too large.*Make room", UserError)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -184,7 +185,7 @@ def test_failed_rename(path, monkeypatch):
 
     checkpoint.save(state(0), path)
     monkeypatch.setattr(os, "replace", refuse)
-    assert_save_fails(state(1), path, "no rename here")
+    assert_save_fails(state(1), path, "no rename here", UserError)
 
 
 @pytest.mark.parametrize("value", [np.float64(1.0), argparse.Namespace()])
@@ -194,10 +195,10 @@ def test_refuses_to_save_what_could_not_be_loaded(path, value):
 
 
 def test_bad_folder(tmp_path):
-    with pytest.raises(RuntimeError, match="absent/checkpoint.pth: .*No such file"):
+    with pytest.raises(UserError, match="absent/checkpoint.pth: .*No such file"):
         checkpoint.save(state(0), tmp_path / "absent/checkpoint.pth")
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match="file/checkpoint.pth: .*Not a directory"):
+    with pytest.raises(UserError, match="file/checkpoint.pth: .*Not a directory"):
         checkpoint.save(state(0), tmp_path / "file/checkpoint.pth")
 
 

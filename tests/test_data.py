@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import logging
@@ -13,6 +14,7 @@ import types
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ import datasets
 import workers
 from augment import build_train_transform
 from datasets import ALIASES, DATASETS, build_dataset
+from errors import UserError
 from loaders import DeviceLoader, ImageLoading, SeededDataset, build_eval_loader
 from preprocessing import Preprocessing
 from processes import World
@@ -438,14 +441,21 @@ def test_a_corrupt_image_is_named_once(image_folder, caplog):
     assert str(image_folder / "train/dog/1.png") in message
 
 
+def test_an_image_is_not_corrupt_because_files_or_memory_are_used_up(image_folder, monkeypatch):
+    dataset = corrupt_loader(image_folder).dataset
+    for error in (OSError(errno.EMFILE, "Too many open files"), MemoryError()):
+        monkeypatch.setattr(Image, "open", Mock(side_effect=error))
+        with pytest.raises(UserError, match="Cannot read the image .*(many open|MemoryError)"):
+            dataset[0, 0]
+    assert dataset.corrupt_count == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_corrupt_images_are_an_error(workers, image_folder):
     for i in range(3):
         corrupt(image_folder / f"train/cat/{i}.png")
     assert len(list(corrupt_loader(image_folder, workers, max_corrupt=3))) == 4
-    with pytest.raises(
-        RuntimeError, match="3 of 8 training images cannot be read, more than the 2"
-    ):
+    with pytest.raises(UserError, match="3 of 8 training images cannot be read, more than the 2"):
         list(corrupt_loader(image_folder, workers, max_corrupt=2))
 
 
@@ -454,7 +464,7 @@ def test_nothing_but_corrupt_images_is_an_error(image_folder):
         corrupt(path)
     loader = corrupt_loader(image_folder)
     for _attempt in range(2):
-        with pytest.raises(RuntimeError, match="8 of 8 training images cannot be read"):
+        with pytest.raises(UserError, match="8 of 8 training images cannot be read"):
             next(iter(loader))
 
 

@@ -16,9 +16,10 @@ COMMAND = """
 from errors import UserError
 from commands import run_command
 
-def build(peers):
+def fail(*_):
     raise {kind}("invalid literal")
 
+build = {build}
 run_command("command", build)
 """
 
@@ -34,8 +35,9 @@ def fail(*_: object, **__: object) -> None:
         slow("ValueError", 1, "Traceback (most recent call last):", "ValueError: invalid literal"),
     ],
 )
-def test_the_ends_of_a_command(kind, code, first, last):
-    done = subprocess.run([sys.executable, "-c", COMMAND.format(kind=kind)], cwd=ROOT,
+@pytest.mark.parametrize("build", ["fail", "lambda peers: fail"], ids=["set-up", "work"])
+def test_the_ends_of_a_command(build, kind, code, first, last):
+    done = subprocess.run([sys.executable, "-c", COMMAND.format(kind=kind, build=build)], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     lines = done.stderr.splitlines()
     assert (done.returncode, lines[0], lines[-1]) == (code, first, last), done.stderr

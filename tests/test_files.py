@@ -1,6 +1,7 @@
 """Files of others: links in the place of ours, names that lead elsewhere, folders in a loop."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from PIL import Image
 
 import checkpoint
 from datasets import build_dataset
+from errors import UserError
 from files import inside, replacing
-from journal import Journal, write_scores
+from journal import Journal, require_writable, write_scores
 from mlm.shards import Corpus, shard_writer
+from processes import World
 
 # Links in the place of temporary files
 
@@ -63,7 +66,7 @@ def test_a_link_made_meanwhile_is_an_error(tmp_path, monkeypatch):
         path.symlink_to(victim)
 
     monkeypatch.setattr(Path, "unlink", unlink_and_lose_the_race)
-    with pytest.raises(FileExistsError), replacing(tmp_path / "file") as file:
+    with pytest.raises(UserError, match="File exists"), replacing(tmp_path / "file") as file:
         file.write("ours")
     assert victim.read_text() == "mine"
 
@@ -80,6 +83,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError, match="no space is left"):
         fail()
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path):
+    journal = Journal(tmp_path, {}, 0)
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*log.txt: .*No space left on device"):
+        journal.write({"epoch": 0})
+
+
+def test_a_full_disk_is_noticed_before_any_work(tmp_path):
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot be written to .File too large"):
+            require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # Lists that name files elsewhere

@@ -237,6 +237,22 @@ def test_the_group_of_processes_is_left_whichever_way(ending, tmp_path):
     assert all((ranks.folder / f"left{rank}").exists() for rank in (0, 1)), ranks.errors()
 
 
+def full_disk_on_one(rank: int, folder: Path) -> None:
+    def work() -> None:
+        if rank == 0:
+            raise UserError("cannot write log.txt")
+        time.sleep(60)  # as in a collective operation
+
+    run_command("command", lambda _: work, rendezvous(folder))
+
+
+def test_a_users_error_of_one_rank_in_its_work_is_a_sentence(tmp_path):
+    ranks = Ranks(tmp_path, function=full_disk_on_one)
+    assert ranks.wait(30) == [2, 2]
+    told = f"command: error: rank 0 on {socket.gethostname()}: cannot write log.txt\n"
+    assert (ranks.errors(0), ranks.errors(1)) == (told, "")
+
+
 def not_finite_on_one(rank: int, folder: Path, corpus: Path) -> None:
     forward = pretrain.LionBertForMaskedLM.forward
     calls = itertools.count()
