@@ -26,6 +26,7 @@ from urls import cached, is_url, without_secrets
 
 logger = logging.getLogger(__name__)
 
+RESULTS = ("best_checkpoint.pth", "model/model.safetensors")  # never before a checkpoint
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
 
@@ -92,11 +93,17 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
     """Load the newest readable checkpoint of a run, with its path; None if the run has none.
 
     Raises:
-        UserError: there are checkpoints, but none is readable.
+        UserError: there are checkpoints, but none is readable, or one of the RESULTS is left
+            alone, which a run from the beginning would replace.
     """
     current = Path(folder) / "checkpoint.pth"
     candidates = (current, _previous(current))
-    if not any(path.exists() for path in candidates):
+    if not any(map(os.path.lexists, candidates)):  # a link to nothing is no beginning
+        if left := [name for name in RESULTS if Path(folder, name).exists()]:
+            raise UserError(
+                f"{folder} holds {left[0]} of a run, but no checkpoint.pth to go on with: move it "
+                "elsewhere, or put the checkpoint back."
+            )
         return None
     problems = []
     for path in candidates:

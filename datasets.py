@@ -261,7 +261,11 @@ def _class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
     """Names of the folders in `folder` that are not hidden; how many files are in no such one."""
     names: list[str] = []
     others: Counter[str] = Counter()
-    for entry in os.scandir(folder):
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        _refuse_unreadable(error)
+    for entry in entries:
         if not entry.is_dir():
             others["outside of class folders"] += 1
         elif entry.name.startswith("."):
@@ -282,7 +286,7 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
     above = (*folder.absolute().parents, *folder.resolve().parents)
     read = {_identity(parent) for parent in above}
     tree = []
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         folders.sort()  # which of several links to a folder counts
         if _identity(where) in read:
             folders.clear()
@@ -300,6 +304,14 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
             else:
                 others[Path(name).suffix.lower() or "without a suffix"] += 1
     return paths, others
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """os.walk would leave out a folder that cannot be listed, and all its images."""
+    raise UserError(
+        f"The folder {error.filename} cannot be read ({error.strerror}): give the rights to it, or "
+        "take it out of the data."
+    ) from error
 
 
 def _identity(folder: str | os.PathLike) -> tuple[int, int]:

@@ -202,6 +202,20 @@ def test_bad_folder(tmp_path):
         checkpoint.save(state(0), tmp_path / "file/checkpoint.pth")
 
 
+@pytest.mark.parametrize("name", ["best_checkpoint.pth", "model/model.safetensors"])
+def test_a_result_without_its_checkpoint_is_not_replaced(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"holds {name} of a run, but no checkpoint.pth"):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_link_to_nothing_is_not_taken_for_the_beginning_of_a_run(tmp_path):
+    (tmp_path / "checkpoint.pth").symlink_to("unmounted")
+    with pytest.raises(UserError, match="checkpoint.pth: No such file"):
+        checkpoint.latest(tmp_path)
+
+
 def truncate(path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 

@@ -431,6 +431,20 @@ def test_the_last_image_is_replaced_by_the_first(image_folder):
     assert corrupt_loader(image_folder).dataset[7, 0] == (0, 0)
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error(image_folder, monkeypatch):
+    scandir, closed = os.scandir, image_folder / "train" / "cat" / "more"
+    write_image(closed / "1.png")
+
+    def refusing(path):  # as for a user without the right to read it
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="cat/more cannot be read .Permission denied"):
+        build_dataset("IMNET", image_folder, train=True)
+
+
 def test_a_corrupt_image_is_named_once(image_folder, caplog):
     corrupt(image_folder / "train/dog/1.png")
     with caplog.at_level(logging.WARNING):

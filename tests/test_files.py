@@ -85,6 +85,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
+def test_the_last_record_of_a_log_needs_no_line_feed(tmp_path):
+    log = tmp_path / "log.txt"
+    kept = 'a note\u2028of mine\n{"epoch": 0}'
+    log.write_text(kept)
+    Journal(tmp_path, {}, 1)
+    assert log.read_text() == f"{kept}\n"
+
+
 def test_a_full_disk_is_told_in_a_sentence(tmp_path):
     journal = Journal(tmp_path, {}, 0)
     (tmp_path / "log.txt").symlink_to("/dev/full")
