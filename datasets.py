@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -306,7 +306,7 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
     return paths, others
 
 
-def _refuse_unreadable(error: OSError) -> None:
+def _refuse_unreadable(error: OSError) -> NoReturn:
     """os.walk would leave out a folder that cannot be listed, and all its images."""
     raise UserError(
         f"The folder {error.filename} cannot be read ({error.strerror}): give the rights to it, or "
