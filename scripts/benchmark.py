@@ -57,8 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--backends", nargs="+", choices=bench.ATTENTION, help="of softmax attention")
     add("--precision", choices=["float32", "amp", "bfloat16"], help="default: float32 on the CPU, "
         "on a GPU amp to train and bfloat16 (weights, too) otherwise")  # fmt: skip
-    add("--compile", nargs="+", choices=("none", "blocks", "model"), default=["none"],
-        help="several are measured each")  # fmt: skip
+    add("--compile", nargs="+", choices=("none", "blocks", "model", bench.GRAPHS), default=["none"],
+        help="several are measured each; graphs: the model, with CUDA graphs")  # fmt: skip
     add("--chunk-size", type=int, default=64, help="default: %(default)s, the fastest on a CPU")
     add("--threads", type=int, default=1, help="of the CPU; several wait for other processes")
     add("--repeats", type=int, help="turns of each case, at most")
@@ -99,6 +99,8 @@ def check(options: argparse.Namespace, preset: str) -> None:
             min(numbers) < 1,
         "--processes is of the parts main and pretrain: leave it out":
             preset != "loops" and options.processes != [1],
+        "language models have no CUDA graphs: leave --compile graphs out":
+            bench.GRAPHS in options.compile and (preset == bench.TEXT or "pretrain" in parts),
         "entry points train with --precision amp or float32":
             preset == "loops" and options.precision == "bfloat16",
         "the preset paper divides by training steps: add the part training":

@@ -20,6 +20,7 @@ from scripts.bench.cases import (
     BACKENDS,
     BACKWARD,
     FORWARD,
+    GRAPHS,
     INFERENCE,
     LIONS,
     MODELS,
@@ -327,7 +328,7 @@ def test_no_mixing():
     assert all(isinstance(block.attn, steps.NoMixing) for block in model.blocks)
 
 
-@pytest.mark.parametrize("how", ["blocks", "model"])
+@pytest.mark.parametrize("how", ["blocks", "model", GRAPHS])
 @pytest.mark.parametrize("step", [TRAINING, INFERENCE])
 def test_compiled(step, how):
     case = make_case(step, "LION-Lit", compiled=how)
@@ -402,6 +403,7 @@ def test_on_a_gpu(tmp_path):
         ("--parts main training", "measure main in a run of their own, without training"),
         ("--preset resolution --parts mixer", "the preset has no part mixer: choose of inference"),
         ("--preset paper --parts inference", "the preset paper divides by training steps: .*"),
+        ("--parts text --compile graphs", "language models have no CUDA graphs: leave .* out"),
         ("--processes 2", "--processes is of the parts main and pretrain: leave it out"),
         ("--parts main --data-path {file}", "--data-path .* is no folder: choose another"),
         ("--parts main --precision bfloat16", "entry points train with --precision amp or .*"),

@@ -11,7 +11,7 @@ from test_benchmark import BLANK, CONFIG, SMALL, make_case, tables_of
 
 from arguments import get_args_parser
 from scripts.bench import entry, loops
-from scripts.bench.cases import PRETRAIN, TEXT, TRAINING, make_cases, presets
+from scripts.bench.cases import GRAPHS, PRETRAIN, TEXT, TRAINING, make_cases, presets
 from scripts.bench.text import text_cases
 
 
@@ -67,6 +67,10 @@ def test_main_gets_what_the_case_says(tmp_path, monkeypatch):
                  "--input-size 32", "--no-amp", "--drop-path 0.2",
                  f"--data-path {tmp_path}/images-52"):  # fmt: skip
         assert part in words
+    assert "--torchcompile-mode" not in words
+    graphs = loops.main_arguments(replace(case, compiled=GRAPHS), a_setting(tmp_path))
+    assert "--torchcompile-mode reduce-overhead --" in " ".join(graphs)
+    assert "--torchcompile" in graphs
     (data,) = tmp_path.iterdir()
     assert data.name == "images-52", "2 images for each of 2 processes and 13 steps"
     loops.main_arguments(replace(case, batch=20), a_setting(tmp_path))

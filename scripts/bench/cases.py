@@ -40,6 +40,7 @@ ATTENTION = {**{name: f"SDPA {name}" for name in BACKENDS},
 PATCH = 16
 DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside them
 
+GRAPHS = "graphs"  # a way to compile
 OUT_OF_MEMORY = "out of memory"  # the note of a case, which pictures show
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
@@ -64,7 +65,7 @@ class Case:
     model: str = ""  # of MODELS, or the name of a configuration of mlm.pretrain
     form: str = ""  # a format of LION, or how softmax is computed: a key of ATTENTION
     chunk_size: int = 64
-    compiled: str = ""  # blocks, or the whole model
+    compiled: str = ""  # blocks, the whole model, or that with CUDA graphs
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
     drop_path: float = 0.0  # rate of stochastic depth

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.bench.cases import MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
+from scripts.bench.cases import GRAPHS, MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
 from scripts.bench.entry import TRACED
 from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
 from scripts.bench.report import number, or_note, rows
@@ -117,6 +117,8 @@ def main_arguments(case: Case, setting: Setting) -> list[str]:
              "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
              "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
              **options}  # fmt: skip
+    if case.compiled == GRAPHS:
+        words["torchcompile-mode"] = "reduce-overhead"
     flags = {"--torchcompile": case.compiled, "--no-amp": case.precision == "float32"}
     return [*(word for key, value in words.items() for word in (f"--{key}", str(value))),
             *(flag for flag, wanted in flags.items() if wanted)]  # fmt: skip

@@ -18,7 +18,7 @@ import lion_kernels
 import models_hydra  # noqa: F401, registers models, as the next does
 import models_lion
 import models_vim  # noqa: F401
-from compilation import compile_in_place
+from compilation import begin_step, compile_in_place
 from curves import scan_curves
 from scripts.bench import cases
 from scripts.bench.cases import BACKENDS, MODELS, Case
@@ -156,6 +156,8 @@ def build(case: Case) -> nn.Module:
         model.compile(dynamic=False)
     elif case.compiled == "blocks":  # which are alike and compile once
         compile_in_place(model, dynamic=False)
+    elif case.compiled == cases.GRAPHS:
+        compile_in_place(model, mode="reduce-overhead", dynamic=False)
     return model
 
 
@@ -204,6 +206,7 @@ def training_step(
     optimizer.zero_grad()
 
     def run() -> None:
+        begin_step()
         with amp(case):
             loss = loss_of_batch()
         loss.backward()
