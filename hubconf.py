@@ -1,38 +1,25 @@
 """Models for `torch.hub.load(REPOSITORY, "lion_base_patch16_224", mask_type="Selective", ...)`."""
 
-from typing import Any
+import typing
 
+import timm
 from torch import nn
 
-from models_hydra import (  # noqa: F401
-    hydra_base_distilled_patch16_224,
-    hydra_base_patch16_224,
-    hydra_small_distilled_patch16_224,
-    hydra_small_patch16_224,
-    hydra_tiny_distilled_patch16_224,
-    hydra_tiny_patch16_224,
-)
-from models_lion import (  # noqa: F401
-    lion_base_distilled_patch16_224,
-    lion_base_patch16_224,
-    lion_small_distilled_patch16_224,
-    lion_small_patch16_224,
-    lion_tiny_distilled_patch16_224,
-    lion_tiny_patch16_224,
-)
-from models_vim import (  # noqa: F401
-    vim_base_distilled_patch16_224,
-    vim_base_patch16_224,
-    vim_small_distilled_patch16_224,
-    vim_small_patch16_224,
-    vim_tiny_distilled_patch16_224,
-    vim_tiny_patch16_224,
-)
+import models_hydra
+import models_lion
+import models_lion_plus
+import models_masked_softmax
+import models_vim
 
 dependencies = ["torch", "timm", "einops"]
 
+# torch.hub offers what this module holds that can be called.
+for _family in (models_hydra, models_lion, models_lion_plus, models_masked_softmax, models_vim):
+    for _name in timm.list_models(module=_family.__name__):
+        globals()[_name] = timm.model_entrypoint(_name)
 
-def trained(checkpoint: str, **options: Any) -> nn.Module:
+
+def trained(checkpoint: str, **options: typing.Any) -> nn.Module:
     """The model in a checkpoint, ready for inference: `pretrained.load` says what `options` are.
 
     `timm.data.resolve_data_config(model=model)` tells how its images are made.

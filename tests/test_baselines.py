@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import runpy
 
 import pytest
 import reference_baselines as reference
@@ -241,10 +242,17 @@ def test_timm_features(name):
     assert model(x).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["hydra", "vim", "lion_softmax", "lion_plus"])
 def test_torch_hub_finds_the_models(name):
     hub = torch.hub.load(str(ROOT), f"{name}_tiny_patch16_224", source="local", depth=1)
     assert len(hub.blocks) == 1
+
+
+def test_torch_hub_offers_nothing_but_models():
+    hubconf = runpy.run_path(str(ROOT / "hubconf.py"))
+    offered = {name for name, value in hubconf.items() if callable(value) and name[0] != "_"}
+    families = ("lion_*", "hydra_*_patch16_224", "vim_*_patch16_224")
+    assert offered == {"trained", *timm.list_models(families)}
 
 
 @pytest.mark.parametrize("name", MODELS)
