@@ -2,6 +2,7 @@
 # Trains a small LION-S with snake curves on 10,000 real images, then scores it in every format.
 #   bash scripts/quickstart.sh [output folder]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 0 "$@"
 output=$(realpath -m "${1:-outputs/quickstart}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

@@ -5,6 +5,7 @@
 Each format runs `main.py --eval` in a process of its own.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -22,14 +23,22 @@ RESULTS = {
 
 def score(format: str, arguments: list[str]) -> list[str]:
     """The figures of `RESULTS`; leaves with main.py's message and exit code if it fails."""
-    command = [sys.executable, str(MAIN), "--eval", "--format", format, *arguments]
+    command = [sys.executable, str(MAIN), "--eval", *arguments, "--format", format]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     return [re.search(pattern, done.stdout)[1] for pattern in RESULTS.values()]
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--resume", required=True, metavar="CHECKPOINT", help="as of main.py")
+    checkpoint, more = parser.parse_known_args()
+    arguments = ["--resume", checkpoint.resume, *more]
     rows = [["format", *RESULTS], *([name, *score(name, arguments)] for name in FORMATS)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
@@ -38,4 +47,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

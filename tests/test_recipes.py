@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,30 @@ def test_relative_paths_are_the_callers(recipe, arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     printed = set(done.stdout.splitlines())
     assert {Path(line) for line in printed} == {here}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "needs"),
+    [("cifar10", 2), ("demo_checkpoint", 1), ("distill", 3), ("distill_cifar10", 2),
+     ("finetune_384", 3), ("get_text", 0), ("imagenet", 2), ("quickstart", 0)],
+)  # fmt: skip
+def test_recipes_tell_their_usage(recipe, needs, tmp_path):
+    def call(*arguments):
+        command = ["bash", ROOT / "scripts" / f"{recipe}.sh", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    asked = call("--help")
+    assert asked.returncode == 0 and f"bash scripts/{recipe}.sh" in asked.stdout
+    for bad in (["--absent", *["folder"] * needs], *([["folder"] * (needs - 1)] * bool(needs))):
+        done = call(*bad)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ") and done.stderr.endswith(asked.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scoring_formats_tells_its_usage():
+    command = [sys.executable, ROOT / "scripts/score_formats.py"]
+    asked = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert asked.returncode == 0 and "--resume CHECKPOINT" in asked.stdout
+    done = subprocess.run([*command, "--model", "vit"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--resume" in done.stderr
