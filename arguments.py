@@ -12,7 +12,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
-import checkpoint
 import models_timm
 from argument_parser import ArgumentParser, KeyValues, check_ranges, true_or_false
 from augment import SMALL_IMAGE
@@ -22,7 +21,7 @@ from decays import DECAY_INITS
 from device_augment import RandAugment
 from errors import UserError, as_user_error, one_line
 from models_lion_plus import PLUS
-from optimization import create_optimizer
+from optimization import create_optimizer, load_optimizer
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 OF_GATES = ("gate_lr_scale", "gate_weight_decay")
@@ -442,12 +441,13 @@ def check_same_optimizer(
         earlier = optimizer_of_probe(argparse.Namespace(**{**vars(args), **before}), device)
         earlier.step()
         optimizer = optimizer_of_probe(args, device)
-        checkpoint.load_optimizer(optimizer, earlier.state_dict())
+        load_optimizer(optimizer, earlier.state_dict(), source)
         optimizer.step()
     except Exception as error:
         raise UserError(
             f"--opt {args.opt} cannot go on from {source} with these arguments "
-            f"({one_line(error)}): give --momentum, --opt-betas and --weight-decay of its run."
+            f"({one_line(error.__cause__ or error)}): give --momentum, --opt-betas and "
+            "--weight-decay of its run."
         ) from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -27,6 +27,11 @@ from urls import cached, is_url, without_secrets
 logger = logging.getLogger(__name__)
 
 RESULTS = ("best_checkpoint.pth", "model/model.safetensors")  # never before a checkpoint
+# What checkpoints of this repository, DeiT and timm hold by these names; None stands for nothing,
+# but in a run's position and optimiser.
+_KINDS = {"args": dict, "classes": list, "data_config": dict, "epoch": int, "max_accuracy": float,
+          "meters": list, "optimizer": dict, "scaler": dict, "step": int}  # fmt: skip
+_NEEDED = ("epoch", "optimizer", "step")
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
 
@@ -137,7 +142,8 @@ def weights_of(checkpoint: dict, *, ema: bool = False, source: str | Path) -> di
     if not ema:
         candidates.append(checkpoint)
     for state in candidates:
-        if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
+        items = state.items() if isinstance(state, dict) else ()
+        if items and all(isinstance(n, str) and torch.is_tensor(value) for n, value in items):
             return state
     kind = "EMA weights" if ema else "model weights"
     raise UserError(f"{source} holds no {kind}, only: {', '.join(map(str, checkpoint))}")
@@ -152,7 +158,8 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
         UserError: the differences, listed, or weights that are not finite; the model is unchanged.
     """
     state = _bare_names(state)
-    found, wanted = _shapes(state), _shapes(model.state_dict())
+    own = model.state_dict()
+    found, wanted = _shapes(state), _shapes(own)
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     reshaped = [name for name in wanted if name in found and found[name] != wanted[name]]
@@ -167,43 +174,17 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
             f"unexpected, {len(reshaped)} of another shape; build the model with its settings"
         )
         raise UserError("\n".join([summary, *lines]))
+    if names := [n for n, value in state.items() if _kind(value) != _kind(own[n])]:
+        raise UserError(
+            f"{source} holds {_kind(state[names[0]])} where the model has {_kind(own[names[0]])} "
+            f"({_first(names)}): it is damaged, or quantised by other software."
+        )
     if names := list(_not_finite(state)):
         raise UserError(
             f"{source} holds weights that are not finite ({_first(names)}): use an earlier "
             "checkpoint."
         )
     model.load_state_dict(state)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the state of an optimiser into another, whose own hyperparameters stay.
-
-    Raises:
-        ValueError, KeyError: it is the state of another kind of optimiser.
-    """
-    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    saved = state["param_groups"]
-    # Before the state, for `fused` decides where it is held.
-    groups = [{**theirs, **mine} for theirs, mine in zip(saved, own, strict=False)]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in saved for number in group["params"]]
-    values = dict(state["state"])
-    for number, parameter in zip(numbers, parameters, strict=False):
-        kept = values.get(number, {})
-        values[number] = {name: _laid_out_like(parameter, value) for name, value in kept.items()}
-    optimizer.load_state_dict({"state": {n: v for n, v in values.items() if v},
-                               "param_groups": groups + saved[len(groups) :]})  # fmt: skip
-
-
-def _laid_out_like(parameter: torch.Tensor, value: Any) -> Any:
-    """A tensor of its shape with the strides of `parameter`, as fused optimisers ask for."""
-    if not torch.is_tensor(value) or value.shape != parameter.shape:
-        return value
-    if value.stride() == parameter.stride():
-        return value
-    return torch.empty_strided(
-        parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
-    ).copy_(value)
 
 
 def adapt_weights(
@@ -272,6 +253,13 @@ def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
         for key in keys
         if key in saved and key in wanted and saved[key] != wanted[key]
     ]
+
+
+def _kind(value: torch.Tensor) -> str:
+    """What of numbers and storage rounding does not change: real numbers of any precision agree."""
+    if value.is_meta or value.is_quantized or value.layout is not torch.strided:
+        return f"{value.dtype} without plain values ({value.device}, {value.layout})"
+    return "real numbers" if value.is_floating_point() else str(value.dtype)
 
 
 def _first(names: list) -> str:
@@ -454,7 +442,23 @@ def _load_file(path: Path, source: str | Path) -> dict:
         raise UserError(f"{source} holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
+    _check_kinds(checkpoint, source)
     return checkpoint
+
+
+def _check_kinds(checkpoint: dict, source: str | Path) -> None:
+    for name in _KINDS.keys() & checkpoint.keys():
+        value, kind = checkpoint[name], _KINDS[name]
+        kinds = (int, float) if kind is float else kind
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        if kind is int and fits:
+            fits = value >= -1  # of no epoch finished
+        if not fits and (value is not None or name in _NEEDED):
+            said = repr(value) if isinstance(value, bool | int | float) else type(value).__name__
+            raise UserError(
+                f"{source} is a damaged checkpoint, whose {name} is {said} and no {kind.__name__}: "
+                "use an earlier one."
+            )
 
 
 def _read(path: Path) -> object:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import checkpoint
 from compilation import begin_step
-from errors import UserError
 from journal import Mean, Progress
+from optimization import load_optimizer
 from optimizer_step import OptimizerStep, Reading
 from processes import Interrupted, StopSignal, World
 from urls import without_secrets
@@ -86,13 +86,7 @@ class Run:
         if "optimizer" not in saved or "epoch" not in saved:
             logger.info("%s holds weights alone: training starts at its beginning.", source)
             return
-        try:
-            checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"The optimiser state of {source} does not fit ({error}): resume with the --opt "
-                "and the arguments of its run, or start from its weights with --finetune."
-            ) from error
+        load_optimizer(self.optimizer, saved["optimizer"], source)
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))

@@ -1,12 +1,15 @@
 """What changes the weights: optimisers, their groups, the moving average and clipping."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+
+from errors import UserError, first_line
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # whose step can be one kernel
 
@@ -80,3 +83,44 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str | Path) -> None:
+    """Load the state of an optimiser, read from `source`, whose own hyperparameters stay.
+
+    Raises:
+        UserError: it is the state of another kind of optimiser, or of other weights.
+    """
+    try:
+        optimizer.load_state_dict(_state_for(optimizer, state))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The optimiser state of {source} does not fit ({first_line(error)}): resume with the "
+            "optimiser and the arguments of its run, or start from its weights."
+        ) from error
+
+
+def _state_for(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    # Before the state, for `fused` decides where it is held.
+    groups = [{**theirs, **mine} for theirs, mine in zip(saved, own, strict=False)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved for number in group["params"]]
+    values = dict(state["state"])
+    for number, parameter in zip(numbers, parameters, strict=False):
+        kept = values.get(number, {})
+        values[number] = {name: _laid_out_like(parameter, value) for name, value in kept.items()}
+    return {"state": {n: v for n, v in values.items() if v},
+            "param_groups": groups + saved[len(groups) :]}  # fmt: skip
+
+
+def _laid_out_like(parameter: torch.Tensor, value: Any) -> Any:
+    """A tensor of its shape with the strides of `parameter`, as fused optimisers ask for."""
+    if not torch.is_tensor(value) or value.shape != parameter.shape:
+        return value
+    if value.stride() == parameter.stride():
+        return value
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
+    ).copy_(value)

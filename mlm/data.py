@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
+from errors import UserError
 from mlm.shards import Corpus
 from samplers import EpochSampler
 
@@ -42,6 +43,11 @@ class MaskedWindows(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         index, draw = place
         tokens = self.corpus[index]
+        if (most := tokens.max()) >= self.words:
+            raise UserError(
+                f"A shard in {self.corpus.folder} holds the token {most}, beyond the {self.words} "
+                "words of its tokeniser: it is damaged, prepare the text again."
+            )
         generator = np.random.default_rng((self.seed, draw))
         chance, kind = generator.random((2, len(tokens)))
         others = generator.integers(self.words, size=len(tokens))

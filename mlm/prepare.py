@@ -25,7 +25,7 @@ from files import replacing
 from intervals import outside
 from journal import require_writable
 from mlm.documents import KINDS, Documents, Source, c4_sources, kind_of, local_source
-from mlm.shards import digest_of, fingerprint_of, load_tokenizer, read_header, shard_writer
+from mlm.shards import SPLITS, digest_of, fingerprint_of, load_tokenizer, read_header, shard_writer
 from mlm.vocabulary import (
     WORDS,
     document_encoder,
@@ -36,7 +36,6 @@ from mlm.vocabulary import (
 )
 from processes import World
 
-SPLITS = ("train", "eval")
 BATCH = 256  # documents that are tokenised side by side
 RECIPE = 2  # another number where the same text gives other shards than before
 

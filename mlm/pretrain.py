@@ -27,6 +27,7 @@ from mlm.fields import setting
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import Corpus, data_digest, load_tokenizer
+from optimization import load_optimizer
 from optimizer_step import OptimizerStep, Reading
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
@@ -247,7 +248,12 @@ class Pretraining:
         if found is None:
             return
         saved, source = found[0], str(found[1])
-        before, now = saved.get("args", {}), asdict(self.settings)
+        if missing := {"model", "optimizer", "step", "meters"} - saved.keys():
+            raise UserError(
+                f"{source} is no checkpoint of mlm.pretrain, as it has no {missing.pop()}: choose "
+                "another output."
+            )
+        before, now = saved.get("args") or {}, asdict(self.settings)
         check_settings(before, now, RULES, source, Rule.RUN)
         tell_changes(before, now, RULES, source)
         if saved.get("data", self.data) != self.data:
@@ -255,8 +261,8 @@ class Pretraining:
                 f"{source} is of other text or another tokeniser than those in "
                 f"{self.settings.data}: give the data of its training, or another output."
             )
-        checkpoint.load_weights(self.model, saved["model"], source)
-        checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
+        checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
+        load_optimizer(self.optimizer, saved["optimizer"], source)
         self.step, self.saved_meters = saved["step"], saved["meters"]
         self._set_lr(self.step - 1)  # for a line of log.txt that is outstanding
         self.restored = True

@@ -20,7 +20,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Raises UserError if the file cannot be read or is no mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(getattr(error, "strerror", None) or error).replace("\n", " ")
         raise UserError(f"cannot read the settings {path}: {reason}") from error
     if not isinstance(content, dict):
@@ -43,7 +43,7 @@ def override(settings: dict[str, Any], arguments: Sequence[str]) -> dict[str, An
                 raise UserError(f"{section} in {argument!r} is no section of settings.")
         try:
             place[key] = yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"The value in {argument!r} is no YAML: {reason}") from error
     return settings

@@ -21,6 +21,7 @@ from files import inside, replacing
 
 HEADER = struct.Struct("<8s32sQQB7x")  # magic, SHA-256 of the tokeniser, documents, tokens, bytes
 MAGIC = b"LIONMLM1"
+SPLITS = ("train", "eval")
 SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _USUAL_NAMES = (("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
                 ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))  # fmt: skip
@@ -172,7 +173,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UserError if the folder was not prepared to the end, or names files outside of it."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        names = [str(name) for split in manifest["splits"].values() for name in split["shards"]]
+        splits = [manifest["splits"][split] for split in SPLITS]
+        names = [name for split in splits for name in split["shards"]]
+        if strangers := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"a shard is called {strangers[0]!r:.40}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
         raise UserError(

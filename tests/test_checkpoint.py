@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Malicious
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 from errors import UserError
@@ -253,6 +253,27 @@ def test_not_a_dict(path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("epoch", "3", "str and no int"), ("epoch", True, "True and no int"),
+     ("epoch", -2, "-2 and no int"), ("epoch", None, "NoneType and no int"),
+     ("step", 1e30, "1e+30 and no int"), ("optimizer", None, "NoneType and no dict"),
+     ("classes", 1000, "1000 and no list"), ("args", ["lr"], "list and no dict"),
+     ("max_accuracy", "best", "str and no float"), ("meters", {}, "dict and no list")],
+)  # fmt: skip
+def test_values_of_another_kind(path, name, value, said):
+    torch.save({"model": {"weight": torch.ones(2)}, name: value}, path)
+    with pytest.raises(ValueError, match=re.escape(f"damaged checkpoint, whose {name} is {said}")):
+        checkpoint.load(path)
+
+
+def test_values_that_stand_for_nothing(path):
+    saved = {"model": {"weight": torch.ones(2)}, "args": None, "scaler": None, "classes": None,
+             "epoch": -1, "max_accuracy": 50}  # fmt: skip
+    torch.save(saved, path)
+    assert checkpoint.load(path).keys() == saved.keys()
+
+
 def test_latest(path, caplog):
     assert checkpoint.latest(path.parent) is None
     for step in range(2):
@@ -341,6 +362,30 @@ def test_load_weights_lists_the_differences():
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(Tensor.long, "torch.int64 where the model has real numbers"),
+     (Tensor.bool, "torch.bool where"), (lambda w: w + 0j, "torch.complex64 where"),
+     (Tensor.to_sparse, "torch.float32 without plain values (cpu, torch.sparse_coo)"),
+     (lambda w: w.to("meta"), "torch.float32 without plain values (meta, torch.strided)")],
+    ids=["int", "bool", "complex", "sparse", "meta"],
+)  # fmt: skip
+def test_weights_that_are_no_plain_real_numbers(change, said):
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    state = {"weight": change(torch.ones(2, 3)), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match=re.escape(f"run.pth holds {said}")):
+        checkpoint.load_weights(model, state, "run.pth")
+    assert model.weight.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision(dtype):
+    model, state = nn.Linear(3, 2), {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    checkpoint.load_weights(model, {n: v.to(dtype) for n, v in state.items()}, "run.pth")
+    assert model.weight.equal(state["weight"]) and model.weight.dtype == torch.float32
+
+
 def test_load_weights_cuts_a_long_list():
     extra = {f"blocks.{i}.attn.a_i": torch.ones(3) for i in range(32)}
     model = nn.Linear(3, 2)
@@ -361,7 +406,7 @@ def test_weights_of():
     for saved in (plain, {"model": plain, "model_ema": None}):
         with pytest.raises(ValueError, match="run.pth holds no EMA weights"):
             checkpoint.weights_of(saved, ema=True, source="run.pth")
-    for saved in ({}, {"epoch": 3}, {"model": {"w": 3}}):
+    for saved in ({}, {"epoch": 3}, {"model": {"w": 3}}, {"model": {1: torch.ones(1)}}):
         with pytest.raises(ValueError, match="run.pth holds no model weights"):
             checkpoint.weights_of(saved, source="run.pth")
 

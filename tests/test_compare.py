@@ -78,6 +78,14 @@ def test_wrong_recipes_are_refused_before_any_work(changes, message, tmp_path, e
         read_recipe(recipe(tmp_path, **changes), tmp_path / "out")
 
 
+@pytest.mark.parametrize("text", ["[" * 5000, 'models: {a: "--aa \'x"}', "\0", "- a", "b\xff"])
+def test_files_that_are_no_recipe(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="is no recipe .*it needs arguments, seeds and models"):
+        read_recipe(path, tmp_path / "out")
+
+
 def test_unknown_models_and_other_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no model x: it has lit, d"):
         read_recipe(recipe(tmp_path), tmp_path, models=["x"])

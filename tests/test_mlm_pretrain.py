@@ -290,6 +290,14 @@ def test_masks_are_keyed_by_their_draw_alone(corpus):
     assert np.array_equal(np.diff(documents.numpy()) == 1, starts[1:])
 
 
+def test_a_token_beyond_the_vocabulary_is_told(corpus):
+    windows = MaskedWindows(Corpus(corpus, "train", 128), load_tokenizer(corpus / "tokenizer"),
+                            share=0.3, seed=1, separate_documents=False)  # fmt: skip
+    windows.words = int(windows.corpus[0].max())
+    with pytest.raises(ValueError, match=f"{corpus} holds the token {windows.words}, beyond the"):
+        windows[0, 0]
+
+
 def test_gradients_are_clipped(corpus, tmp_path):
     """The optimiser is handed gradients of at most this norm."""
     norms = {}
@@ -396,6 +404,27 @@ def test_bad_files(corpus, ending, tmp_path):
     refused(ending(pretrain.main, [str(tmp_path / "list.yaml")]), "no mapping of keys to values")
     refused(ending(pretrain.main, [str(TINY)]), "tiny.yaml lacks data: give data=VALUE")
     refused(ending(pretrain.main, [str(TINY), "steps"]), "given as key=value, not 'steps'")
+    refused(ending(pretrain.main, [str(TINY), "steps=" + "[" * 5000]), "The value in .* is no YAML")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    refused(ending(pretrain.main, [str(tmp_path / "deep.yaml")]), "cannot read the settings .*deep")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("meters"), "no checkpoint of mlm.pretrain, as it has no meters"),
+        (lambda saved: saved.update(optimizer={}), "The optimiser state of .* does not fit"),
+    ],
+)
+def test_checkpoints_of_something_else(change, message, corpus, ending, tmp_path):
+    assert ending(short, corpus, tmp_path, steps=1).code == 0
+    path = tmp_path / "checkpoint.pth"
+    saved = torch.load(path)
+    change(saved)
+    torch.save(saved, path)
+    before = path.read_bytes()
+    refused(ending(short, corpus, tmp_path, resume="auto", steps=1), message)
+    assert path.read_bytes() == before
 
 
 def test_another_run_is_neither_replaced_nor_mixed(whole, corpus, ending):

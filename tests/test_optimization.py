@@ -11,8 +11,13 @@ from kernel_cases import gpu
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import checkpoint
-from optimization import MovingAverage, can_be_fused, clip_gradients, create_optimizer
+from optimization import (
+    MovingAverage,
+    can_be_fused,
+    clip_gradients,
+    create_optimizer,
+    load_optimizer,
+)
 from utils import seed_everything
 
 
@@ -60,7 +65,7 @@ def test_a_checkpoint_without_a_fused_optimiser_goes_on_fused():
     optimizer.register_load_state_dict_pre_hook(
         lambda _, state: seen.extend(group["fused"] for group in state["param_groups"])
     )
-    checkpoint.load_optimizer(optimizer, earlier.state_dict())
+    load_optimizer(optimizer, earlier.state_dict(), "a file")
     assert seen == [True], "the state is loaded as that of a fused optimiser"
     assert [(g["lr"], g["fused"]) for g in optimizer.param_groups] == [(0.2, True)]
     assert all(state["step"] == 1 for state in optimizer.state.values())
@@ -73,7 +78,7 @@ def test_a_loaded_state_is_laid_out_as_the_weights_are():
     saved = copy.deepcopy(earlier.state_dict())
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    checkpoint.load_optimizer(optimizer, saved)
+    load_optimizer(optimizer, saved, "a file")
     for number, parameter in enumerate(model.parameters()):
         loaded = optimizer.state[parameter]["exp_avg"]
         assert loaded.stride() == parameter.stride()
@@ -86,7 +91,7 @@ def test_a_state_of_more_or_fewer_groups_is_refused():
     for own, other in ((1, 2), (2, 1)):
         state = torch.optim.AdamW(copy.deepcopy(groups[:other])).state_dict()
         with pytest.raises(ValueError, match="parameter group"):
-            checkpoint.load_optimizer(torch.optim.AdamW(groups[:own]), state)
+            load_optimizer(torch.optim.AdamW(groups[:own]), state, "a file")
 
 
 @gpu
@@ -100,7 +105,7 @@ def test_fused_steps_go_on_from_others(name, channels_last):
     if channels_last:
         model.to(memory_format=torch.channels_last)
     fused = create_optimizer(model, device, opt=name, lr=1e-3, weight_decay=0.1)
-    checkpoint.load_optimizer(fused, copy.deepcopy(plain.state_dict()))
+    load_optimizer(fused, copy.deepcopy(plain.state_dict()), "a file")
     for seed in range(1, 8):
         step(expected, plain, seed)
         step(model, fused, seed)

@@ -123,7 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
         for name in ("arguments", "fine_tune"):
             recipe[name] = tuple(shlex.split(recipe[name]))
         recipe["seeds"] = list(recipe["seeds"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:  # fmt: skip
         raise UserError(
             f"{path} is no recipe ({one_line(error)}): it needs arguments, seeds and models."
         ) from error
