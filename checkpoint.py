@@ -142,8 +142,9 @@ def weights_of(checkpoint: dict, *, ema: bool = False, source: str | Path) -> di
     if not ema:
         candidates.append(checkpoint)
     for state in candidates:
-        items = state.items() if isinstance(state, dict) else ()
-        if items and all(isinstance(n, str) and torch.is_tensor(value) for n, value in items):
+        if not isinstance(state, dict) or not state:
+            continue
+        if all(isinstance(n, str) and torch.is_tensor(value) for n, value in state.items()):
             return state
     kind = "EMA weights" if ema else "model weights"
     raise UserError(f"{source} holds no {kind}, only: {', '.join(map(str, checkpoint))}")
@@ -464,6 +465,8 @@ def _check_kinds(checkpoint: dict, source: str | Path) -> None:
 def _read(path: Path) -> object:
     if path.is_dir():
         return hub.read_folder(path)
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file, and could be waited for")
     # torch.load does not verify the checksums in the archive.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -2,8 +2,11 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
 
 from errors import UserError, told
 from processes import Peers, meet
@@ -17,11 +20,38 @@ class DiscreetFormatter(logging.Formatter):
         return without_secrets(super().format(record))
 
 
-def setup_logging(is_main: bool) -> None:
-    """Plain lines on standard output: all from the main process, only warnings from the others."""
-    for stream in (sys.stdout, sys.stderr):
+class Unbreakable:
+    """A standard stream whose reader may leave: what cannot be written is lost, work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # a full disk, a closed pipe, a closed stream
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_streams() -> None:
+    """Makes standard output and error Unbreakable; they exist, even if the shell closed them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, for good
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, Unbreakable):
+            setattr(sys, name, Unbreakable(stream))
+
+
+def setup_logging(is_main: bool) -> None:
+    """Plain lines on standard output: all from the main process, only warnings from the others."""
+    open_streams()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(DiscreetFormatter("%(message)s"))
     level = logging.INFO if is_main else logging.WARNING

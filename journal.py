@@ -251,7 +251,13 @@ def require_writable(folder: Path, world: World, argument: str = "--output_dir")
     """
     problem = _obstacle(folder) if world.is_main else None
     if problem := world.gather(problem)[0]:
-        raise UserError(f"{argument} {folder} {problem}")
+        shown = folder if str(folder).isprintable() else ascii(str(folder))
+        raise UserError(f"{argument} {shown} {problem}")
+
+
+# What runs write by these names, and would not survive to find as a folder, or wait for as a pipe.
+_FILES = ("checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth", "log.txt",
+          "args.yaml", "eval.json", "per_class.csv")  # fmt: skip
 
 
 def _obstacle(folder: Path) -> str | None:
@@ -259,9 +265,12 @@ def _obstacle(folder: Path) -> str | None:
     missing = []
     try:
         if not str(folder).isprintable():
-            return "is no plain UTF-8: choose another name."
+            return "is no plain UTF-8 in one line: choose another name."
         if folder.exists() and not folder.is_dir():
             return "is a file: choose a folder."
+        for path in filter(Path.exists, map(folder.joinpath, _FILES)):
+            if not path.is_file():
+                return f"holds {path.name}, which is no file: move it elsewhere."
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as probe:

@@ -247,6 +247,12 @@ def test_missing_file(path):
         checkpoint.load(path)
 
 
+def test_a_pipe_is_not_waited_for(path):
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="checkpoint.pth: it is no file, and could be waited for"):
+        checkpoint.load(path)
+
+
 def test_not_a_dict(path):
     torch.save([1], path)
     with pytest.raises(ValueError, match="holds a list, not a checkpoint"):

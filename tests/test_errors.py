@@ -86,3 +86,28 @@ def test_only_value_errors_of_a_library_become_the_users():
     with pytest.raises(UserError) as caught, as_user_error():
         raise UserError("as it is")
     assert caught.value.__cause__ is None
+
+
+CHATTY = """
+import logging, pathlib, sys
+from commands import run_command
+
+def build(peers):
+    def work():
+        for _ in range(3):
+            print("x" * 10**6, flush=True)
+            logging.info("y" * 10**6)
+            sys.stderr.write("z" * 10**6)
+        pathlib.Path(sys.argv[1]).touch()
+    return work
+
+run_command("chatty", build)
+"""
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&- <&-", "> /dev/full 2>&1", "2>&1 | true"])
+def test_work_goes_on_where_nobody_reads_it(redirection, tmp_path):
+    done = tmp_path / "done"
+    command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirection}']
+    ended = subprocess.run([*command, sys.executable, CHATTY, done], cwd=ROOT)
+    assert ended.returncode == 0 and done.exists()

@@ -1,6 +1,7 @@
 """Files of others: links in the place of ours, names that lead elsewhere, folders in a loop."""
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_a_manifest_names_no_shards_outside_of_its_folder(corpus, tmp_path):
     (shard,) = corpus.glob("train-*.bin")
     for number, name in enumerate((str(shard), f"../{shard.name}")):
         shutil.copy(shard, tmp_path)
-        text = json.dumps({"splits": {"train": {"shards": [name]}}})
+        text = json.dumps({"splits": {"train": {"shards": [name]}, "eval": {"shards": []}}})
         folder = edited(corpus, tmp_path / f"edited{number}", text)
         with pytest.raises(ValueError, match="manifest.json names .* outside of its folder"):
             Corpus(folder, "train", 16)
@@ -210,3 +211,17 @@ def test_a_class_folder_that_is_a_loop_is_an_error(images):
     (images / "train" / "loop").symlink_to(images / "train")
     with pytest.raises(ValueError, match="train/loop has no images .1 links to folders already"):
         samples(images)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+@pytest.mark.parametrize("name", ["checkpoint.pth", "log.txt", "args.yaml", "best_checkpoint.pth"])
+def test_what_is_no_file_is_not_written_over(name, make, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"holds {name}, which is no file: move it elsewhere"):
+        require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+
+
+def test_a_folder_that_would_break_a_line_is_told_in_one(tmp_path):
+    message = r"^output '.*/a\\nb' is no plain UTF-8 in one line: choose another name.$"
+    with pytest.raises(ValueError, match=message):
+        require_writable(tmp_path / "a\nb", World(0, 1, torch.device("cpu")), "output")
