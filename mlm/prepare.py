@@ -123,6 +123,9 @@ def write_manifest(
             "tokens": sum(tokens for _, tokens, _ in counts),
             "shards": names,
         }
+    if not any(facts["documents"] for facts in splits.values()):
+        empty = ", ".join(source.name for source in sources)
+        raise UserError(f"There is no document in {empty}: give files that hold text.")
     manifest = {
         "tokenizer": fingerprint,
         "vocab_size": words,

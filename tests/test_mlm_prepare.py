@@ -167,6 +167,15 @@ def test_bad_input(arguments, message, ending, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("text", ["", " \n\n \n"])
+def test_files_without_text(text, ending, tmp_path):
+    (tmp_path / "blank.txt").write_text(text)
+    arguments = (tmp_path / "blank.txt", "--train-tokenizer", "100", "--output", tmp_path / "out")
+    ended = ending(call, *arguments)
+    assert ended.code == 2 and "There is no document in blank.txt: give files" in ended.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_parquet_without_pyarrow(ending, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").touch()
