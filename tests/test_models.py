@@ -200,6 +200,7 @@ def test_saved_folder_builds_the_same_model(tmp_path):
     [
         ({"mask": "Lion"}, "Unknown mask_type 'Lion': choose one of Lit, Decay, Selective"),
         ({"order": "Z"}, "Unknown order 'Z': choose one of Normal, S"),
+        ({"order": 3}, "Unknown order 3: choose one of Normal, S"),
         ({"format": "Fast"}, "Unknown format 'Fast': choose one of Attention, RNN, Chunk"),
         ({"embed_dim": 25}, "The width 25 is not divisible by 3 heads"),
         ({"qk_norm": True}, "LION has no qk_norm"),
