@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data import create_transform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import open_streams
 from errors import UserError
 from images import load_image
 from pretrained import Pretrained
@@ -123,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    open_streams()
     options = parse(arguments)
     found = dict(
         predict(

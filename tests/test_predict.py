@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_a_name_that_is_not_utf_8(kind, call, data_path, tmp_path):
     image.write_bytes((data_path / "val" / "class0" / "0.png").read_bytes())
     ended = call(image, "--output", tmp_path / f"p.{kind}")
     assert ended.code == 0 and r"b\udce4r.png" in (tmp_path / f"p.{kind}").read_text("utf-8")
+
+
+def test_a_name_that_the_terminal_has_no_letters_for(call, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "schön.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert call(tmp_path).code == 0
+    terminal.flush()
+    assert rb"sch\xf6n.png,1," in terminal.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
