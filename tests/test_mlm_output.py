@@ -139,8 +139,12 @@ def test_overwriting_leaves_nothing_to_be_resumed_by_mistake(corpus, ending, tmp
     assert same(checkpoint.load(tmp_path / "checkpoint.pth")["model"], before["model"])
 
 
-@pytest.mark.parametrize("part", ["checkpoint.pth", "checkpoint.previous.pth", "model"])
-def test_a_folder_with_a_part_of_a_run_is_taken(part, corpus, ending, tmp_path):
-    (tmp_path / part).mkdir()
+@pytest.mark.parametrize(
+    ("part", "make"),
+    [("checkpoint.pth", Path.touch), ("checkpoint.previous.pth", Path.touch),
+     ("model", Path.mkdir)],
+)  # fmt: skip
+def test_a_folder_with_a_part_of_a_run_is_taken(part, make, corpus, ending, tmp_path):
+    make(tmp_path / part)
     ended = ending(call, corpus, tmp_path)
     assert ended.code == 2 and "holds another run: go on with it by resume=auto" in ended.err
