@@ -32,6 +32,7 @@ from torch.export import Dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, as_user_error, first_line
+from files import require_place
 from models_hydra import HydraMixer
 from models_lion import FORMATS
 from models_vim import VimMixer
@@ -150,7 +151,7 @@ def check(options: argparse.Namespace) -> None:
     if suffix and Path(options.output).suffix != suffix:
         raise UserError(f"--to {options.to} writes a file: --output must end in {suffix}.")
     if options.to != "hub":
-        trained_model.require_folder_of(Path(options.output))
+        require_place(Path(options.output), folder=not suffix)
     missing = [name for name in NEEDED if find_spec(name) is None]
     if options.to == "onnx" and missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, as_user_error
+from files import require_place
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -147,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="curves.png", type=Path, help="the picture to write")
     options = parser.parse_args(arguments)
     try:
+        require_place(options.output)
         logs = [read_log(path) for path in options.logs]
         figure = draw(dict(zip(run_names(options.logs), logs, strict=True)))
         with as_user_error():  # endings that are no format

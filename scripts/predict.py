@@ -20,6 +20,7 @@ from timm.data import create_transform
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import open_streams
 from errors import UserError
+from files import require_place
 from images import load_image
 from pretrained import Pretrained
 from processes import init_distributed
@@ -114,7 +115,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if options.output and options.output.suffix[1:] not in FORMATS:
             raise UserError(f"--output {options.output} must end in .csv or .json.")
         if options.output:
-            trained_model.require_folder_of(options.output)
+            require_place(options.output)
         options.files = find_images(options.images)
         options.device = init_distributed(options.device).device
         options.trained = trained_model.load(options)

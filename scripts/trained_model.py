@@ -1,7 +1,6 @@
 """What predict.py, visualize.py and export.py share: how they are told which model to use."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import pretrained
@@ -19,12 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in timm; only for weights that do not tell it")  # fmt: skip
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
         help="of the model, instead of the checkpoint's: mask_type=Selective, say")  # fmt: skip
-
-
-def require_folder_of(output: Path) -> None:
-    """Raises UserError if the file or folder `output` cannot be made, as there is no place."""
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"There is no folder for --output {output}: make it first.")
 
 
 def load(

@@ -22,6 +22,7 @@ from timm.data import create_transform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError
+from files import require_place
 from images import load_image
 from models_lion import LionVisionTransformer
 from pretrained import Pretrained
@@ -95,6 +96,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        require_place(options.output, folder=True)
         trained = load_lion(options)
         transform = create_transform(**trained.images.for_timm())
         pixels = transform(load_image(options.image))

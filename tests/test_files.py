@@ -13,7 +13,7 @@ from PIL import Image
 import checkpoint
 from datasets import build_dataset
 from errors import UserError
-from files import inside, replacing
+from files import inside, replacing, require_place
 from journal import Journal, require_writable, write_scores
 from mlm.shards import Corpus, shard_writer
 from processes import World
@@ -225,3 +225,22 @@ def test_a_folder_that_would_break_a_line_is_told_in_one(tmp_path):
     message = r"^output '.*/a\\nb' is no plain UTF-8 in one line: choose another name.$"
     with pytest.raises(ValueError, match=message):
         require_writable(tmp_path / "a\nb", World(0, 1, torch.device("cpu")), "output")
+
+
+@pytest.mark.parametrize(
+    ("output", "folder", "message"),
+    [("file", True, "--output .*file is a file: name a folder"),
+     ("file/below/it", True, "There is no folder for --output .*it: make it first"),
+     (".", False, "is a folder: name a file"),
+     ("absent/file", False, "There is no folder for --output .*: make it first")],
+)  # fmt: skip
+def test_places_that_cannot_be_written(output, folder, message, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=message):
+        require_place(tmp_path / output, folder=folder)
+
+
+@pytest.mark.parametrize(("output", "folder"), [("file", False), ("a/b", True), (".", True)])
+def test_places_that_can_be_written(output, folder, tmp_path):
+    (tmp_path / "file").touch()
+    require_place(tmp_path / output, folder=folder)
