@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from commands import open_streams
 from errors import UserError
 from scripts.comparing.recipes import check_data, read_recipe
 from scripts.comparing.report import report
@@ -47,6 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    open_streams()
     parser = get_args_parser()
     # argparse itself loses what follows -- behind an option.
     arguments = list(sys.argv[1:] if arguments is None else arguments)
