@@ -173,8 +173,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UserError if the folder was not prepared to the end, or names files outside of it."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        splits = [manifest["splits"][split] for split in SPLITS]
-        names = [name for split in splits for name in split["shards"]]
+        splits = manifest["splits"]
+        if missing := [split for split in SPLITS if split not in splits]:
+            raise KeyError(missing[0])
+        names = [name for split in splits.values() for name in split["shards"]]
         if strangers := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"a shard is called {strangers[0]!r:.40}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -301,12 +301,16 @@ def test_a_run_does_not_go_on_with_other_text(letters, ending, tmp_path):
             lambda m: m["splits"]["train"]["shards"].append("../x.bin"),
             "names '../x.bin', which is outside of its folder",
         ),
+        (
+            lambda m: m["splits"].update(test={"shards": ["../x.bin"]}),
+            "names '../x.bin', which is outside of its folder",
+        ),
         (lambda m: m.pop("splits"), "cannot read .*manifest.json: KeyError 'splits'; make the f"),
         (lambda m: m["splits"].pop("eval"), "cannot read .*manifest.json: KeyError 'eval'; make"),
         (lambda m: m["splits"]["train"]["shards"].append(3), "TypeError a shard is called 3; make"),
         (lambda m: m["splits"].update(train=[]), "cannot read .*manifest.json: TypeError .*; make"),
     ],
-    ids=["outside", "unfinished", "one split", "number", "list"],
+    ids=["outside", "outside in another split", "unfinished", "one split", "number", "list"],
 )
 def test_manifests_that_are_wrong(change, message, letters, tmp_path):
     call(write(tmp_path / "a.jsonl", TEXTS), "--output", tmp_path, "--tokenizer", letters)
