@@ -20,8 +20,9 @@ from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
 from device_augment import RandAugment
 from errors import UserError, as_user_error, one_line
+from journal import RUN_FILES
 from models_lion_plus import PLUS
-from optimization import create_optimizer, load_optimizer
+from optimization import create_optimizer, state_for
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 OF_GATES = ("gate_lr_scale", "gate_weight_decay")
@@ -38,7 +39,6 @@ WORDS = {1: "one", 2: "two", 3: "three"}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may differ in these
 Add = Callable[..., Any]
-RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
 
 
 def get_args_parser() -> ArgumentParser:
@@ -441,13 +441,12 @@ def check_same_optimizer(
         earlier = optimizer_of_probe(argparse.Namespace(**{**vars(args), **before}), device)
         earlier.step()
         optimizer = optimizer_of_probe(args, device)
-        load_optimizer(optimizer, earlier.state_dict(), source)
+        optimizer.load_state_dict(state_for(optimizer, earlier.state_dict()))
         optimizer.step()
     except Exception as error:
         raise UserError(
             f"--opt {args.opt} cannot go on from {source} with these arguments "
-            f"({one_line(error.__cause__ or error)}): give --momentum, --opt-betas and "
-            "--weight-decay of its run."
+            f"({one_line(error)}): give --momentum, --opt-betas and --weight-decay of its run."
         ) from error
 
 

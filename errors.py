@@ -29,7 +29,7 @@ def told(error: UserError) -> str:
     return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: Exception) -> str:
     """All that an error says; its kind if that is nothing."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 

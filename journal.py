@@ -29,6 +29,9 @@ from urls import without_secrets
 
 logger = logging.getLogger(__name__)
 
+RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
+# What a run would not survive to find as a folder, or would wait for as a pipe.
+FILES = (*RUN_FILES, "args.yaml", "eval.json", "per_class.csv")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
 
 
@@ -255,11 +258,6 @@ def require_writable(folder: Path, world: World, argument: str = "--output_dir")
         raise UserError(f"{argument} {shown} {problem}")
 
 
-# What runs write by these names, and would not survive to find as a folder, or wait for as a pipe.
-_FILES = ("checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth", "log.txt",
-          "args.yaml", "eval.json", "per_class.csv")  # fmt: skip
-
-
 def _obstacle(folder: Path) -> str | None:
     """Why nothing can be written to a folder, None if it can."""
     missing = []
@@ -268,7 +266,7 @@ def _obstacle(folder: Path) -> str | None:
             return "is no plain UTF-8 in one line: choose another name."
         if folder.exists() and not folder.is_dir():
             return "is a file: choose a folder."
-        for path in filter(Path.exists, map(folder.joinpath, _FILES)):
+        for path in filter(Path.exists, map(folder.joinpath, FILES)):
             if not path.is_file():
                 return f"holds {path.name}, which is no file: move it elsewhere."
         missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -25,7 +25,6 @@ import preprocessing
 import resuming
 from arguments import (
     PREPROCESSING_ARGUMENTS,
-    RUN_FILES,
     check_args,
     check_no_other_run,
     check_optimizer,
@@ -47,7 +46,7 @@ from engine import (
     train_one_epoch,
 )
 from errors import UserError
-from journal import Journal, provenance, require_writable, write_scores
+from journal import RUN_FILES, Journal, provenance, require_writable, write_scores
 from loaders import DeviceLoader, ImageLoading
 from locking import only_run_in
 from losses import DistillationLoss, build_base_loss, load_teacher

@@ -92,7 +92,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str | 
         UserError: it is the state of another kind of optimiser, or of other weights.
     """
     try:
-        optimizer.load_state_dict(_state_for(optimizer, state))
+        optimizer.load_state_dict(state_for(optimizer, state))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"The optimiser state of {source} does not fit ({first_line(error)}): resume with the "
@@ -100,7 +100,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str | 
         ) from error
 
 
-def _state_for(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+def state_for(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """The state of another optimiser with this one's hyperparameters, laid out as its weights."""
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     saved = state["param_groups"]
     # Before the state, for `fused` decides where it is held.
