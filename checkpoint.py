@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 RESULTS = ("best_checkpoint.pth", "model/model.safetensors")  # never before a checkpoint
 # What checkpoints of this repository, DeiT and timm hold by these names; None stands for nothing,
 # but in a run's position and optimiser.
-_KINDS = {"args": dict, "classes": list, "data_config": dict, "epoch": int, "max_accuracy": float,
-          "meters": list, "optimizer": dict, "scaler": dict, "step": int}  # fmt: skip
+_TYPES: dict[str, tuple[type, ...]] = {
+    "args": (dict,), "classes": (list,), "data_config": (dict,), "epoch": (int,),
+    "max_accuracy": (float, int), "meters": (list,), "optimizer": (dict,), "scaler": (dict,),
+    "step": (int,),
+}  # fmt: skip
 _NEEDED = ("epoch", "optimizer", "step")
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
@@ -257,7 +260,7 @@ def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
 
 
 def _kind(value: torch.Tensor) -> str:
-    """What of numbers and storage rounding does not change: real numbers of any precision agree."""
+    """What a tensor holds, but for rounding: real numbers of every precision are of one kind."""
     if value.is_meta or value.is_quantized or value.layout is not torch.strided:
         return f"{value.dtype} without plain values ({value.device}, {value.layout})"
     return "real numbers" if value.is_floating_point() else str(value.dtype)
@@ -443,22 +446,21 @@ def _load_file(path: Path, source: str | Path) -> dict:
         raise UserError(f"{source} holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
-    _check_kinds(checkpoint, source)
+    _check_types(checkpoint, source)
     return checkpoint
 
 
-def _check_kinds(checkpoint: dict, source: str | Path) -> None:
-    for name in _KINDS.keys() & checkpoint.keys():
-        value, kind = checkpoint[name], _KINDS[name]
-        kinds = (int, float) if kind is float else kind
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
-        if kind is int and fits:
-            fits = value >= -1  # of no epoch finished
+def _check_types(checkpoint: dict, source: str | Path) -> None:
+    for name in filter(checkpoint.__contains__, _TYPES):
+        value, types = checkpoint[name], _TYPES[name]
+        fits = isinstance(value, types) and not isinstance(value, bool)
+        if name in ("epoch", "step"):
+            fits = fits and value >= -1  # of no epoch finished
         if not fits and (value is not None or name in _NEEDED):
             said = repr(value) if isinstance(value, bool | int | float) else type(value).__name__
             raise UserError(
-                f"{source} is a damaged checkpoint, whose {name} is {said} and no {kind.__name__}: "
-                "use an earlier one."
+                f"{source} is a damaged checkpoint, whose {name} is {said} and no "
+                f"{types[0].__name__}: use an earlier one."
             )
 
 

@@ -29,8 +29,8 @@ def inverse(curve: Tensor) -> Tensor:
 
 def check_order(order: str) -> None:
     """Raises ValueError for an unknown order."""
-    names = order.split("+") if isinstance(order, str) else [order]
-    if order != "Normal" and not all(name in ORDERS for name in names):
+    known = isinstance(order, str) and all(name in ORDERS for name in order.split("+"))
+    if order != "Normal" and not known:
         raise ValueError(
             f"Unknown order {order!r}: choose one of Normal, {', '.join(ORDERS)}, or several "
             "joined by +, such as S+Hilbert."

@@ -248,9 +248,10 @@ class Pretraining:
         if found is None:
             return
         saved, source = found[0], str(found[1])
-        if missing := {"model", "optimizer", "step", "meters"} - saved.keys():
+        needed = ("model", "optimizer", "step", "meters")
+        if missing := [name for name in needed if name not in saved]:
             raise UserError(
-                f"{source} is no checkpoint of mlm.pretrain, as it has no {missing.pop()}: choose "
+                f"{source} is no checkpoint of mlm.pretrain, as it has no {missing[0]}: choose "
                 "another output."
             )
         before, now = saved.get("args") or {}, asdict(self.settings)
