@@ -56,8 +56,7 @@ class Peers:
         self._rounds += 1
         self.store.set(f"round {self._rounds}/{self.rank}", pickle.dumps(value))
         keys = self._keys(f"round {self._rounds}")
-        while not self.store.check(keys):
-            self._require_no_failure()
+        while not self._all_told(keys):
             time.sleep(POLL)
         if self._rounds > 1:  # which all have read, as they have come to this one
             self.store.delete_key(f"round {self._rounds - 1}/{self.rank}")
@@ -103,10 +102,10 @@ class Peers:
         if problem:
             _until(lambda: self.store.check(keys[:1]), PATIENCE)
             return self.store.check(keys[:1]) and self.store.get(keys[0]).decode() == problem
-        while not self.store.check(keys):
-            self._require_no_failure()
+        while not self._all_told(keys):
             time.sleep(POLL)
-        self._require_no_failure()
+        if self.failure() is not None:
+            raise PeerFailed
         return True
 
     @contextmanager
@@ -135,10 +134,15 @@ class Peers:
     def __str__(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()}"
 
-    def _require_no_failure(self) -> None:
-        if self.failure() is not None:
+    def _all_told(self, keys: list[str]) -> bool:
+        """Raises PeerFailed if one of them will never be there, as its process has failed."""
+        failed = self.failure() is not None  # before the look at the keys: what one fails by may
+        if self.store.check(keys):  # be what all have told there
+            return True
+        if failed:
             self.store.set(f"verdict/{self.rank}", "")
             raise PeerFailed
+        return False
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name}/{rank}" for rank in range(self.size)]

@@ -77,6 +77,31 @@ def test_gathered_values_are_not_kept():
     assert store.num_keys() == 2
 
 
+class Watched:
+    """A store in which another process acts between two looks at it."""
+
+    def __init__(self, store: dist.Store, looks: int, act) -> None:
+        self.store, self.looks, self.act = store, looks, act
+
+    def check(self, keys: list[str]) -> bool:
+        found = self.store.check(keys)
+        self.looks -= 1
+        if self.looks == 0:
+            self.act()
+        return found
+
+    def __getattr__(self, name: str):
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("looks", [1, 2, 3])
+def test_a_value_that_was_told_before_a_failure_counts(looks):
+    store = dist.HashStore()
+    other = Peers(1, 2, store)
+    act = lambda: (other.gather("theirs"), other.fail(2))  # noqa: E731
+    assert Peers(0, 2, Watched(store, looks, act)).gather("ours") == ["ours", "theirs"]
+
+
 # Errors of one rank alone
 
 
