@@ -4,8 +4,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from errors import UserError, told
@@ -21,26 +21,50 @@ class DiscreetFormatter(logging.Formatter):
 
 
 class Unbreakable:
-    """A standard stream whose reader may leave: what cannot be written is lost, work goes on."""
+    """A standard stream whose reader may leave: what cannot be written is lost, work goes on.
+
+    Standard error tells the first loss, but not that of a reader who had enough.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.told = False
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # a full disk, a closed pipe, a closed stream
+        with self._telling_losses():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with self._telling_losses():
             self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
+    @contextmanager
+    def _telling_losses(self) -> Iterator[None]:
+        try:
+            yield
+        except (BrokenPipeError, ValueError):  # ValueError of a closed stream
+            pass
+        except OSError as error:
+            if not self.told and self is not sys.stderr:
+                self.told = True
+                print(f"Standard output is lost from here on ({error}).", file=sys.stderr)
+
 
 def open_streams() -> None:
-    """Makes standard output and error Unbreakable; they exist, even if the shell closed them."""
+    """Makes standard output and error Unbreakable; they exist, even if the shell closed them.
+
+    To be called before any file is opened, which would get the number of a stream that is closed,
+    and with it what libraries write there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, for good
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
@@ -51,7 +75,6 @@ def open_streams() -> None:
 
 def setup_logging(is_main: bool) -> None:
     """Plain lines on standard output: all from the main process, only warnings from the others."""
-    open_streams()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(DiscreetFormatter("%(message)s"))
     level = logging.INFO if is_main else logging.WARNING
@@ -72,6 +95,7 @@ def run_command(
     def tell(problem: str) -> None:
         print(without_secrets(f"{name}: error: {problem}"), file=sys.stderr, flush=True)
 
+    open_streams()
     try:
         peers = meet(dist_url)
         setup_logging(peers.rank == 0)

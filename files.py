@@ -1,10 +1,13 @@
 """Files that are whole at every moment, and names that stay in their folder."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from errors import UserError
 
@@ -14,7 +17,7 @@ def writing(path: Path) -> Iterator[None]:
     """Around what writes `path`: raises UserError for a full disk and the like."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write {path}: {error}. Make room for it, or mend the folder."
         ) from error
@@ -24,10 +27,12 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path, mode: str = "x", **options: Any) -> Iterator[IO]:
     """A new file, opened in `mode` "x" or "xb", that takes the place of `path` after the block.
 
-    Until then, and if the block fails, `path` is what it was. Raises UserError for an OSError.
+    Text is UTF-8. Until then, and if the block fails, `path` is what it was. Raises UserError for
+    an OSError.
     """
-    # A fixed name, so that a new attempt also replaces what a killed one has left.
-    temporary = path.with_name(f".{path.name}.saving")
+    if mode == "x":
+        options.setdefault("encoding", "utf-8")
+    temporary = _temporary(path)
     with writing(path):
         temporary.unlink(missing_ok=True)
         try:
@@ -39,6 +44,36 @@ def replacing(path: Path, mode: str = "x", **options: Any) -> Iterator[IO]:
         finally:
             with suppress(OSError):
                 temporary.unlink()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, to be filled and moved; what is left of it is removed.
+
+    Raises UserError for an OSError.
+    """
+    temporary = _temporary(folder)
+    with writing(folder):
+        remove(temporary)
+        try:
+            temporary.mkdir(parents=True)  # fails for a link of this name, so that none is followed
+            yield temporary
+        finally:
+            with suppress(OSError):
+                remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Removes what is at `path`: a file, a folder with all in it, or a link alone; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A fixed name, so that a new attempt also replaces what a killed one has left."""
+    return path.with_name(f".{path.name}.saving")
 
 
 def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> str:

@@ -30,9 +30,11 @@ from urls import without_secrets
 logger = logging.getLogger(__name__)
 
 RUN_FILES = ("log.txt", "checkpoint.pth", "checkpoint.previous.pth", "best_checkpoint.pth")
-# What a run would not survive to find as a folder, or would wait for as a pipe.
-FILES = (*RUN_FILES, "args.yaml", "eval.json", "per_class.csv")
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+# Of what commands write: they would not survive to find a folder in its place, or would wait for a
+# pipe. `model` is the folder of mlm.pretrain.
+SUFFIXES = {".pth", ".txt", ".yaml", ".json", ".jsonl", ".csv", ".md", ".png"}
+FOLDERS = ("model",)
+TEXT = {"errors": "backslashreplace", "newline": ""}
 
 
 @dataclass
@@ -266,9 +268,11 @@ def _obstacle(folder: Path) -> str | None:
             return "is no plain UTF-8 in one line: choose another name."
         if folder.exists() and not folder.is_dir():
             return "is a file: choose a folder."
-        for path in filter(Path.exists, map(folder.joinpath, FILES)):
-            if not path.is_file():
+        for path in folder.iterdir() if folder.exists() else ():
+            if SUFFIXES.intersection(path.suffixes) and not path.is_file():
                 return f"holds {path.name}, which is no file: move it elsewhere."
+            if path.name in FOLDERS and not path.is_dir():
+                return f"holds {path.name}, which is no folder: move it elsewhere."
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as probe:

@@ -1,11 +1,11 @@
 """The folder of a model as Hugging Face has it, which is whole at every moment."""
 
 import os
-import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from files import new_folder
 from mlm.card import CARD
 
 
@@ -14,16 +14,12 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
     A folder that is there is renewed file by file, so it must be of a model of the same settings.
     """
-    temporary = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    with new_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
         if not folder.exists():
-            temporary.rename(folder)
+            new.rename(folder)
             return
-        for path in temporary.iterdir():
+        for path in new.iterdir():
             if path.name != CARD or not (folder / CARD).exists():  # it may be edited by hand
                 os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

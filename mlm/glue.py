@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 import mlm.modeling  # noqa: F401  (registers the models)
-from commands import run_command, setup_logging
+from commands import open_streams, run_command, setup_logging
 from engine import LOG_INTERVAL, autocast
 from errors import UserError
 from files import replacing
@@ -263,6 +263,7 @@ def _take_device(free: Any) -> None:
     global _device
     end_with_parent()
     _device = free.get()
+    open_streams()
     setup_logging(is_main=False)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that a classifier is new is no news

@@ -1,6 +1,5 @@
 """Pre-trains an encoder: torchrun -m mlm.pretrain mlm/configs/lion-s-base.yaml data=FOLDER ..."""
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from commands import run_command
 from compilation import compile_in_place
 from engine import LOG_INTERVAL, autocast, require_finite
 from errors import UserError, as_user_error
+from files import remove
 from journal import Journal, Mean, Progress, provenance, require_writable
 from locking import only_run_in
 from mlm.data import EndlessSampler, EvalSampler, MaskedWindows
@@ -296,7 +296,7 @@ class Pretraining:
         if self.restored:
             export(self.model, self.tokenizer, folder / "model")
         elif self.settings.overwrite:
-            shutil.rmtree(folder / "model", ignore_errors=True)
+            remove(folder / "model")
             checkpoint.discard(folder)
 
     def fit(self) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers.trainers import WordPieceTrainer
 from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
+from files import new_folder, remove
 from mlm.shards import SPECIAL_TOKENS, load_tokenizer
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # as SPECIAL_TOKENS
@@ -102,12 +102,11 @@ def _unlimited(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, origin: str) -> None:
     """Puts the tokeniser, whole, in the place of the one in `folder`; `origin` tells its making."""
-    temporary = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "origin.json").write_text(json.dumps({"sha256": origin}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder) as new:
+        tokenizer.save_pretrained(new)
+        (new / "origin.json").write_text(json.dumps({"sha256": origin}) + "\n")
+        remove(folder)
+        new.rename(folder)
 
 
 def origin_of(folder: Path) -> str:

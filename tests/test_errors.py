@@ -111,3 +111,40 @@ def test_work_goes_on_where_nobody_reads_it(redirection, tmp_path):
     command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirection}']
     ended = subprocess.run([*command, sys.executable, CHATTY, done], cwd=ROOT)
     assert ended.returncode == 0 and done.exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "told"),
+    [("> /dev/full", r"Standard output is lost from here on \(.* No space left on device\).\n"),
+     ("| true", "")],
+)  # fmt: skip
+def test_output_that_is_lost_is_told_once(redirection, told, tmp_path):
+    quiet = CHATTY.replace('sys.stderr.write("z" * 10**6)', "")
+    command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirection}']
+    ended = subprocess.run([*command, sys.executable, quiet, tmp_path / "done"], cwd=ROOT,
+                           capture_output=True, text=True)  # fmt: skip
+    assert ended.returncode == 0 and re.fullmatch(told, ended.stderr), ended.stderr
+
+
+FIRST_FILE = """
+import os, pathlib, sys
+from commands import run_command
+
+def build(peers):
+    path = pathlib.Path(sys.argv[1])
+    def work():
+        with path.open("w") as file:
+            os.write(1, b"of a library")
+            os.write(2, b"of a library")
+            file.write("ours")
+    return work
+
+run_command("first", build)
+"""
+
+
+def test_no_file_gets_the_number_of_a_stream_that_is_closed(tmp_path):
+    file = tmp_path / "file"
+    command = ["bash", "-c", '"$0" -c "$1" "$2" >&- 2>&- <&-', sys.executable, FIRST_FILE, file]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert file.read_text() == "ours"

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import checkpoint
 from datasets import build_dataset
 from errors import UserError
-from files import inside, replacing, require_place
+from files import inside, new_folder, replacing, require_place
 from journal import Journal, require_writable, write_scores
 from mlm.shards import Corpus, shard_writer
 from processes import World
@@ -213,12 +214,58 @@ def test_a_class_folder_that_is_a_loop_is_an_error(images):
         samples(images)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/null")])
-@pytest.mark.parametrize("name", ["checkpoint.pth", "log.txt", "args.yaml", "best_checkpoint.pth"])
+MAKE = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/null"),
+    "link to nothing": lambda path: path.symlink_to("absent/file"),
+    "loop": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("name", ["checkpoint.pth", ".checkpoint.pth.saving", "log.txt",
+                                  "args.yaml", "results.md", "leases.jsonl"])  # fmt: skip
 def test_what_is_no_file_is_not_written_over(name, make, tmp_path):
     make(tmp_path / name)
     with pytest.raises(ValueError, match=f"holds {name}, which is no file: move it elsewhere"):
         require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("make", [Path.touch, *(MAKE[name] for name in MAKE if name != "folder")])
+def test_what_is_no_folder_is_not_filled(make, tmp_path):
+    make(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds model, which is no folder: move it elsewhere"):
+        require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+
+
+def test_folders_whose_names_are_no_files_of_a_run(tmp_path):
+    for name in ("model", ".model.saving", "images", "fine_tuned", "seed0,lr=1e-3"):
+        (tmp_path / name).mkdir()
+    require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("target", ["folder", "file"])
+def test_a_link_in_the_place_of_a_new_folder_is_not_followed(target, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir() if target == "folder" else victim.touch()
+    (tmp_path / ".model.saving").symlink_to(victim)
+    with new_folder(tmp_path / "model") as new:
+        (new / "ours").touch()
+        assert victim.is_file() or not list(victim.iterdir())
+        new.rename(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "victim"}
+
+
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path):
+    def fill() -> None:
+        with new_folder(tmp_path / "model") as new:
+            (new / "ours").touch()
+            raise SafetensorError("I/O error: File too large (os error 27)")
+
+    with pytest.raises(UserError, match="cannot write .*model: I/O error: File too large"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_would_break_a_line_is_told_in_one(tmp_path):
