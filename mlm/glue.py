@@ -108,7 +108,7 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
     data and weights, is not done again. Raises FloatingPointError for a loss that is not finite.
     """
     facts, result = _facts(job), job.folder / "result.json"
-    before = _read_result(result)
+    before = read_result(result)
     if before.get("job") != facts:
         before = {}
     if "scores" in before:
@@ -152,10 +152,10 @@ def _facts(job: Job) -> dict[str, Any]:
     return facts
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
     """{} where there is none, or one that is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

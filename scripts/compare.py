@@ -19,10 +19,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commands import open_streams
 from errors import UserError
+from journal import require_writable
+from processes import World
 from scripts.comparing.recipes import check_data, read_recipe
 from scripts.comparing.report import report
 from scripts.comparing.scheduling import Scheduler
@@ -59,20 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError("--concurrent must be at least 1, and --minutes above 0.")
         runs = read_recipe(args.recipe, args.output, models=args.models, seeds=args.seeds,
                            more=more, vary=args.vary)  # fmt: skip
+        for folder in (args.output, *(run.folder for run in runs)):
+            require_writable(folder, World(0, 1, torch.device("cpu")), "--output")
         if args.report:
             report(runs, args.output)
             return
         check_data(runs, args.data_path)
+        scheduler = Scheduler(
+            runs,
+            args.data_path,
+            concurrent=args.concurrent,
+            seconds=60 * args.minutes,
+            keep_checkpoints=args.keep_checkpoints,
+        )
+        scheduler.work()
     except UserError as error:
         parser.exit(2, f"compare.py: error: {error}\n")
-    scheduler = Scheduler(
-        runs,
-        args.data_path,
-        concurrent=args.concurrent,
-        seconds=60 * args.minutes,
-        keep_checkpoints=args.keep_checkpoints,
-    )
-    scheduler.work()
     finished = sum(run.is_finished for run in runs)
     print(f"{finished} of {len(runs)} runs are finished")
     if scheduler.failed:

@@ -38,12 +38,12 @@ ACCURACIES = {"epoch": ("test_acc1", "top-1"), "step": ("eval_accuracy", "accura
 def read_log(path: Path) -> list[dict]:
     """The records of a log in order, of an epoch or step that was repeated the last.
 
-    `path` is a log.txt or the folder of a run. Raises UserError if the log cannot be read, holds
-    no finished epoch or step, or has both.
+    `path` is a log.txt or the folder of a run. Raises UserError if the log cannot be read, or has
+    both epochs and steps.
     """
     path = path / "log.txt" if path.is_dir() else path
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     found = {}
@@ -51,13 +51,11 @@ def read_log(path: Path) -> list[dict]:
         try:
             record = json.loads(line)
             found[clock_of([record]), record[clock_of([record])]] = record
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number < len(lines):  # the last line may be half-written
                 raise UserError(
                     f"line {number} of {path} is not the JSON of an epoch or step"
                 ) from error
-    if not found:
-        raise UserError(f"{path} holds no finished epoch or step yet")
     if len({clock for clock, _ in found}) > 1:
         raise UserError(f"{path} has lines of main.py and of mlm.pretrain: draw one run at a time")
     return [found[key] for key in sorted(found)]
@@ -150,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         require_place(options.output)
         logs = [read_log(path) for path in options.logs]
+        for path, records in zip(options.logs, logs, strict=True):
+            if not records:
+                raise UserError(f"{path} holds no finished epoch or step yet")
         figure = draw(dict(zip(run_names(options.logs), logs, strict=True)))
         with as_user_error():  # endings that are no format
             figure.savefig(options.output)

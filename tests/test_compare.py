@@ -1,6 +1,7 @@
 """Tables of models and seeds: spread over leases, resumed, and reported by their last epoch."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, TINY, wait_for
+from helpers import ROOT, TINY, is_running, processes, wait_for
 
 from scripts import compare
 from scripts.comparing import scheduling
@@ -208,6 +209,49 @@ def test_a_run_that_does_not_leave_is_killed(tmp_path, monkeypatch):
     runs, began = scheduler([run], seconds=2), time.monotonic()
     runs.work()
     assert runs.failed == [run] and time.monotonic() - began < 50
+
+
+SLEEPER = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w')); time.sleep(99)"
+
+
+def schedule(folder: Path) -> None:
+    (run,) = read_recipe(recipe(folder), folder, models=["lit"], seeds=[0])
+    command = [sys.executable, "-c", SLEEPER, str(folder / "pid")]
+    type(run.program).next_command = lambda *_: command
+    scheduler([run]).work()
+
+
+def test_runs_leave_when_the_comparison_is_killed(tmp_path):
+    comparison = processes.Process(target=schedule, args=(tmp_path,))
+    comparison.start()
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text())
+    comparison.kill()
+    wait_for(lambda: not is_running(int(pid.read_text())), 10)
+
+
+def test_what_a_kill_leaves_is_gone_on_with(tmp_path):
+    (run,) = read_recipe(recipe(tmp_path), tmp_path, models=["lit"], seeds=[0])
+    run.folder.mkdir(parents=True)
+    (run.folder / "log.txt").touch()
+    assert run.log == [] and run.trained == 0 and not run.is_finished
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [("leases.jsonl", '{"epochs": 1, "seco', "leases.jsonl is damaged: remove it"),
+     ("leases.jsonl", "[]\n", "leases.jsonl is damaged: remove it"),
+     ("log.txt", "note\n{}\n", "line 1 of .*log.txt is not the JSON of an epoch"),
+     ("arguments.txt", None, "holds arguments.txt, which is no file"),
+     ("output.txt", None, "holds output.txt, which is no file")],
+)  # fmt: skip
+def test_damaged_files_of_a_run_are_told(file, text, message, tmp_path, ending):
+    path = tmp_path / "out" / "lit" / "seed0" / file
+    path.parent.mkdir(parents=True)
+    path.mkdir() if text is None else path.write_text(text)
+    ended = ending(compare.main, [str(recipe(tmp_path)), "--output", str(tmp_path / "out")])
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert re.match(f"compare.py: error: .*{message}", ended.err), ended.err
 
 
 def test_recipes_of_the_repository(tmp_path):

@@ -1,6 +1,5 @@
 """The programs that a recipe can name: their arguments, commands, logs and tables."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -215,8 +214,7 @@ class Text:
         """Of each task; None if they are outstanding."""
         if not run.fine_tune:
             return {}
-        file = run.folder / FINE_TUNED / "results.json"
-        scores = json.loads(file.read_text()) if file.exists() else {}
+        scores = glue.read_result(run.folder / FINE_TUNED / "results.json")
         return {name: score for name, score in scores.items() if name != "mean"} or None
 
 

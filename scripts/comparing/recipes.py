@@ -16,6 +16,7 @@ from scripts.comparing.programs import DATA, PROGRAMS, Program
 from scripts.plot_log import read_log
 
 KEYS = ("arguments", "seeds", "models")
+ARGUMENTS, LEASES = "arguments.txt", "leases.jsonl"  # files of a run
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,14 @@ class Run:
     @property
     def leases(self) -> list[dict]:
         """Of each time that the run was started: epochs or steps, `seconds` and runs at once."""
-        file = self.folder / "leases.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        file = self.folder / LEASES
+        if not file.exists():
+            return []
+        try:
+            leases = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            return [lease for lease in leases if lease["seconds"] + lease[self.unit] >= 0]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{file} is damaged: remove it, only times are lost.") from error
 
     @property
     def seconds(self) -> float:
@@ -113,7 +120,7 @@ def read_recipe(
 def _read(path: Path) -> dict[str, Any]:
     """Its keys, with the defaults of those that it may lack, and arguments as words."""
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         defaults = {"program": "main.py", "fine_tune": "", "vary": {}, "plateau": None}
         if unknown := set(recipe) - {*defaults, *KEYS}:
             raise KeyError(f"unknown key {unknown.pop()}")
@@ -150,8 +157,8 @@ def _variants(vary: dict[str, list[str]], program: Program) -> list[tuple[str, t
 
 
 def check_same_arguments(run: Run) -> None:
-    file = run.folder / "arguments.txt"
-    if file.exists() and file.read_text() != shlex.join(run.arguments):
+    file = run.folder / ARGUMENTS
+    if file.is_file() and file.read_text(encoding="utf-8") != shlex.join(run.arguments):
         raise UserError(
             f"{run.folder} holds a run with other arguments ({file.name}): choose another --output "
             "or remove it."

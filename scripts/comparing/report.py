@@ -8,6 +8,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from errors import UserError
+from files import replacing
 from scripts.comparing.recipes import Run
 
 
@@ -56,7 +57,7 @@ def report(runs: Sequence[Run], output: Path) -> None:
     if not models:
         raise UserError(f"{output} holds no finished run of this recipe yet.")
     finished = [run for same in models.values() for run in same]
-    facts = yaml.safe_load((finished[0].folder / "args.yaml").read_text())
+    facts = yaml.safe_load((finished[0].folder / "args.yaml").read_text(encoding="utf-8"))
     at_once = sorted({lease["at_once"] for run in finished for lease in run.leases})
     first = finished[0]
     conditions = [
@@ -69,6 +70,8 @@ def report(runs: Sequence[Run], output: Path) -> None:
     if len(best) < len(models):
         parts += ["All of them:", table(models)]
     text = "\n\n".join(parts) + "\n"
-    (output / "comparison.md").write_text(text)
-    draw(best).savefig(output / "comparison.png")
+    with replacing(output / "comparison.md") as file:
+        file.write(text)
+    with replacing(output / "comparison.png", "xb") as file:
+        draw(best).savefig(file)
     print(text)

@@ -1,25 +1,28 @@
 """Runs that share the GPUs of a machine, for a time."""
 
+import ctypes
 import json
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from processes import StopSignal
+from files import replacing
+from processes import STOP_SIGNALS, StopSignal
 from scripts.comparing.programs import ROOT
-from scripts.comparing.recipes import Run
+from scripts.comparing.recipes import ARGUMENTS, LEASES, Run
 
 # Exit codes of a run that was told to leave: once it had saved, and before there was anything.
-STOPPED = tuple(
-    code for number in (signal.SIGTERM, signal.SIGINT) for code in (128 + number, -number)
-)
+STOPPED = tuple(code for number in STOP_SIGNALS for code in (128 + number, -number))
 GRACE = 90.0  # seconds in which runs that are told to leave save
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -108,7 +111,8 @@ class Scheduler:
     def start(self, run: Run, slot: int) -> None:
         """Starts what a run has to do next."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "arguments.txt").write_text(shlex.join(run.arguments))
+        with replacing(run.folder / ARGUMENTS) as file:
+            file.write(shlex.join(run.arguments))
         device = f"cuda:{slot % self.gpus}" if self.gpus else ""
         threads = str(max(1, (os.cpu_count() or 1) // len(self.slots)))
         shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
@@ -116,7 +120,8 @@ class Scheduler:
         environment = {**shares, **os.environ, "PYTHONPATH": path}
         command = run.program.next_command(run, self.data_path, device)
         with (run.folder / "output.txt").open("a") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment,
+                                       preexec_fn=_leave_with_parent)  # fmt: skip
         self.started.append(Started(run, process, slot, run.done))
         print(f"{run}: from {run.program.clock} {run.done}", flush=True)
 
@@ -146,5 +151,12 @@ class Scheduler:
             "seconds": round(time.monotonic() - started.began, 1),
             "at_once": len(self.slots),
         }
-        with (started.run.folder / "leases.jsonl").open("a") as file:
-            file.write(json.dumps(lease) + "\n")
+        leases = (*started.run.leases, lease)
+        with replacing(started.run.folder / LEASES) as file:
+            file.writelines(json.dumps(one) + "\n" for one in leases)
+
+
+def _leave_with_parent() -> None:
+    """In a run, before it starts: it saves and leaves, too, when this process is killed."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
