@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill at any moment, and that cannot run code when they are loaded."""
 
 import argparse
+import errno
 import logging
 import math
 import os
@@ -35,6 +36,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,),
 }  # fmt: skip
 _NEEDED = ("epoch", "optimizer", "step")
+# Errors that say nothing of a file's content: too few rights, open files or memory, say.
+_OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+                  errno.ESTALE}  # fmt: skip
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
 
@@ -101,8 +105,9 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
     """Load the newest readable checkpoint of a run, with its path; None if the run has none.
 
     Raises:
-        UserError: there are checkpoints, but none is readable, or one of the RESULTS is left
-            alone, which a run from the beginning would replace.
+        UserError: there are checkpoints, but none is readable, or the newest may be whole, but
+            cannot be read here and now; or one of the RESULTS is left alone, which a run from the
+            beginning would replace.
     """
     current = Path(folder) / "checkpoint.pth"
     candidates = (current, _previous(current))
@@ -118,6 +123,8 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
         try:
             checkpoint = load(path)
         except UserError as error:
+            if getattr(error.__cause__, "errno", None) in _OF_THE_SYSTEM:
+                raise UserError(f"{error}: give the rights or means to read it.") from error
             logger.warning("%s", error)
             problems.append(str(error))
         else:
@@ -434,7 +441,9 @@ def _load_file(path: Path, source: str | Path) -> dict:
     """The checkpoint in a file; errors name its `source`."""
     try:
         checkpoint = _read(path)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         reason = error.strerror or error
         raise UserError(f"cannot read the checkpoint {source}: {reason}") from error
     except Exception as error:

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import logging
 import multiprocessing
 import os
@@ -298,6 +299,26 @@ def test_latest(path, caplog):
 
     truncate(previous)
     with pytest.raises(ValueError, match="(?s)no checkpoint in .*checkpoint.pth.*previous.pth"):
+        checkpoint.latest(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [(PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+     (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+     (MemoryError(), "Cannot allocate memory")],
+)  # fmt: skip
+def test_a_checkpoint_that_may_be_whole_is_not_passed_over(problem, told, path, monkeypatch):
+    for step in range(2):
+        checkpoint.save(state(step), path)
+
+    def read(file):
+        if file == path:
+            raise problem
+        return torch.load(file)
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    with pytest.raises(UserError, match=rf"checkpoint.pth: {told}: give the rights or means"):
         checkpoint.latest(path.parent)
 
 
