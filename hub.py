@@ -65,7 +65,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"this folder holds no {CONFIG}: name a file in it")
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     images = config.get("pretrained_cfg", config)
     resolved = resolve_data_config(pretrained_cfg=images)
     checkpoint = {

@@ -82,7 +82,7 @@ def save_for_hf(trained: Pretrained, folder: str | Path) -> None:
         safe_serialization=True,
     )
     if not (folder / CARD).exists():
-        (folder / CARD).write_text(card(trained))
+        (folder / CARD).write_text(card(trained), encoding="utf-8")
 
 
 def push_to_hf_hub(trained: Pretrained, name: str) -> str:

@@ -101,9 +101,9 @@ def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
 def _resident_peak(reset: bool = False) -> int:
     try:
         if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+            Path("/proc/self/clear_refs").write_bytes(b"5")
+        status = Path("/proc/self/status").read_bytes()
+        return int(status.split(b"VmHWM:")[1].split()[0]) * 1024
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

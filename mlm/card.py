@@ -54,7 +54,7 @@ def write_card(folder: Path, classes: Iterable[str], *, mixer: str, auto: str) -
     `classes` are names in `mlm.modeling`; `auto` is the Auto class that the card loads.
     """
     names = "\n".join(f"        {name}," for name in sorted(classes))
-    (folder / f"{LOADER}.py").write_text(_MODULE.format(names=names))
+    (folder / f"{LOADER}.py").write_text(_MODULE.format(names=names), encoding="utf-8")
     card = folder / CARD
     if not card.exists():
-        card.write_text(_CARD_TEXT.format(mixer=mixer, auto=auto, loader=LOADER))
+        card.write_text(_CARD_TEXT.format(mixer=mixer, auto=auto, loader=LOADER), encoding="utf-8")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -267,7 +266,6 @@ def _take_device(free: Any) -> None:
     setup_logging(is_main=False)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that a classifier is new is no news
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 
 
 def _run(job: Job) -> dict[str, float]:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Raises UserError if the file cannot be read or is no mapping."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(getattr(error, "strerror", None) or error).replace("\n", " ")
         raise UserError(f"cannot read the settings {path}: {reason}") from error

@@ -172,7 +172,7 @@ class Corpus:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UserError if the folder was not prepared to the end, or names files outside of it."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         splits = manifest["splits"]
         if missing := [split for split in SPLITS if split not in splits]:
             raise KeyError(missing[0])

@@ -182,8 +182,8 @@ def host_table(device: torch.device) -> str:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return names[0] if names else platform.machine()
+    names = re.findall(rb"model name\s*: (.*)", info.read_bytes() if info.exists() else b"")
+    return names[0].decode() if names else platform.machine()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "\n\n".join(["\n".join(f"- {key}: {facts[key]}" for key in facts), *tables])
     print(text)
     if stem:
-        stem.with_suffix(".md").write_text(text + "\n")
+        stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         if name in PICTURES:
             PICTURES[name](cases).savefig(stem.with_suffix(".png"))
     if any(case.note.startswith("failed") for case in cases):

@@ -127,7 +127,7 @@ def collect_packages(downloads: Path, output: Path) -> None:
 
 def write_documents(path: Path, texts: Iterator[str]) -> None:
     count = characters = 0
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
             count, characters = count + 1, characters + len(text)
@@ -152,7 +152,7 @@ def collect_reviews(downloads: Path, output: Path) -> None:
     held_out = len(sentences) // 10
     for name, part in (("dev", sentences[:held_out]), ("train", sentences[held_out:])):
         lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in part)]
-        (output / "mr" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+        (output / "mr" / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"mr/{name}.tsv: {len(part):,} sentences")
 
 

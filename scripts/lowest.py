@@ -14,4 +14,4 @@ def lowest(lines: Iterable[str]) -> list[str]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(*lowest(Path(name).read_text().splitlines()), sep="\n")
+        print(*lowest(Path(name).read_text(encoding="utf-8").splitlines()), sep="\n")

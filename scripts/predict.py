@@ -20,7 +20,7 @@ from timm.data import create_transform
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import open_streams
 from errors import UserError
-from files import require_place
+from files import replacing, require_place
 from images import load_image
 from pretrained import Pretrained
 from processes import init_distributed
@@ -142,8 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(2, problems)
     write = as_json if options.output and options.output.suffix == ".json" else as_csv
     if options.output:
-        # names of files need not be UTF-8
-        options.output.write_text(write(predictions), encoding="utf-8", errors="backslashreplace")
+        try:
+            with replacing(options.output, errors="backslashreplace") as file:  # of names no UTF-8
+                file.write(write(predictions))
+        except UserError as error:
+            _leave(2, [str(error)])
     else:
         print(write(predictions), end="")
     if problems:

@@ -57,7 +57,7 @@ def make_data(folder: Path) -> None:
             place = folder / "images" / split / f"class{label}"
             place.mkdir(parents=True, exist_ok=True)
             image.save(place / f"{number}.png")
-    (folder / "topics.txt").write_text("\n\n".join(topics.values()))
+    (folder / "topics.txt").write_text("\n\n".join(topics.values()), encoding="utf-8")
     options = ("--train-tokenizer", "2000", "--eval-share", "0.05")
     prepare.main([str(folder / "topics.txt"), "--output", str(folder / "text"), *options])
 
@@ -83,7 +83,7 @@ class Job:
             return [self.process.pid]
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         with suppress(OSError):
-            self.known.update(found := [int(pid) for pid in children.read_text().split()])
+            self.known.update(found := [int(pid) for pid in children.read_bytes().split()])
             return found
         return []
 
@@ -131,7 +131,7 @@ class Job:
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0] != b"Z"
     except OSError:
         return False
 

@@ -237,6 +237,19 @@ def test_jobs_end_with_their_parent(number, tmp_path):
         parent.kill()
 
 
+ODD = {"OMP_NUM_THREADS": "many", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.slow
+def test_letters_and_threads_of_an_odd_environment(model, tmp_path):
+    rows = [("schön", "très"), ("naïve", "ça")] * 6
+    command = [sys.executable, "-m", "mlm.glue", config(write(tmp_path, rows), {}), "--model",
+               model, f"output={tmp_path / 'out'}", "device=cpu", "length=16"]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, **ODD}, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "| ± |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
 def test_constant_outputs_correlate_by_nothing():
     task = glue.Task(**{**TASK, "metrics": ["spearman"]})
     with pytest.warns(Warning, match="constant"):

@@ -110,6 +110,17 @@ def test_a_name_that_the_terminal_has_no_letters_for(call, tmp_path, monkeypatch
     assert rb"sch\xf6n.png,1," in terminal.buffer.getvalue()
 
 
+def test_a_disk_that_fills_up_leaves_the_predictions_before(call, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "p.csv").write_text("before")
+    full = lambda *_: Path("/dev/full").write_text("x")  # noqa: E731
+    monkeypatch.setattr(os, "fsync", full)
+    ended = call(tmp_path / "image.png", "--output", tmp_path / "p.csv")
+    assert ended.code == 2 and "p.csv: [Errno 28] No space left on device" in ended.err
+    assert (tmp_path / "p.csv").read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "image.png"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -66,12 +66,12 @@ def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, 
     if os.environ.get("RANK", "0") == "0":
         with tempfile.TemporaryDirectory() as folder:
             traced.export_chrome_trace(f"{folder}/trace.json")
-            trace = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+            trace = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         busy = busy_seconds(trace) / TRACED / seconds  # tracing makes Python slower, not a GPU
         facts = {"seconds": seconds, "busy": min(busy, 1.0),
                  "bytes": torch.cuda.max_memory_allocated() if cuda else resident}  # fmt: skip
-        output.write_text(json.dumps(facts))
+        output.write_text(json.dumps(facts), encoding="utf-8")
     while True:
         yield
 

@@ -99,7 +99,7 @@ def run_entry(case: Case, setting: Setting) -> Case:
             said = said or [f"exit code {done.returncode}" if done.returncode else few]
             memory = "OutOfMemoryError" in done.stderr
             return replace(case, note=OUT_OF_MEMORY if memory else f"failed: {said[0]}")
-        facts = json.loads(output.read_text())
+        facts = json.loads(output.read_bytes())
     waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)] or [math.nan]
     later = waits[len(waits) // 2 :]  # the first lines have the start in them
     return replace(case, **facts, runs=1, data_wait=fmean(later))

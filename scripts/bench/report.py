@@ -113,7 +113,7 @@ def summary(cases: Sequence[Case]) -> str:
 
 
 def write_csv(path: Path, cases: Sequence[Case]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=asdict(cases[0]))
         writer.writeheader()
         writer.writerows(map(asdict, cases))
@@ -123,7 +123,7 @@ def read_csv(path: Path) -> list[Case]:
     """Raises UserError for what is no table of cases."""
     kinds = Case.__annotations__
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             cases = [Case(**{name: kinds[name](text) for name, text in row.items()})
                      for row in csv.DictReader(file)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
