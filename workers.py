@@ -1,15 +1,18 @@
 """Signals and ends of processes that work for another one: of data loaders, or of jobs."""
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing.connection import wait
 from typing import Any
 
 from processes import STOP_SIGNALS
 
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 PATIENCE = 600.0  # seconds for a batch: what a worker that hangs would make a run wait for ever
 
 
@@ -51,6 +54,15 @@ def end_with_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_after_parent, daemon=True).start()
+
+
+def leave_with_parent() -> None:
+    """`preexec_fn` of a command: it gets SIGTERM when the process that started it ends (on Linux).
+
+    So a run whose parent is killed saves and leaves.
+    """
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end_after_parent() -> None:

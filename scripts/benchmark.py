@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import open_streams
 from errors import UserError
 from journal import provenance
 from models_lion import FORMATS, SIZES
@@ -187,6 +188,7 @@ def cpu_name() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    open_streams()
     parser = get_args_parser()
     options = parser.parse_args(arguments)
     try:

@@ -25,7 +25,9 @@ from torchvision.datasets import FakeData
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 import checkpoint
+from commands import open_streams
 from mlm import prepare
+from workers import leave_with_parent
 
 RUN_IMAGES = (
     "main.py", "--data-path", "{data}/images", "--output_dir", "{run}", "--resume", "auto",
@@ -75,7 +77,7 @@ class Job:
             self.process = subprocess.Popen(
                 [sys.executable, *LAUNCHERS[launcher], *command],
                 cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=leave_with_parent,
             )  # fmt: skip
 
     def ranks(self) -> list[int]:
@@ -181,6 +183,7 @@ assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    open_streams()
     parser = argparse.ArgumentParser("soak", description=__doc__)
     parser.add_argument("cases", nargs="*", default=CASES, help=", ".join(CASES), metavar="CASE")
     parser.add_argument("--kills", type=int, default=20, help="of each case")

@@ -1,7 +1,10 @@
 """The soak of random kills: that it ends with equal weights, and would notice if not."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers import is_running, processes, wait_for
 
 import checkpoint
 from scripts import soak
@@ -40,6 +43,22 @@ def test_a_run_that_fails_by_itself_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(soak.PROGRAMS, "images", ("-c", "raise SystemExit(3)"))
     with pytest.raises(RuntimeError, match="failed: see"):
         soak.run_whole("images-1", tmp_path)
+
+
+def start_run(folder: Path) -> None:
+    soak.PROGRAMS["images"] = ("-c", "import time; time.sleep(99)")
+    job = soak.Job("images-1", folder, folder / "run")
+    (folder / "pid").write_text(str(job.process.pid))
+    job.require_end()
+
+
+def test_a_soak_that_is_killed_leaves_no_run(tmp_path):
+    soaking = processes.Process(target=start_run, args=(tmp_path,))
+    soaking.start()
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text())
+    soaking.kill()
+    wait_for(lambda: not is_running(int(pid.read_text())), 10)
 
 
 def test_unknown_case(capsys):

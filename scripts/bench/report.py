@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from errors import UserError
+from files import replacing
 from scripts.bench.cases import EXPLICIT, NO_MIXING, OUT_OF_MEMORY, Case, split
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and two greys.
@@ -113,7 +114,7 @@ def summary(cases: Sequence[Case]) -> str:
 
 
 def write_csv(path: Path, cases: Sequence[Case]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=asdict(cases[0]))
         writer.writeheader()
         writer.writerows(map(asdict, cases))

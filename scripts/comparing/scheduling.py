@@ -1,12 +1,10 @@
 """Runs that share the GPUs of a machine, for a time."""
 
-import ctypes
 import json
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +15,11 @@ from files import replacing
 from processes import STOP_SIGNALS, StopSignal
 from scripts.comparing.programs import ROOT
 from scripts.comparing.recipes import ARGUMENTS, LEASES, Run
+from workers import leave_with_parent
 
 # Exit codes of a run that was told to leave: once it had saved, and before there was anything.
 STOPPED = tuple(code for number in STOP_SIGNALS for code in (128 + number, -number))
 GRACE = 90.0  # seconds in which runs that are told to leave save
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -121,7 +118,7 @@ class Scheduler:
         command = run.program.next_command(run, self.data_path, device)
         with (run.folder / "output.txt").open("a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment,
-                                       preexec_fn=_leave_with_parent)  # fmt: skip
+                                       preexec_fn=leave_with_parent)  # fmt: skip
         self.started.append(Started(run, process, slot, run.done))
         print(f"{run}: from {run.program.clock} {run.done}", flush=True)
 
@@ -154,9 +151,3 @@ class Scheduler:
         leases = (*started.run.leases, lease)
         with replacing(started.run.folder / LEASES) as file:
             file.writelines(json.dumps(one) + "\n" for one in leases)
-
-
-def _leave_with_parent() -> None:
-    """In a run, before it starts: it saves and leaves, too, when this process is killed."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
