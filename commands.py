@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from errors import UserError, told
 from processes import Peers, meet
 from urls import without_secrets
+from workers import shared_memory_told
 
 
 class DiscreetFormatter(logging.Formatter):
@@ -104,7 +105,8 @@ def run_command(
         sys.exit(2)
     with peers.together(name):
         try:
-            work = build(peers)
+            with shared_memory_told():
+                work = build(peers)
             peers.settle()
         except UserError as error:
             if peers.rank == 0:
@@ -113,7 +115,8 @@ def run_command(
                 tell(f"{peers}: {error}")
             sys.exit(2)
         try:
-            work()
+            with shared_memory_told():
+                work()
         except UserError as error:
             peers.fail(2)
             tell(told(error) if peers.size == 1 else f"{peers}: {told(error)}")

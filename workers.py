@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
+from errors import UserError
 from processes import STOP_SIGNALS
 
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
@@ -24,6 +27,20 @@ def worker_options(count: int) -> dict[str, Any]:
     workers = min(count, os.cpu_count() or 1)
     timeout = PATIENCE if workers else 0
     return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": timeout}
+
+
+@contextmanager
+def shared_memory_told() -> Iterator[None]:
+    """Around what loads data: PyTorch's error of workers that lack shared memory is the user's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise UserError(
+            "The processes that load data are out of shared memory (/dev/shm): give it more, as by "
+            "docker's --shm-size=8g, or use fewer workers or smaller batches."
+        ) from error
 
 
 def ignore_signals(worker_id: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT, TINY, refused, slow
 
 import loaders
+from commands import run_command
 from errors import UserError, as_user_error
 from mlm import pretrain
 
@@ -86,6 +87,25 @@ def test_only_value_errors_of_a_library_become_the_users():
     with pytest.raises(UserError) as caught, as_user_error():
         raise UserError("as it is")
     assert caught.value.__cause__ is None
+
+
+SAID = [
+    "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+    "DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's "
+    "workers are out of shared memory.",
+]
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("during", ["set-up", "work"])
+def test_shared_memory_that_is_used_up_is_a_sentence(during, said, ending):
+    def raise_it(*_: object) -> None:
+        raise RuntimeError(said)
+
+    build = raise_it if during == "set-up" else lambda _: raise_it
+    ended = ending(run_command, "command", build)
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.err.startswith("command: error: The processes that load data are out of shared")
 
 
 CHATTY = """
