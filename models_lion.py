@@ -940,6 +940,23 @@ class LionVisionTransformer(VisionTransformer):
         super().set_input_size(*args, **kwargs)
         self.init_non_persistent_buffers()
 
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's, with a distillation token where there is one, and of no images, too."""
+        grid = x.shape[1:3]
+        tokens = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
+        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
+        x = torch.cat([*prefix, x.flatten(1, -2)], dim=1)
+        if self.pos_embed is None:
+            return x
+        position: Tensor = self.pos_embed
+        if self.dynamic_img_size:
+            embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+            own_grid = self.patch_embed.grid_size
+            position = resample_abs_pos_embed(position, list(grid), list(own_grid), embedded)
+        if self.no_embed_class:
+            position = F.pad(position, (0, 0, self.num_prefix_tokens, 0))
+        return self.pos_drop(x + position)
+
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -1045,22 +1062,6 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
         if self.training and self.distilled_training:
             return x, distillation
         return (x + distillation) / 2
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        grid = x.shape[1:3]
-        tokens = (self.cls_token, self.dist_token, self.reg_token)
-        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
-        x = torch.cat([*prefix, x.flatten(1, -2)], dim=1)
-        if self.pos_embed is None:
-            return x
-        position: Tensor = self.pos_embed
-        if self.dynamic_img_size:
-            embedded = 0 if self.no_embed_class else self.num_prefix_tokens
-            own_grid = self.patch_embed.grid_size
-            position = resample_abs_pos_embed(position, list(grid), list(own_grid), embedded)
-        if self.no_embed_class:
-            position = F.pad(position, (0, 0, self.num_prefix_tokens, 0))
-        return self.pos_drop(x + position)
 
     def _reset_head_dist(self) -> None:
         self.head_dist = copy.deepcopy(self.head)

@@ -70,7 +70,12 @@ class Launches:
     def run(
         cls, schedule: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
     ) -> None:
-        """Launches what `schedule(cls(tensors, options))` does; `tensors` are made contiguous."""
+        """Launches what `schedule(cls(tensors, options))` does; `tensors` are made contiguous.
+
+        Nothing if the first one is empty: kernels of heads would read what it has no memory for.
+        """
+        if not tensors[0].numel():
+            return
         tensors = [t if t is None else t.contiguous() for t in tensors]
         given = [t for t in tensors if t is not None]
         aligned = not any(t.data_ptr() % 16 for t in given)

@@ -253,6 +253,8 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `projected` and, if there is one, of `decay`."""
     dqkv, ddecay = like_inputs(*arguments)
+    if not dqkv.numel():
+        ddecay.zero_()
     heads, dim, num_curves, _, lit, *_ = arguments[NUM_TENSORS:]
     written = heads * (3 * dim + (0 if lit or ddecay.numel() else num_curves))
     if written < dqkv.shape[2]:

@@ -192,6 +192,19 @@ def test_strided_input():
     assert torch.equal(lion_kernels.mix(wider[..., :-8], decay, curves, **options), expected)
 
 
+@pytest.mark.parametrize("n", [5, 40, 700])
+@pytest.mark.parametrize("mask, order", VARIANTS)
+def test_a_batch_of_no_images(mask, order, n):
+    projected, decay, curves, grad = make_inputs(mask, order, n)
+    leaves = [t for t in (projected[:0].clone(), decay) if t is not None]
+    y = call(leaves[0].requires_grad_(), decay if decay is None else decay.requires_grad_(),
+             curves, grad[:0], mask)  # fmt: skip
+    y.backward(grad[:0])
+    assert y.shape == grad[:0].shape
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+    assert call(leaves[0], decay, curves, grad[:0], mask, recurrent=True).shape == y.shape
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="width 16, 32, 64 or 128, not 24"):
         lion_kernels.mix(torch.zeros(1, 4, 72), lit=True, heads=1, dim=24)

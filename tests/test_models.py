@@ -112,6 +112,16 @@ def test_any_image_size_and_shape_and_batch_one(mask, order, format):
     assert torch.equal(resized(x), fixed(x))
 
 
+@pytest.mark.parametrize("mask, order, format", VARIANTS)
+def test_a_batch_of_no_images(mask, order, format):
+    """As timm's models take it: the last batch of a shard may be one."""
+    model = small_model(mask, order, format, pos_emb=True, dynamic_img_size=True)
+    out = model(images(0))
+    out.sum().backward()
+    assert out.shape == (0, 5) and model(images(0, 40, 24)).shape == (0, 5)
+    assert model.forward_features(images(0)).shape == (0, 17, 24)
+
+
 @pytest.mark.parametrize("mask, order", MASKS_ORDERS)
 def test_timm_features(mask, order):
     model = small_model(mask, order)
