@@ -1,15 +1,15 @@
-"""Makes documents of what get_text.sh has fetched: collect_text.py DOWNLOADS OUTPUT
+"""Makes documents of what get_text.sh has fetched.
 
 Markup, code and paragraphs that came before are dropped.
 """
 
+import argparse
 import csv
 import gzip
 import io
 import json
 import random
 import re
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -167,4 +167,7 @@ def main(downloads: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("downloads", type=Path)
+    parser.add_argument("output", type=Path)
+    main(**vars(parser.parse_args()))

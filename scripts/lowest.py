@@ -1,7 +1,7 @@
 """Prints the lowest versions that requirements files allow, for pip's constraints."""
 
+import argparse
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,5 +13,7 @@ def lowest(lines: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(*lowest(Path(name).read_text(encoding="utf-8").splitlines()), sep="\n")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="requirements.txt")
+    for file in parser.parse_args().files:
+        print(*lowest(file.read_text(encoding="utf-8").splitlines()), sep="\n")

@@ -1,15 +1,18 @@
 """Write the data set DEMO: a balanced subset of Fashion-MNIST, the same images each time.
 
-    python -m scripts.make_demo
-
-reads Debian's package dataset-fashion-mnist. The first test image of each class becomes a PNG.
+It is read of Debian's package dataset-fashion-mnist. The first test image of each class becomes a
+PNG.
 """
 
+import argparse
 import gzip
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import DEBIAN_FASHION_MNIST, DEMO_FOLDER, IdxImages, read_idx
 
 IMAGES_PER_CLASS = {"train": 1000, "t10k": 200}
@@ -44,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -1,6 +1,7 @@
 """Recipes take paths as the caller's shell does, from whatever folder they are called."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -67,9 +68,15 @@ def test_recipes_tell_their_usage(recipe, needs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_scoring_formats_tells_its_usage():
-    command = [sys.executable, ROOT / "scripts/score_formats.py"]
-    asked = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert asked.returncode == 0 and "--resume CHECKPOINT" in asked.stdout
-    done = subprocess.run([*command, "--model", "vit"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--resume" in done.stderr
+PROGRAMS = [p for p in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in p.read_text()]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_programs_tell_their_usage(program, monkeypatch, capsys):
+    for option, code in (("--help", None), ("--absent", 2)):
+        monkeypatch.setattr(sys, "argv", [str(program), option])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(program), run_name="__main__")
+        told = capsys.readouterr()
+        assert (ended.value.code or None) == code
+        assert (told.err if code else told.out).startswith("usage: ")
