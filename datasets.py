@@ -242,7 +242,7 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
         )
     samples = []
     for label, name in enumerate(classes):
-        paths, others = _images_in(folder / name)
+        paths, others = images_in(folder / name)
         if not paths:
             raise UserError(
                 f"The class folder {folder / name} has no images{_listed(others)}: "
@@ -275,11 +275,14 @@ def _class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
     return sorted(names), others
 
 
-def _images_in(folder: Path) -> tuple[list[str], Counter]:
+def images_in(
+    folder: Path, suffixes: tuple[str, ...] = IMG_EXTENSIONS
+) -> tuple[list[str], Counter]:
     """Paths of the images below `folder`, and how many other files there are of each type.
 
     What is hidden, or in a hidden folder, is no image: `.ipynb_checkpoints` holds copies. Links to
-    folders are followed, but each folder is read once, and none that holds the class folder itself.
+    folders are followed, but each folder is read once, and none that holds `folder` itself. Raises
+    UserError for a folder that cannot be listed.
     """
     paths: list[str] = []
     others: Counter[str] = Counter()
@@ -299,7 +302,7 @@ def _images_in(folder: Path) -> tuple[list[str], Counter]:
         for name in sorted(names):
             if hidden or name.startswith("."):
                 others["hidden"] += 1
-            elif name.lower().endswith(IMG_EXTENSIONS):
+            elif name.lower().endswith(suffixes):
                 paths.append(os.path.join(where, name))
             else:
                 others[Path(name).suffix.lower() or "without a suffix"] += 1

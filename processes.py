@@ -27,6 +27,7 @@ POLL = 0.02  # seconds between two looks at what others have told
 PATIENCE = 10.0  # seconds for the others to end, once a process has failed
 MEETING = 1800.0  # seconds in which all processes have to start
 LAUNCHED = 30.0  # seconds to find a launcher's store, which is there before it starts processes
+CPU = torch.device("cpu")
 
 
 class PeerFailed(Exception):
@@ -191,9 +192,9 @@ def _listed(names: list[str]) -> str:
 class World:
     """The processes of a run: this one's rank, their number, and the device it works on."""
 
-    rank: int
-    size: int
-    device: torch.device
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
     peers: Peers = field(default_factory=Peers)
 
     @property

@@ -397,9 +397,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("output must name a folder: the models are saved there.")
         jobs = build_jobs(settings, args.config, args.model)
         devices = devices_for(settings.device)
-        this_process = World(rank=0, size=1, device=torch.device(devices[0]))
-        require_writable(Path(settings.output), this_process, "output")
-        held.enter_context(only_run_in(Path(settings.output), this_process, "output"))
+        require_writable(Path(settings.output), World(), "output")
+        held.enter_context(only_run_in(Path(settings.output), World(), "output"))
 
         def work() -> None:
             text, means = table(jobs, run_jobs(jobs, devices))

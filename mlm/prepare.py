@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from errors import UserError
 from files import replacing
 from intervals import outside
 from journal import require_writable
+from locking import only_run_in
 from mlm.documents import KINDS, Documents, Source, c4_sources, kind_of, local_source
 from mlm.shards import SPLITS, digest_of, fingerprint_of, load_tokenizer, read_header, shard_writer
 from mlm.vocabulary import (
@@ -156,10 +156,11 @@ def build(args: argparse.Namespace) -> Callable[[], None]:
         raise UserError(f"The tokeniser {args.tokenizer} does not exist.")
     if args.cased and args.tokenizer and args.tokenizer.suffix != ".txt":
         raise UserError(f"--cased is for vocab.txt: {args.tokenizer} itself says what it keeps.")
-    require_writable(args.output, World(0, 1, torch.device("cpu")), "--output")
-    if args.c4:
-        return prepare(args, c4_sources(args.c4, args.output))
-    return prepare(args, [local_source(path) for path in args.files])
+    require_writable(args.output, World(), "--output")
+    with only_run_in(args.output, World(), "--output"):
+        if args.c4:
+            return prepare(args, c4_sources(args.c4, args.output))
+        return prepare(args, [local_source(path) for path in args.files])
 
 
 def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], None]:

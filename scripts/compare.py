@@ -19,13 +19,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from commands import open_streams
 from errors import UserError
 from journal import require_writable
+from locking import only_run_in
 from processes import World
 from scripts.comparing.recipes import check_data, read_recipe
 from scripts.comparing.report import report
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = read_recipe(args.recipe, args.output, models=args.models, seeds=args.seeds,
                            more=more, vary=args.vary)  # fmt: skip
         for folder in (args.output, *(run.folder for run in runs)):
-            require_writable(folder, World(0, 1, torch.device("cpu")), "--output")
+            require_writable(folder, World(), "--output")
         if args.report:
             report(runs, args.output)
             return
@@ -76,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds=60 * args.minutes,
             keep_checkpoints=args.keep_checkpoints,
         )
-        scheduler.work()
+        with only_run_in(args.output, World(), "--output"):
+            scheduler.work()
     except UserError as error:
         parser.exit(2, f"compare.py: error: {error}\n")
     finished = sum(run.is_finished for run in runs)

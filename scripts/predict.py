@@ -19,6 +19,7 @@ from timm.data import create_transform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import open_streams
+from datasets import images_in
 from errors import UserError
 from files import replacing, require_place
 from images import load_image
@@ -34,22 +35,21 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files among `paths`, and the images in its folders, sorted, hidden ones left out.
 
     Raises:
-        UserError: a path does not exist, or a folder holds no image.
+        UserError: a path does not exist, or a folder cannot be listed or holds no image.
     """
     Image.init()
-    known = {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
-    files = []
+    known = tuple(suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN)
+    files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UserError(f"There is no image or folder {path}: check its name.")
         if path.is_file():
             files.append(path)
             continue
-        inside = [p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known]
-        visible = [p for p in inside if not any(s[0] == "." for s in p.relative_to(path).parts)]
-        if not visible:
+        found, _ = images_in(path, known)
+        if not found:
             raise UserError(f"The folder {path} holds no images: name a folder that does.")
-        files += sorted(visible)
+        files += sorted(map(Path, found))
     return files
 
 

@@ -484,7 +484,7 @@ def test_nothing_but_corrupt_images_is_an_error(image_folder):
 
 def test_a_corrupt_image_is_an_error_in_evaluation(image_folder):
     corrupt(image_folder / "val/cat/0.png")
-    world = World(0, 1, torch.device("cpu"))
+    world = World()
     loading = ImageLoading("IMNET", str(image_folder), batch_size=2)
     loader = build_eval_loader(loading, world, Preprocessing(input_size=(3, 8, 8)))
     with pytest.raises(OSError, match="Cannot read the image .*/val/cat/0.png"):

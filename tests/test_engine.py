@@ -22,7 +22,7 @@ VARIANTS = [
     *product(FEATURE_MAPS, ("Normal", "S"), FORMATS, (1,)),
     *product(FEATURE_MAPS, ("Normal", "S"), ("Attention",), (2,)),
 ]
-CPU = World(0, 1, torch.device("cpu"))
+CPU = World()
 STEPS, BATCH, CLASSES = 4, 8, 5
 
 

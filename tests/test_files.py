@@ -107,7 +107,7 @@ def test_a_full_disk_is_noticed_before_any_work(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(UserError, match="cannot be written to .File too large"):
-            require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+            require_writable(tmp_path, World())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -229,20 +229,20 @@ MAKE = {
 def test_what_is_no_file_is_not_written_over(name, make, tmp_path):
     make(tmp_path / name)
     with pytest.raises(ValueError, match=f"holds {name}, which is no file: move it elsewhere"):
-        require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+        require_writable(tmp_path, World())
 
 
 @pytest.mark.parametrize("make", [Path.touch, *(MAKE[name] for name in MAKE if name != "folder")])
 def test_what_is_no_folder_is_not_filled(make, tmp_path):
     make(tmp_path / "model")
     with pytest.raises(ValueError, match="holds model, which is no folder: move it elsewhere"):
-        require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+        require_writable(tmp_path, World())
 
 
 def test_folders_whose_names_are_no_files_of_a_run(tmp_path):
     for name in ("model", ".model.saving", "images", "fine_tuned", "seed0,lr=1e-3"):
         (tmp_path / name).mkdir()
-    require_writable(tmp_path, World(0, 1, torch.device("cpu")))
+    require_writable(tmp_path, World())
 
 
 @pytest.mark.parametrize("target", ["folder", "file"])
@@ -271,7 +271,7 @@ def test_a_new_folder_that_fails_leaves_nothing(tmp_path):
 def test_a_folder_that_would_break_a_line_is_told_in_one(tmp_path):
     message = r"^output '.*/a\\nb' is no plain UTF-8 in one line: choose another name.$"
     with pytest.raises(ValueError, match=message):
-        require_writable(tmp_path / "a\nb", World(0, 1, torch.device("cpu")), "output")
+        require_writable(tmp_path / "a\nb", World(), "output")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ SELECTIVE = (*TINY, "--mask_type", "Selective", "--order", "S", "--no-model-ema"
 def built(*options: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, main.Run]:
     args = main.get_args_parser().parse_args([*SELECTIVE, *options])
     main.check_args(args)
-    world = main.World(0, 1, torch.device("cpu"))
+    world = main.World()
     model = main.build_model(args, 3, 16)
     run = main.build_run(args, world, model, 10, {})
     run.scheduler.step(0)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import ROOT, TINY, Ranks, call_main, is_running, refused, wait_for
 
 import checkpoint
 import locking
 import main
-from mlm import glue, pretrain
+from mlm import glue, prepare, pretrain
 from processes import World
+from scripts import compare
 
-THIS_PROCESS = World(0, 1, torch.device("cpu"))
+THIS_PROCESS = World()
 
 
 @pytest.fixture(autouse=True)
@@ -93,18 +93,24 @@ def test_a_worker_that_outlives_its_run_holds_no_lock(other, tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("command", ["pretrain", "glue"])
-def test_language_models_have_folders_of_their_own_too(
+COMMANDS = {
+    "pretrain": (pretrain, "mlm/configs/tiny.yaml", "data=CORPUS", "output=RUN", "device=cpu"),
+    "glue": (glue, "mlm/configs/glue.yaml", "data=none", "output=RUN", "device=cpu",
+             "--model", "none"),
+    "prepare": (prepare, "requirements.txt", "--output", "RUN", "--train-tokenizer", "100"),
+    "compare": (compare, "scripts/recipes/cifar10.yaml", "--output", "RUN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_commands_have_folders_of_their_own_too(
     command, ending, other, corpus, tmp_path, monkeypatch
 ):
     other(holding, tmp_path / "run")
-    if command == "pretrain":
-        settings = [f"data={corpus}", f"output={tmp_path / 'run'}", "device=cpu"]
-        ended = ending(pretrain.main, [str(ROOT / "mlm/configs/tiny.yaml"), *settings])
-    else:
-        monkeypatch.setattr(glue, "build_jobs", lambda *_: [])
-        settings = [f"output={tmp_path / 'run'}", "data=none", "device=cpu", "--model", "none"]
-        ended = ending(glue.main, [str(ROOT / "mlm/configs/glue.yaml"), *settings])
+    monkeypatch.setattr(glue, "build_jobs", lambda *_: [])
+    module, file, *words = COMMANDS[command]
+    words = [w.replace("RUN", str(tmp_path / "run")).replace("CORPUS", str(corpus)) for w in words]
+    ended = ending(module.main, [str(ROOT / file), *words])
     assert ended.code == 2 and "run is in use by another run (process " in ended.err, ended.err
 
 

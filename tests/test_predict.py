@@ -1,6 +1,7 @@
 """scripts/predict.py names the classes of images of every size and format."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -48,6 +49,23 @@ def test_every_size_and_format(call, tmp_path):
     for pair in (("a.png", "d.bmp"), ("h.png", "i.png")):  # the latter of 16 and of 8 bits
         same = [row["probability"] for row in rows if Path(row["image"]).name in pair]
         assert same[:2] == same[2:]
+
+
+def test_folders_are_searched_as_those_of_training(call, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert call(tmp_path, "--top", "1").out.count("\n") == 2
+    scandir, closed = os.scandir, tmp_path / "closed"
+    closed.mkdir()
+
+    def refusing(path):  # as for a user without the right to read it
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    ended = call(tmp_path)
+    assert ended.code == 2 and "closed cannot be read (Permission denied)" in ended.err
 
 
 def test_classes_are_those_of_an_evaluation(call, trained, data_path, tmp_path):
