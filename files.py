@@ -89,12 +89,9 @@ def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> s
     return os.path.join(folder, name)
 
 
-def require_place(output: Path, *, folder: bool = False) -> None:
-    """Raises UserError if no file can be made at `output` (--output), or no `folder`."""
-    if output.exists() and output.is_dir() != folder:
-        kind, wanted = ("file", "folder") if folder else ("folder", "file")
-        raise UserError(f"--output {output} is a {kind}: name a {wanted}.")
-    parents = output.resolve().parents
-    place = next(path for path in parents if path.exists()) if folder else parents[0]
-    if not place.is_dir():
+def require_place(output: Path) -> None:
+    """Raises UserError if no file can be made at `output` (--output)."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name a file.")
+    if not output.resolve().parent.is_dir():
         raise UserError(f"There is no folder for --output {output}: make it first.")

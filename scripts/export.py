@@ -33,10 +33,12 @@ from torch.export import Dim
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, as_user_error, first_line
 from files import require_place
+from journal import require_writable
 from models_hydra import HydraMixer
 from models_lion import FORMATS
 from models_vim import VimMixer
 from pretrained import Pretrained
+from processes import World
 from publishing import push_to_hf_hub, save_for_hf, save_weights
 from scripts import trained_model
 
@@ -150,8 +152,10 @@ def check(options: argparse.Namespace) -> None:
     suffix = SUFFIXES.get(options.to)
     if suffix and Path(options.output).suffix != suffix:
         raise UserError(f"--to {options.to} writes a file: --output must end in {suffix}.")
-    if options.to != "hub":
-        require_place(Path(options.output), folder=not suffix)
+    if suffix:
+        require_place(Path(options.output))
+    elif options.to != "hub":
+        require_writable(Path(options.output), World(), "--output")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if options.to == "onnx" and missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")

@@ -22,10 +22,11 @@ from timm.data import create_transform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError
-from files import require_place
 from images import load_image
+from journal import require_writable
 from models_lion import LionVisionTransformer
 from pretrained import Pretrained
+from processes import World
 from scripts import trained_model
 from scripts.pictures import attention, curves, decays, gates, overview
 from scripts.traces import Choice, Trace, trace
@@ -96,7 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        require_place(options.output, folder=True)
+        require_writable(options.output, World(), "--output")
         trained = load_lion(options)
         transform = create_transform(**trained.images.for_timm())
         pixels = transform(load_image(options.image))

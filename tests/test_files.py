@@ -275,19 +275,13 @@ def test_a_folder_that_would_break_a_line_is_told_in_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("output", "folder", "message"),
-    [("file", True, "--output .*file is a file: name a folder"),
-     ("file/below/it", True, "There is no folder for --output .*it: make it first"),
-     (".", False, "is a folder: name a file"),
-     ("absent/file", False, "There is no folder for --output .*: make it first")],
+    ("output", "message"),
+    [("file/below", "There is no folder for --output .*below: make it first"),
+     (".", "is a folder: name a file"),
+     ("absent/file", "There is no folder for --output .*: make it first")],
 )  # fmt: skip
-def test_places_that_cannot_be_written(output, folder, message, tmp_path):
+def test_places_that_cannot_be_written(output, message, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=message):
-        require_place(tmp_path / output, folder=folder)
-
-
-@pytest.mark.parametrize(("output", "folder"), [("file", False), ("a/b", True), (".", True)])
-def test_places_that_can_be_written(output, folder, tmp_path):
-    (tmp_path / "file").touch()
-    require_place(tmp_path / output, folder=folder)
+        require_place(tmp_path / output)
+    require_place(tmp_path / "file")

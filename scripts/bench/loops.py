@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from compilation import CUDA_GRAPHS
 from scripts.bench.cases import GRAPHS, MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
 from scripts.bench.entry import TRACED
 from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
@@ -118,7 +119,7 @@ def main_arguments(case: Case, setting: Setting) -> list[str]:
              "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
              **options}  # fmt: skip
     if case.compiled == GRAPHS:
-        words["torchcompile-mode"] = "reduce-overhead"
+        words["torchcompile-mode"] = CUDA_GRAPHS[0]
     flags = {"--torchcompile": case.compiled, "--no-amp": case.precision == "float32"}
     return [*(word for key, value in words.items() for word in (f"--{key}", str(value))),
             *(flag for flag, wanted in flags.items() if wanted)]  # fmt: skip

@@ -18,7 +18,7 @@ import lion_kernels
 import models_hydra  # noqa: F401, registers models, as the next does
 import models_lion
 import models_vim  # noqa: F401
-from compilation import begin_step, compile_in_place
+from compilation import CUDA_GRAPHS, begin_step, compile_in_place
 from curves import scan_curves
 from scripts.bench import cases
 from scripts.bench.cases import BACKENDS, MODELS, Case
@@ -157,7 +157,7 @@ def build(case: Case) -> nn.Module:
     elif case.compiled == "blocks":  # which are alike and compile once
         compile_in_place(model, dynamic=False)
     elif case.compiled == cases.GRAPHS:
-        compile_in_place(model, mode="reduce-overhead", dynamic=False)
+        compile_in_place(model, mode=CUDA_GRAPHS[0], dynamic=False)
     return model
 
 
