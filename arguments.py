@@ -302,21 +302,29 @@ def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def check_no_other_run(args: argparse.Namespace) -> None:
     """Raises UserError if training would mix with another run in --output_dir."""
     found = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
-    if found and not (args.eval or args.overwrite or goes_on(args)):
+    if not found or args.eval or goes_on(args):
+        return
+    if not args.overwrite:
         raise UserError(
             f"{args.output_dir} holds another run ({', '.join(found)}): go on with it by "
             "--resume auto, replace it by --overwrite, or choose another --output_dir."
         )
+    for name, source in (("finetune", args.finetune), ("teacher-path", args.teacher_path)):
+        if _is_of_run(args, source):
+            raise UserError(
+                f"--{name} {source} is a file of the run that --overwrite would replace: choose "
+                "another --output_dir."
+            )
 
 
 def goes_on(args: argparse.Namespace) -> bool:
     """Whether --resume names the run in --output_dir, not another."""
-    if args.resume == "auto":
-        return True
+    return args.resume == "auto" or _is_of_run(args, args.resume)
+
+
+def _is_of_run(args: argparse.Namespace, source: str) -> bool:
     own = [Path(args.output_dir, name) for name in RUN_FILES]
-    return Path(args.resume).is_file() and any(
-        path.exists() and path.samefile(args.resume) for path in own
-    )
+    return Path(source).is_file() and any(p.exists() and p.samefile(source) for p in own)
 
 
 def check_numbers(args: argparse.Namespace) -> None:

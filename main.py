@@ -303,7 +303,8 @@ class Training:
         check_optimizer(args, world.device)
         self.args, self.world = args, world
         found = resuming.read(args.resume, args.output_dir)
-        basis = (checkpoint.load(args.finetune), args.finetune) if args.finetune else None
+        fresh = args.finetune and not found  # a run that goes on has it in its weights
+        basis = (checkpoint.load(args.finetune), args.finetune) if fresh else None
         images = choose_preprocessing(args, found or basis, keep_size=bool(found))
         self.loader, classes = build_train_loader(args, world, images)
         self.eval_loader = loaders.build_eval_loader(image_loading(args), world, images)

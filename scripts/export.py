@@ -19,6 +19,7 @@ holds LION's GPU kernels, and a model of softmax attention stays quadratic.
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,8 +33,8 @@ from torch.export import Dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, as_user_error, first_line
-from files import require_place
-from journal import require_writable
+from files import new_folder, require_place
+from journal import RUN_FILES, require_writable
 from models_hydra import HydraMixer
 from models_lion import FORMATS
 from models_vim import VimMixer
@@ -97,8 +98,8 @@ def export(trained: Pretrained, kind: str, path: Path, *, any_size: bool) -> lis
     """Writes an `onnx` or `torch` file and compares it with the model at the shapes returned.
 
     Raises:
-        RuntimeError: the model cannot be exported so, or the file computes something else; none is
-            left.
+        RuntimeError: the model cannot be exported so, or the file computes something else. What was
+            at `path` before stays.
     """
     model = trained.model
     varying, tried = shapes(model, trained.images.input_size, any_size)
@@ -106,11 +107,12 @@ def export(trained: Pretrained, kind: str, path: Path, *, any_size: bool) -> lis
     samples = [torch.randn(shape, generator=generator) for shape in tried]
     write = {"torch": to_torch, "onnx": to_onnx}[kind]
     try:
-        exported = write(model, samples[0], varying, path)
-        for images in samples:
-            torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-3)
+        with new_folder(path) as folder:
+            exported = write(model, samples[0], varying, folder / path.name)
+            for images in samples:
+                torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-3)
+            os.replace(folder / path.name, path)
     except Exception as error:  # exporters raise whatever happens inside them
-        path.unlink(missing_ok=True)
         advice = " (perhaps with --fixed-size)" if any_size else ""
         raise RuntimeError(
             f"This model cannot be exported to {kind}: {first_line(error)}{advice}"
@@ -154,11 +156,19 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--to {options.to} writes a file: --output must end in {suffix}.")
     if suffix:
         require_place(Path(options.output))
+        _require_of_no_run(Path(options.output), options.checkpoint)
     elif options.to != "hub":
         require_writable(Path(options.output), World(), "--output")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if options.to == "onnx" and missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+
+
+def _require_of_no_run(output: Path, source: str) -> None:
+    """Raises UserError for an output that would replace the checkpoint, or another of its run."""
+    is_source = output.exists() and Path(source).exists() and output.samefile(source)
+    if is_source or (output.name in RUN_FILES and output.exists()):
+        raise UserError(f"--output {output} is a file of a run: choose another name or folder.")
 
 
 def load(options: argparse.Namespace) -> Pretrained:

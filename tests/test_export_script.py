@@ -1,6 +1,7 @@
 """scripts/export.py writes files that compute what the model does."""
 
 import re
+import shutil
 
 import pytest
 import timm
@@ -36,6 +37,24 @@ def saved_model(folder, name="lion_tiny_patch16_224", **options):
     args = {"model": name, "data_set": "IMNET", "input_size": 16, "model_kwargs": kept | options}
     torch.save({"model": model.state_dict(), "args": args}, folder / "model.pth")
     return folder / "model.pth"
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "best_checkpoint.pth"])
+def test_no_file_of_a_run_is_replaced(name, call, trained, tmp_path):
+    shutil.copy(trained, tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    ended = call("checkpoint", tmp_path / name)
+    assert ended.code == 2 and f"{name} is a file of a run: choose another" in ended.err
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_failed_export_leaves_the_file_before(call, tmp_path, monkeypatch):
+    (tmp_path / "model.pt2").write_text("before")
+    monkeypatch.setattr(export, "to_torch", lambda *_: lambda images: images)
+    ended = call("torch", tmp_path / "model.pt2")
+    assert ended.code == 1 and "cannot be exported to torch" in ended.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+    assert (tmp_path / "model.pt2").read_text() == "before"
 
 
 @pytest.mark.parametrize(

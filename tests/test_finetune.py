@@ -2,12 +2,13 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT, TINY, weights
+from helpers import ROOT, TINY, VARIANT, refused, weights
 
 import models_lion  # noqa: F401  (registers the models)
 from checkpoint import adapt_weights
@@ -226,6 +227,28 @@ def test_the_command_line_starts_from_the_file(data_path, tmp_path, run):
     for name, weight in source.state_dict().items():
         if not name.startswith("head"):
             assert torch.allclose(trained[name], weight, atol=1e-5), name
+
+
+def test_a_run_that_goes_on_needs_no_more_what_it_started_from(trained, data_path, tmp_path, run):
+    start = tmp_path / "start.pth"
+    shutil.copy(trained, start)
+    arguments = (*TINY, *VARIANT, "--data-path", data_path, "--finetune", start,
+                 "--output_dir", tmp_path / "run", "--resume", "auto")  # fmt: skip
+    assert run(*arguments).code == 0
+    start.unlink()
+    assert run(*arguments, "--epochs", "2").code == 0
+
+
+@pytest.mark.parametrize(
+    "options", [("--finetune",), ("--distillation-type", "hard", "--teacher-path")]
+)
+def test_what_a_run_starts_from_is_not_replaced_by_it(options, trained, data_path, tmp_path, run):
+    start = tmp_path / "best_checkpoint.pth"
+    shutil.copy(trained, start)
+    ended = run(*TINY, *VARIANT, "--data-path", data_path, "--output_dir", tmp_path, "--overwrite",
+                *options, start)  # fmt: skip
+    refused(ended, f"{options[-1]} {start} is a file of the run that --overwrite would replace")
+    assert start.exists()
 
 
 def test_fine_tuning_with_distillation(data_path, tmp_path, run):
