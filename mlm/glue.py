@@ -7,14 +7,13 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -265,7 +264,7 @@ def _take_device(free: Any) -> None:
     open_streams()
     setup_logging(is_main=False)
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # that a classifier is new is no news
+    logging.set_verbosity_error()
 
 
 def _run(job: Job) -> dict[str, float]:
@@ -342,19 +341,15 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
 
 def check_model(model: str, length: int) -> None:
     """Raises UserError if there is no encoder for `length` tokens, or of another vocabulary."""
-    weights = Path(model, "model.safetensors")
-    if not weights.exists():
+    if not Path(model, "model.safetensors").exists():
         raise UserError(f"There is no model in {model}: give the folder model of a pre-training.")
     words = len(load_tokenizer(Path(model)))
-    try:
+    with _loading(model):
         config = AutoConfig.from_pretrained(model)
-        with safe_open(weights, "pt"):
-            pass
-    except Exception as error:  # of any kind: the files may hold anything
-        raise UserError(f"cannot load the model in {model}: {error}") from error
-    if config.vocab_size != words:
+        vocabulary = config.vocab_size
+    if vocabulary != words:
         raise UserError(
-            f"The model in {model} has a vocabulary of {config.vocab_size} words and its tokeniser "
+            f"The model in {model} has a vocabulary of {vocabulary} words and its tokeniser "
             f"one of {words}: they do not belong together."
         )
     if getattr(config, "position_embeddings", True) and length > config.max_position_embeddings:
@@ -362,6 +357,27 @@ def check_model(model: str, length: int) -> None:
             f"length {length} is more than the {config.max_position_embeddings} positions of the "
             f"model in {model}: give a lower length."
         )
+    logging.set_verbosity_error()  # that a classifier is new is no news
+    with _loading(model):
+        loaded, report = AutoModelForSequenceClassification.from_pretrained(
+            model, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    lost = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    own = [name for name in lost if name.startswith(f"{loaded.base_model_prefix}.")]
+    if own := sorted(name for name in own if "pooler" not in name):
+        raise UserError(
+            f"The weights in {model} are of another model than its config.json: {len(own)} are "
+            f"missing or of another shape, such as {own[0]}."
+        )
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Errors of any kind are the user's: the files may hold anything."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"cannot load the model in {model}: {error}") from error
 
 
 def devices_for(device: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,24 @@ def test_models_that_cannot_be_used(model, ending, tmp_path):
         for other in copies:
             (broken / other).write_bytes(content if other == name else copies[other])
         refused(ending(call, tmp_path, broken), "cannot load the model in .*broken: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["names", "num_hidden_layers", "hidden_size", "fewer"])
+def test_an_encoder_that_would_start_anew_is_refused(change, model, ending, tmp_path):
+    """Transformers draws what it lacks at random, and says so in a log that nobody reads."""
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    if change == "names":
+        weights = {f"module.{name}": value for name, value in weights.items()}
+    elif change == "fewer":
+        del weights["lion.layers.0.norm1.weight"]
+    else:
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, change: 2 * config[change]}))
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    message = r"of another model than its config.json: \d+ are missing or of another shape"
+    refused(ending(call, write(tmp_path), other), message)
     assert not (tmp_path / "out").exists()
 
 
