@@ -22,7 +22,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import hub
 from errors import UserError
-from files import replacing, writing
+from files import replacing, require_file, writing
 from urls import cached, is_url, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -476,8 +476,7 @@ def _check_types(checkpoint: dict, source: str | Path) -> None:
 def _read(path: Path) -> object:
     if path.is_dir():
         return hub.read_folder(path)
-    if path.exists() and not path.is_file():
-        raise OSError("it is no file, and could be waited for")
+    require_file(path)
     # torch.load does not verify the checksums in the archive.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,12 @@ def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> s
             "data from a source that you trust."
         )
     return os.path.join(folder, name)
+
+
+def require_file(path: str | os.PathLike) -> None:
+    """Raises OSError for what is absent, and for pipes and devices, which would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no file")
 
 
 def require_place(output: Path) -> None:

@@ -13,9 +13,11 @@ from PIL import Image
 from PIL.TiffTags import TAGS_V2
 
 from errors import UserError, one_line
+from files import require_file
 
 BITS_PER_SAMPLE = next(tag for tag, info in TAGS_V2.items() if info.name == "BitsPerSample")
 USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+MOST_TIMES_LONGER = 500
 DEEP_GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -30,12 +32,23 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     be open are used up, which says nothing of the image.
     """
     try:
+        require_file(path)
         with Image.open(path) as image:
+            require_sides(image)
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many types on corrupt data
         used_up = isinstance(error, MemoryError) or getattr(error, "errno", None) in USED_UP
         kind = UserError if used_up else UnreadableImage
         raise kind(f"Cannot read the image {path}: {one_line(error)}") from error
+
+
+def require_sides(image: Image.Image) -> None:
+    """Raises OSError for a line of pixels: resized by its short side, it would fill the memory."""
+    if max(image.size) > MOST_TIMES_LONGER * min(image.size):
+        raise OSError(
+            f"one side of {image.width} x {image.height} pixels is more than {MOST_TIMES_LONGER} "
+            "times as long as the other"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -264,7 +264,7 @@ class Evaluation:
             state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
             checkpoint.load_weights(self.model, state, source)
             before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
-            resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
+            resuming.check_evaluation(before, now, source)
         require_same(world, {"test": self.loader.dataset}, self.model)
         self.model.to(world.device)
         require_logits(args, world, self.model, self.classes, self.images)

@@ -121,6 +121,17 @@ def check_settings(
             raise UserError(REFUSALS[rule].format(source=source, differences=reasons))
 
 
+def check_evaluation(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
+    """Raises UserError for another model, or for held-out images that were trained on."""
+    check_settings(saved, now, RULES, source, Rule.MODEL)
+    trained, asked = saved.get("holdout"), now["holdout"]
+    if asked and trained is not None and asked != trained:
+        raise UserError(
+            f"{source} was trained with --holdout {trained}: of the images that --holdout {asked} "
+            "holds out it knows some. Evaluate with the one of its training, or without."
+        )
+
+
 def tell_changes(
     saved: dict[str, Any], now: dict[str, Any], rules: dict[str, Rule], source: str
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
-from files import inside, replacing
+from files import inside, replacing, require_file
 
 HEADER = struct.Struct("<8s32sQQB7x")  # magic, SHA-256 of the tokeniser, documents, tokens, bytes
 MAGIC = b"LIONMLM1"
@@ -55,10 +55,11 @@ def read_header(path: Path, fingerprint: str) -> tuple[int, int, int]:
     Raises UserError if it is not.
     """
     try:
+        require_file(path)
         with path.open("rb") as file:
             header = file.read(HEADER.size)
     except OSError as error:
-        raise UserError(f"cannot read the shard {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from error
     if len(header) < HEADER.size or header[:8] != MAGIC:
         raise UserError(f"{path} is no token shard, or cut off: prepare the text again.")
     _, written_by, documents, tokens, width = HEADER.unpack(header)

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from errors import UserError
+from files import require_file
 from mlm.fields import setting
 from mlm.settings import check_ranges
 
@@ -129,6 +130,7 @@ def read_examples(folder: Path, name: str, task: Task, classes: list[str] | None
 def _read_rows(path: Path, header: list[str]) -> tuple[list[str], list[list[str]]]:
     """The header and the rows; quotes mean nothing in GLUE's files."""
     try:
+        require_file(path)
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

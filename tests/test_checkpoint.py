@@ -250,7 +250,7 @@ def test_missing_file(path):
 
 def test_a_pipe_is_not_waited_for(path):
     os.mkfifo(path)
-    with pytest.raises(ValueError, match="checkpoint.pth: it is no file, and could be waited for"):
+    with pytest.raises(ValueError, match="checkpoint.pth: it is no file"):
         checkpoint.load(path)
 
 

@@ -37,7 +37,7 @@ def test_it_knows_the_images():
 
 
 def test_main_evaluates_it(run):
-    ended = run("--eval", "--resume", DEMO, *MODEL, "--data-set", "DEMO", "--holdout", "100",
+    ended = run("--eval", "--resume", DEMO, *MODEL, "--data-set", "DEMO",
                 "--num_workers", "0", "--device", "cpu")  # fmt: skip
     assert ended.code == 0, ended.err
     (line,) = [line for line in ended.out.splitlines() if line.startswith("* Acc@1")]

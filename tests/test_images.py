@@ -1,5 +1,6 @@
 """Every pixel format that Pillow opens keeps its grey levels; 8-bit ones are read as ever."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from images import load_image, to_rgb
+from images import UnreadableImage, load_image, to_rgb
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 UINT16 = np.rint(RAMP * 65535)
@@ -28,6 +29,22 @@ def read(path: Path) -> np.ndarray:
     channels = np.asarray(image)
     assert (channels == channels[..., :1]).all()
     return channels[..., 0]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(UnreadableImage, match="Cannot read the image .*image.png: it is no file"):
+        load_image(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("size", [(501, 1), (1, 9000)])
+def test_a_line_of_pixels_is_no_image(size, tmp_path):
+    """Resized to 224 pixels by its short side, 9000 x 1 takes gigabytes."""
+    Image.new("L", (500, 1)).save(tmp_path / "long.png")
+    assert load_image(tmp_path / "long.png").size == (500, 1)
+    Image.new("L", size).save(tmp_path / "line.png")
+    with pytest.raises(UnreadableImage, match="one side of .* is more than 500 times as long"):
+        load_image(tmp_path / "line.png")
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,16 @@ def test_settings_that_the_weights_depend_on(name, evaluation, places, resumed):
         refused(ended, rf"is of another model: {name}: checkpoint .*, now ")
 
 
+def test_held_out_images_that_were_trained_on_are_not_scored(places, run, data_path, tmp_path):
+    arguments = (*TINY, "--data-path", data_path)
+    assert run(*arguments, "--holdout", "20", "--output_dir", tmp_path).code == 0
+    resume = ("--eval", "--resume", tmp_path / "checkpoint.pth")
+    for holdout in ("20", "0"):
+        assert run(*arguments, *resume, "--holdout", holdout).code == 0
+    message = "was trained with --holdout 20: of the images that --holdout 21 holds out it knows"
+    refused(run(*arguments, *resume, "--holdout", "21"), message)
+
+
 def test_heads_and_pooling_are_told_in_any_checkpoint_with_settings(places, run, data_path):
     """Their weights have the same shapes."""
     shared = (*LIT, "--data-path", data_path, "--eval", "--resume")
