@@ -67,6 +67,15 @@ def test_runs_of_a_recipe(tmp_path):
         ({"models": {"a/b": ""}}, "'a/b' is no name of a folder"),
         ({"models": {"a": "--lr -1"}}, "--lr must not be negative"),
         ({"models": {"a": "--model nonsense"}}, "There is no model 'nonsense'"),
+        ({"models": {"..": ""}}, "The model '..' is no name of a folder"),
+        ({"seeds": [1, 1]}, "The seed 1 is there twice: give each once"),
+        ({"seeds": []}, "Give at least one seed"),
+        ({"seeds": [-1]}, "A seed must be a whole number from 0 to .*, not -1"),
+        ({"seeds": ["x"]}, "A seed must be a whole number from 0 to .*, not 'x'"),
+        ({"seeds": "123"}, "is no recipe .'123' is no list of values"),
+        ({"vary": {"batch-size": "64"}}, "is no recipe .'64' is no list of values"),
+        ({"vary": {"lr": [1e-3, 1e-3]}}, "The lr 0.001 is there twice: give each once"),
+        ({"vary": {"finetune": ["../a"]}}, "The finetune ../a would name a folder of runs"),
     ],
 )
 def test_wrong_recipes_are_refused_before_any_work(changes, message, tmp_path, ending):

@@ -103,9 +103,13 @@ def read_recipe(
     program, table = PROGRAMS[recipe["program"]], recipe["models"]
     if unknown := [name for name in models if name not in table]:
         raise UserError(f"{path} has no model {unknown[0]}: it has {', '.join(table)}.")
-    variants = _variants({**recipe["vary"], **{name: values for name, *values in vary}}, program)
+    varied_values = {**recipe["vary"], **{name: values for name, *values in vary}}
+    seeds, models = seeds or recipe["seeds"], models or list(table)
+    for what, values in (("seed", seeds), ("model", models), *varied_values.items()):
+        _check_values(what, values)
+    variants = _variants(varied_values, program)
     runs = []
-    chosen = itertools.product(seeds or recipe["seeds"], variants, models or table)
+    chosen = itertools.product(seeds, variants, models)
     for seed, (suffix, varied), name in chosen:
         arguments = (*recipe["arguments"], *table[name], *more, *varied)
         length = program.check(arguments, recipe["fine_tune"])
@@ -126,10 +130,12 @@ def _read(path: Path) -> dict[str, Any]:
             raise KeyError(f"unknown key {unknown.pop()}")
         recipe = {**defaults, **recipe}
         recipe["models"] = {str(n): tuple(shlex.split(t)) for n, t in recipe["models"].items()}
+        lists = [recipe["seeds"], *recipe["vary"].values()]
+        if wrong := [values for values in lists if not isinstance(values, list)]:
+            raise TypeError(f"{wrong[0]!r} is no list of values")
         recipe["vary"] = {str(n): [*map(str, v)] for n, v in recipe["vary"].items()}
         for name in ("arguments", "fine_tune"):
             recipe[name] = tuple(shlex.split(recipe[name]))
-        recipe["seeds"] = list(recipe["seeds"])
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError,
             RecursionError) as error:  # fmt: skip
         raise UserError(
@@ -139,9 +145,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has no program {recipe['program']!r}: choose one of {', '.join(PROGRAMS)}."
         )
-    if wrong := [name for name in recipe["models"] if not re.fullmatch(r"[\w.+-]+", name)]:
+    if wrong := [name for name in recipe["models"] if not re.fullmatch(r"\w[\w.+-]*", name)]:
         raise UserError(f"The model {wrong[0]!r} is no name of a folder: rename it in {path}.")
     return recipe
+
+
+def _check_values(what: str, values: Sequence[Any]) -> None:
+    """Raises UserError for values that are no seeds, or that would give runs the same folder."""
+    if not values:
+        raise UserError(f"Give at least one {what}.")
+    if twice := [value for value in values if list(values).count(value) > 1]:
+        raise UserError(f"The {what} {twice[0]} is there twice: give each once.")
+    for value in values:
+        if what == "seed" and not (type(value) is int and 0 <= value < 2**32):
+            raise UserError(f"A seed must be a whole number from 0 to 2**32 - 1, not {value!r}.")
+        if "/" in str(value):
+            raise UserError(f"The {what} {value} would name a folder of runs: give it no /.")
 
 
 def _variants(vary: dict[str, list[str]], program: Program) -> list[tuple[str, tuple[str, ...]]]:
