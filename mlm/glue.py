@@ -316,6 +316,8 @@ def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
     jobs = []
     for name, task in tasks.items():
         task.check(name)
+        if settings.length < (least := 1 + 2 * len(task.text)):  # [CLS], and a token and [SEP] each
+            raise UserError(f"length must be at least {least} for the texts of {name}.")
         folder = Path(settings.data)
         examples = {task.train: read_examples(folder, task.train, task, None)}
         for file in task.eval:

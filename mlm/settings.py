@@ -93,6 +93,8 @@ def _shown_default(field: dataclasses.Field) -> str:
 
 def typed(kind: type[T], values: dict[str, Any], source: str) -> T:
     """The dataclass `kind` from `values`: known keys and values of their types only."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source} is no mapping of keys to values.")
     fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
     checked = check(get_type_hints(kind), values, source)
     required = (dataclasses.MISSING, dataclasses.MISSING)
@@ -144,6 +146,11 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
         except (TypeError, ValueError):
             pass
     elif any(type(value) is kind for kind in kinds):
+        items = get_args(hint) if list in kinds else ()
+        if wrong := [item for item in value if type(item) not in items] if items else ():
+            raise UserError(
+                f"{key} in {source} must be a list of {items[0].__name__}, not of {wrong[0]!r}."
+            )
         return value
     elif value is None and type(None) in kinds:
         return None

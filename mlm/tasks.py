@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +34,22 @@ class Task:
     """One sentence task."""
 
     train: str = setting("TSV file in the folder data")
-    eval: list = setting("TSV files in the folder data")
-    text: list = setting("columns of text, one or two")
+    eval: list[str] = setting("TSV files in the folder data")
+    text: list[str] = setting("columns of text, one or two")
     label: str = setting("column of the labels")
-    metrics: list = setting(", ".join(METRICS))
+    metrics: list[str] = setting(", ".join(METRICS))
     batch: int = setting("examples of a step")
     epochs: int = setting("times over the training file")
     weight_decay: float = setting("of a step at the peak learning rate")
-    seeds: list = setting("one job each")
-    header: list = setting("names of the columns, where the files have none", factory=list)
+    seeds: list[int] = setting("one job each")
+    header: list[str] = setting("names of the columns, where the files have none", factory=list)
     start: str | None = setting("task whose model it starts from", None)
     precision: str = setting("bf16 or fp32, on a GPU", "bf16")
 
     def check(self, name: str) -> None:
         """Raises UserError for values that make no sense."""
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(f"The task {name!r} is no name of a folder: rename it.")
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:
             raise UserError(

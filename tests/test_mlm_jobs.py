@@ -93,6 +93,28 @@ def test_a_dev_file_of_equal_labels_has_no_correlation(model, ending, tmp_path):
     refused(ended, "dev.tsv has no two different labels")
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("tasks.T=null", "the task T of .* is no mapping of keys to values"),
+     ("tasks.T.eval=[1]", "eval in the task T of .* must be a list of str, not of 1"),
+     ("tasks.T.metrics=[[accuracy]]", "metrics .* must be a list of str, not of ..accuracy"),
+     ("tasks.T.header=[1, 2]", "header in the task T of .* must be a list of str, not of 1"),
+     ("tasks.T.seeds=[1.5]", "seeds in the task T of .* must be a list of int, not of 1.5"),
+     ("tasks.T.seeds=[true]", "seeds in the task T of .* must be a list of int, not of True"),
+     ("length=2", "length must be at least 3 for the texts of T")],
+)  # fmt: skip
+def test_settings_of_tasks_are_checked(task, message, model, ending, tmp_path):
+    refused(ending(call, write(tmp_path), model, task), message)
+
+
+def test_names_of_tasks_are_names_of_folders(model, ending, tmp_path):
+    (tmp_path / "tasks.yaml").write_text(json.dumps(
+        {"data": str(write(tmp_path)), "tasks": {"../out": TASK}, "output": str(tmp_path / "o")}
+    ))  # fmt: skip
+    ended = ending(glue.main, [str(tmp_path / "tasks.yaml"), "--model", str(model), "length=16"])
+    refused(ended, "The task '../out' is no name of a folder: rename it")
+
+
 def test_models_that_cannot_be_used(model, ending, tmp_path):
     write(tmp_path)
     refused(
