@@ -1,6 +1,7 @@
 """An argument parser whose options have ranges, groups, and a help that shows every default."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +69,8 @@ class ArgumentParser(argparse.ArgumentParser):
         takes_text = "action" not in kwargs and "choices" not in kwargs
         if takes_text and (kind := kwargs.get("type")) in METAVARS:
             kwargs.setdefault("metavar", METAVARS[kind])
+        if kwargs.get("metavar") in ("PATH", "FOLDER"):  # shells leave the ~ of --name=~/run to us
+            kwargs.setdefault("type", os.path.expanduser)
         add = group.add_argument if group else super().add_argument
         action = add(*names, help=help, **kwargs)
         self.names[action.dest] = shown

@@ -23,6 +23,7 @@ from errors import UserError, as_user_error, one_line
 from journal import RUN_FILES
 from models_lion_plus import PLUS
 from optimization import create_optimizer, state_for
+from preprocessing import CROPS, FILTERS
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 OF_GATES = ("gate_lr_scale", "gate_weight_decay")
@@ -36,7 +37,6 @@ HOW_MANY = {
     "lr_noise": (1, 2),
 }  # fewest, most numbers
 WORDS = {1: "one", 2: "two", 3: "three"}
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may differ in these
 Add = Callable[..., Any]
 
@@ -116,8 +116,8 @@ def _add_data(add: Add, switch: Add) -> None:
     own = {"default": None, "otherwise": "the checkpoint's, else the model's"}
     add("--eval-crop-ratio", "--crop-pct", **{**own, "default": 0.875}, type=float, within="(0, 1]",
         help="share of the shorter side that evaluation keeps, 0.875 in DeiT")  # fmt: skip
-    add("--crop-mode", **own, choices=("center", "squash", "border"), help="crop of evaluation")
-    add("--interpolation", **own, choices=INTERPOLATIONS, help="filter by which evaluation resizes")
+    add("--crop-mode", **own, choices=CROPS, help="crop of evaluation")
+    add("--interpolation", **own, choices=FILTERS, help="filter by which evaluation resizes")
     add("--mean", **own, type=float, nargs=3, within="(-inf, inf)", help="means of the channels")
     add("--std", **own, type=float, nargs=3, within="(0, inf)",
         help="standard deviations of the channels")  # fmt: skip

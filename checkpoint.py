@@ -33,7 +33,8 @@ RESULTS = ("best_checkpoint.pth", "model/model.safetensors")  # never before a c
 _TYPES: dict[str, tuple[type, ...]] = {
     "args": (dict,), "classes": (list,), "data_config": (dict,), "epoch": (int,),
     "max_accuracy": (float, int), "meters": (list,), "optimizer": (dict,), "scaler": (dict,),
-    "step": (int,),
+    "step": (int,), "classes[]": (str,), "meters[]": (dict, list, tuple),
+    "args.model_kwargs": (dict,),
 }  # fmt: skip
 _NEEDED = ("epoch", "optimizer", "step")
 # Errors that say nothing of a file's content: too few rights, open files or memory, say.
@@ -460,8 +461,15 @@ def _load_file(path: Path, source: str | Path) -> dict:
 
 
 def _check_types(checkpoint: dict, source: str | Path) -> None:
-    for name in filter(checkpoint.__contains__, _TYPES):
-        value, types = checkpoint[name], _TYPES[name]
+    found = {name: checkpoint[name] for name in _TYPES if name in checkpoint}
+    for name in ("classes", "meters"):
+        items = found.get(name)
+        if isinstance(items, list):
+            found |= {f"{name}[{i}]": item for i, item in enumerate(items)}
+    if isinstance(args := found.get("args"), dict) and "model_kwargs" in args:
+        found["args.model_kwargs"] = args["model_kwargs"]
+    for name, value in found.items():
+        types = _TYPES[re.sub(r"\[\d+\]", "[]", name)]
         fits = isinstance(value, types) and not isinstance(value, bool)
         if name in ("epoch", "step"):
             fits = fits and value >= -1  # of no epoch finished

@@ -236,9 +236,10 @@ def _image_folder(root: Path, train: bool, transform: Transform | None) -> Image
             "IMNET needs train/CLASS/IMAGE and val/CLASS/IMAGE."
         )
     classes, left_out = _class_folders(folder)
-    if not classes:
+    if len(classes) < (2 if train else 1):
+        count = "one class folder alone" if classes else "no class folders"
         raise UserError(
-            f"{folder} has no class folders: put the images of each class in a folder of its own."
+            f"{folder} has {count}: put the images of each class in a folder of its own."
         )
     samples = []
     for label, name in enumerate(classes):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from compilation import begin_step
+from errors import UserError
 from journal import Mean, Progress
 from optimization import load_optimizer
 from optimizer_step import OptimizerStep, Reading
@@ -87,6 +88,11 @@ class Run:
             logger.info("%s holds weights alone: training starts at its beginning.", source)
             return
         load_optimizer(self.optimizer, saved["optimizer"], source)
+        if saved.get("step", 0) > self.facts.get("steps", math.inf):
+            raise UserError(
+                f"{source} stands at step {saved['step']} of an epoch of {self.facts['steps']}: "
+                "it is damaged, use an earlier one."
+            )
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.position = Position(saved["epoch"] + 1, saved.get("step", 0), saved.get("meters", []))

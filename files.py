@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,5 +101,11 @@ def require_place(output: Path) -> None:
     """Raises UserError if no file can be made at `output` (--output)."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder: name a file.")
-    if not output.resolve().parent.is_dir():
+    folder = output.resolve().parent
+    if not folder.is_dir():
         raise UserError(f"There is no folder for --output {output}: make it first.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}).") from error

@@ -313,7 +313,7 @@ class Training:
         seed_everything(args.seed)
         model = self._build_model(classes, images, basis)
         self.steps = len(self.loader.sampler) // (args.batch_size * args.grad_accum_steps)
-        facts = {"data_config": images.state(), "classes": classes,
+        facts = {"data_config": images.state(), "classes": classes, "steps": self.steps,
                  "images": len(self.loader.dataset), "processes": world.size}  # fmt: skip
         self.run = build_run(args, world, model, self.steps, facts)
         if found:

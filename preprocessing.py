@@ -1,6 +1,7 @@
 """What images become before a model sees them, and where that is known from."""
 
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 from augment import effective_crop
 from errors import UserError
 
+FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROPS = ("center", "squash", "border")
 # Trained from scratch as DeiT does it, whatever timm's own weights of them were trained with.
 TRAINED_AS_DEIT = ("lion_", "hydra_", "vim_", "vit_", "deit")
 
@@ -36,6 +39,18 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name in ("input_size", "mean", "std"):  # lists, where they were read from a file
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def is_sound(self) -> bool:
+        """Whether every value is of its kind, as those of a file need not be."""
+        numbers = (*self.mean, *self.std, self.crop_pct)
+        return (
+            len(self.input_size) == len(self.mean) == len(self.std) == 3
+            and all(type(pixels) is int and pixels > 0 for pixels in self.input_size)
+            and all(type(number) in (int, float) and isfinite(number) for number in numbers)
+            and min(*self.std, self.crop_pct) > 0
+            and self.interpolation in FILTERS
+            and self.crop_mode in CROPS
+        )
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.input_size[1:]))
@@ -112,11 +127,23 @@ def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Prepr
     as those of timm's train.py do.
 
     Raises:
-        UserError: `data_config` is not what main.py writes.
+        UserError: it is not what main.py writes.
     """
+    try:
+        images = _told_by(saved, name)
+    except (TypeError, ValueError, KeyError):
+        images = None
+    else:
+        if images is None or images.is_sound():
+            return images
+    where = "data_config" if "data_config" in saved else "args"
+    raise UserError(f"The {where} in {source} is not one that main.py writes.")
+
+
+def _told_by(saved: dict[str, Any], name: str) -> Preprocessing | None:
     if "data_config" in saved:
-        if set(saved["data_config"]) != set(Preprocessing.__dataclass_fields__):
-            raise UserError(f"The data_config in {source} is not one that main.py writes.")
+        if missing := set(Preprocessing.__dataclass_fields__) - set(saved["data_config"]):
+            raise KeyError(missing)
         return Preprocessing(**saved["data_config"])
     args = saved.get("args")
     if not isinstance(args, dict):

@@ -64,7 +64,7 @@ def load(
     saved = saved or checkpoint.load(source)
     settings = saved.get("args") or {}
     name = name or settings.get("model", "")
-    if not name:
+    if not (name and isinstance(name, str)):
         raise UserError(f"{source} does not tell which model it is of: add --model.")
     models_timm.check_name(name)
     images = preprocessing.of_checkpoint(saved, name, source) or preprocessing.of_model(name)

@@ -97,7 +97,7 @@ def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
     and what its images become. Empty for weights alone.
     """
     args = saved.get("args") or {}
-    if "model" not in args:
+    if not isinstance(args.get("model"), str):
         return {}
     images = preprocessing.of_checkpoint(saved, args["model"], "the checkpoint")
     derived = images.state() if images else {}

@@ -75,7 +75,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def label(name: str, records: Sequence[dict]) -> str:
     """A run's line in the legend: its name, size and best accuracy, as far as they are logged."""
-    parts = [name]
+    parts = [name.replace("$", r"\$")]  # which would begin a formula
     if "n_parameters" in records[-1]:
         parts.append(f"{rounded(records[-1]['n_parameters'])} parameters")
     key, accuracy = ACCURACIES[clock_of(records)]

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Trains a small LION-S with snake curves on 10,000 real images, then scores it in every format.
-#   bash scripts/quickstart.sh [output folder]
+#   bash scripts/quickstart.sh [output folder, default outputs/quickstart, where it replaces itself]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 0 "$@"
+overwrite=()
+[ $# -gt 0 ] || overwrite=(--overwrite)
 output=$(realpath -m "${1:-outputs/quickstart}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -13,7 +15,7 @@ recipe=(--epochs 10 --batch-size 50 --lr 3e-3 --unscale-lr --sched-on-updates --
     --clip-grad 1 --drop-path 0 --no-aug --mixup 0 --cutmix 0 --no-repeated-aug
     --model-ema-decay 0.99 --num_workers 1)
 
-python main.py "${model[@]}" "${recipe[@]}" --output_dir "$output" --overwrite
+python main.py "${model[@]}" "${recipe[@]}" --output_dir "$output" "${overwrite[@]}"
 python scripts/plot_log.py "$output/log.txt" --output "$output/curves.png"
 echo "The same checkpoint in every format:"
 python scripts/score_formats.py "${model[@]}" --resume "$output/checkpoint.pth" --num_workers 0

@@ -95,10 +95,21 @@ def parse(name: str, value: object, *more: str) -> argparse.Namespace:
     return get_args_parser().parse_args(["--model", "lion_tiny_patch16_224", *more, *option])
 
 
+def test_home_folders_are_found_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {"output_dir": "~/run", "resume": "~/a.pth", "finetune": "~/b.pth", "data_path": "~/c"}
+    args = get_args_parser().parse_args([f"--{name}={path}" for name, path in paths.items()])
+    assert {name: getattr(args, name) for name in paths} == {
+        name: path.replace("~", "/home/me") for name, path in paths.items()
+    }
+    assert get_args_parser().parse_args(["--resume", "hf-hub:a/b~c"]).resume == "hf-hub:a/b~c"
+
+
 def test_the_tables_hold_every_argument_that_is_no_choice_and_no_switch():
     numbers = {action.dest for action in actions() if action.type in (int, float)}
     assert set(NUMBERS) == numbers
-    words = {a.dest for a in actions() if a.type is None and a.nargs != 0 and not a.choices}
+    texts = [a for a in actions() if a.type in (None, os.path.expanduser)]
+    words = {a.dest for a in texts if a.nargs != 0 and not a.choices}
     free = {"model_kwargs", "output_dir", "dist_url", "teacher_model", "teacher_path"}
     assert set(WORDS) | free == words  # those have tests of their own
 

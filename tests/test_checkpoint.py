@@ -266,11 +266,15 @@ def test_not_a_dict(path):
      ("epoch", -2, "-2 and no int"), ("epoch", None, "NoneType and no int"),
      ("step", 1e30, "1e+30 and no int"), ("optimizer", None, "NoneType and no dict"),
      ("classes", 1000, "1000 and no list"), ("args", ["lr"], "list and no dict"),
-     ("max_accuracy", "best", "str and no float"), ("meters", {}, "dict and no list")],
+     ("max_accuracy", "best", "str and no float"), ("meters", {}, "dict and no list"),
+     ("meters", [1.5], "1.5 and no dict"), ("classes", [["ant"]], "list and no str"),
+     ("args", {"model_kwargs": "depth"}, "str and no dict")],
 )  # fmt: skip
 def test_values_of_another_kind(path, name, value, said):
     torch.save({"model": {"weight": torch.ones(2)}, name: value}, path)
-    with pytest.raises(ValueError, match=re.escape(f"damaged checkpoint, whose {name} is {said}")):
+    part = r"(\[0\]|\.model_kwargs)?"
+    message = rf"damaged checkpoint, whose {name}{part} is {re.escape(said)}"
+    with pytest.raises(ValueError, match=message):
         checkpoint.load(path)
 
 

@@ -431,6 +431,14 @@ def test_the_last_image_is_replaced_by_the_first(image_folder):
     assert corrupt_loader(image_folder).dataset[7, 0] == (0, 0)
 
 
+def test_a_single_class_is_nothing_to_learn(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / split / "cat" / "1.png")
+    with pytest.raises(UserError, match="train has one class folder alone: put the images of each"):
+        build_dataset("IMNET", tmp_path, train=True)
+    assert build_dataset("IMNET", tmp_path, train=False)[1] == 1
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error(image_folder, monkeypatch):
     scandir, closed = os.scandir, image_folder / "train" / "cat" / "more"
     write_image(closed / "1.png")

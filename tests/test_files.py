@@ -278,7 +278,8 @@ def test_a_folder_that_would_break_a_line_is_told_in_one(tmp_path):
     ("output", "message"),
     [("file/below", "There is no folder for --output .*below: make it first"),
      (".", "is a folder: name a file"),
-     ("absent/file", "There is no folder for --output .*: make it first")],
+     ("absent/file", "There is no folder for --output .*: make it first"),
+     ("/proc/file", "--output /proc/file cannot be written .No such file")],
 )  # fmt: skip
 def test_places_that_cannot_be_written(output, message, tmp_path):
     (tmp_path / "file").touch()

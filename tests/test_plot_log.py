@@ -29,6 +29,11 @@ def write_log(folder: Path, *records: dict, end: str = "") -> Path:
     return path
 
 
+def test_a_name_that_looks_like_a_formula(tmp_path):
+    figure = plot_log.draw({"a$_{x$b": [{"epoch": 0, "train_loss": 1.0}]})
+    figure.savefig(tmp_path / "curves.png")
+
+
 def test_draws_several_runs(tmp_path):
     with_ema = write_log(tmp_path / "a", record(0, test_ema_acc1=1.0), record(1, test_ema_acc1=9.0))
     half_written = write_log(tmp_path / "b", record(0), end='{"train_loss": 0.')

@@ -111,7 +111,10 @@ def test_what_checkpoints_tell():
     known = tell({"args": of_timm})
     assert (known.mean, known.size, known.crop_pct) == ((0.1, 0.2, 0.3), 192, 0.8)
     assert known.std == HALF[1]
-    for wrong in ({}, {"size": 3}, OF_OWN.state() | {"size": 3}):
+    changes = [{"size": 3}, {"mean": [0.5, 0.5]}, {"mean": "abc"}, {"mean": 1}, {"std": [0, 0, 0]},
+               {"input_size": [3, 28]}, {"input_size": [3, 28, 0.5]}, {"interpolation": "foo"},
+               {"crop_pct": 0.0}, {"crop_pct": "1"}, {"crop_mode": "x"}]  # fmt: skip
+    for wrong in ({}, {"size": 3}, *(OF_OWN.state() | change for change in changes)):
         with pytest.raises(ValueError, match="data_config in file is not one that main.py writes"):
             tell({"data_config": wrong})
 

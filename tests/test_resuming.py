@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import ROOT, TINY, call_main, refused, signal_in_step, slow, weights
+from helpers import ROOT, TINY, VARIANT, call_main, refused, signal_in_step, slow, weights
 
 import checkpoint
 from arguments import get_args_parser
@@ -157,6 +157,13 @@ def test_held_out_images_that_were_trained_on_are_not_scored(places, run, data_p
         assert run(*arguments, *resume, "--holdout", holdout).code == 0
     message = "was trained with --holdout 20: of the images that --holdout 21 holds out it knows"
     refused(run(*arguments, *resume, "--holdout", "21"), message)
+
+
+def test_a_step_behind_the_end_of_its_epoch_is_damage(trained, run, data_path, tmp_path):
+    checkpoint.save({**checkpoint.load(trained), "step": 10**6}, tmp_path / "beyond.pth")
+    ended = run(*TINY, *VARIANT, "--data-path", data_path, "--epochs", "2", "--resume",
+                tmp_path / "beyond.pth", "--output_dir", tmp_path / "run")  # fmt: skip
+    refused(ended, "beyond.pth stands at step 1000000 of an epoch of 15: it is damaged")
 
 
 def test_heads_and_pooling_are_told_in_any_checkpoint_with_settings(places, run, data_path):
