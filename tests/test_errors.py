@@ -125,7 +125,9 @@ run_command("chatty", build)
 """
 
 
-@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&- <&-", "> /dev/full 2>&1", "2>&1 | true"])
+@pytest.mark.parametrize(
+    "redirection", [slow(">&-"), slow(">&- 2>&- <&-"), slow("> /dev/full 2>&1"), "2>&1 | true"]
+)
 def test_work_goes_on_where_nobody_reads_it(redirection, tmp_path):
     done = tmp_path / "done"
     command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirection}']
@@ -136,7 +138,7 @@ def test_work_goes_on_where_nobody_reads_it(redirection, tmp_path):
 @pytest.mark.parametrize(
     ("redirection", "told"),
     [("> /dev/full", r"Standard output is lost from here on \(.* No space left on device\).\n"),
-     ("| true", "")],
+     slow("| true", "")],
 )  # fmt: skip
 def test_output_that_is_lost_is_told_once(redirection, told, tmp_path):
     quiet = CHATTY.replace('sys.stderr.write("z" * 10**6)', "")
