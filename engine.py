@@ -192,7 +192,8 @@ def train_one_epoch(
     while position.step < steps and not take_step.stopping:
         step = position.step
         set_lr(position.epoch, step)
-        lr, look = optimizer.param_groups[0]["lr"], progress.due(step)
+        group, look = optimizer.param_groups[0], progress.due(step)
+        lr = group["lr"] / group.get("lr_scale", 1)  # that of the run; layer decay lowers its own
         readings = take_step(batches, loss_of, look=look, epoch=position.epoch, step=step)
         means.update(lr, readings)
         after_step()

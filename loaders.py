@@ -228,7 +228,7 @@ def build_train_loader(
         accumulate: batches of an optimiser step.
 
     Raises:
-        UserError: data that is missing, or of less images than a step draws.
+        UserError: data that is missing, or of fewer images than a step draws.
     """
     found = loading.find(world, train=True)
     sampler = EpochSampler(

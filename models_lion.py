@@ -470,7 +470,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     given = ", ".join(str(list(t.shape)) for t in (q, k, v))
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"q and k must be [B, N, H, D] and v [B, N, H, E], not {given}.")
-    if 0 in (*q.shape, *v.shape):
+    if 0 in (*q.shape[1:], *v.shape[1:]):
         raise ValueError(f"q, k and v must not be empty: their shapes are {given}.")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (*lion_kernels.DTYPES, torch.float64):
         dtypes = ", ".join(str(t.dtype) for t in (q, k, v))
@@ -699,6 +699,8 @@ class LionAttention(nn.Module):
         return torch.cat([gate(x.to(_dtype_of(gate))).to(dtype) for gate in gates], dim=-1)
 
     def _has_kernel(self, x: Tensor) -> bool:
+        if type(self).log_decay is not LionAttention.log_decay:  # kernels read the gates themselves
+            return False
         trained = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )

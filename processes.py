@@ -358,9 +358,8 @@ class StopSignal:
     Slurm sends SIGUSR1 or SIGUSR2, as it is told, before a time limit. SIGHUP comes when a terminal
     closes; under nohup it is ignored, and stays so.
 
-    Asked, it also listens anew, for Triton's compiler puts LLVM's handlers in the place of others:
-    these step aside at a first signal, but a second one meanwhile, as launchers send it, would end
-    the process at once.
+    Asking it installs its handlers again: Triton's compiler replaces them by LLVM's, which remove
+    themselves after one signal, so that a second one, as launchers send it, would kill the process.
     """
 
     def __init__(self) -> None:

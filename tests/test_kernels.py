@@ -244,6 +244,18 @@ def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
         assert torch.allclose(plain, fast, atol=1e-5, rtol=1e-4)
 
 
+def test_decays_of_a_subclass_are_not_passed_over(monkeypatch):
+    class Slower(LionAttention):
+        def log_decay(self, x):
+            return 0.5 * super().log_decay(x)
+
+    monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
+    layer, x = Slower(32, 2, mask_type="Decay").to(DEVICE), torch.randn(2, 21, 32, device=DEVICE)
+    y = layer(x)
+    monkeypatch.setattr(lion_kernels, "available", lambda *_: False)
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.parametrize("mask", ["Lit", "Selective"])
 def test_compiled_and_exported_whole(mask, monkeypatch):
     monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
