@@ -192,8 +192,7 @@ def train_one_epoch(
     while position.step < steps and not take_step.stopping:
         step = position.step
         set_lr(position.epoch, step)
-        group, look = optimizer.param_groups[0], progress.due(step)
-        lr = group["lr"] / group.get("lr_scale", 1)  # that of the run; layer decay lowers its own
+        lr, look = _learning_rate(optimizer), progress.due(step)
         readings = take_step(batches, loss_of, look=look, epoch=position.epoch, step=step)
         means.update(lr, readings)
         after_step()
@@ -207,6 +206,12 @@ def train_one_epoch(
     if take_step.stopping:
         raise Interrupted
     return means.over_processes(), speeds
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The run's: with layer decay, groups have its product with their `lr_scale`."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("lr_scale", 1)
 
 
 def _progress(

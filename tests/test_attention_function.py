@@ -251,3 +251,9 @@ def test_refusals(changed, message, kernels):
     with pytest.raises(ValueError, match=message) as refused:
         lion_attention(**given)
     assert "\n" not in str(refused.value) and not kernels
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_batch_of_no_sequences(format):
+    q = torch.rand(0, 6, 3, 16)
+    assert lion_attention(q, q, q, torch.zeros(0, 6, 3), format=format).shape == q.shape

@@ -266,6 +266,8 @@ def test_layer_decay_lowers_the_learning_rate_towards_the_input(data_path, tmp_p
     assert done.code == 0
     groups = weights(tmp_path / "run", "optimizer")["param_groups"]
     assert sorted({group["lr_scale"] for group in groups}) == [0.125, 0.25, 0.5, 1.0]
+    logged = json.loads((tmp_path / "run" / "log.txt").read_text())["train_lr"]
+    assert logged == pytest.approx(groups[-1]["lr"] / groups[-1]["lr_scale"])  # the run's
 
 
 def test_scores_per_class(data_path, tmp_path, run):
