@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -21,7 +21,7 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import hub
-from errors import UserError
+from errors import USED_UP, UserError
 from files import replacing, require_file, writing
 from urls import cached, is_url, without_secrets
 
@@ -33,13 +33,12 @@ RESULTS = ("best_checkpoint.pth", "model/model.safetensors")  # never before a c
 _TYPES: dict[str, tuple[type, ...]] = {
     "args": (dict,), "classes": (list,), "data_config": (dict,), "epoch": (int,),
     "max_accuracy": (float, int), "meters": (list,), "optimizer": (dict,), "scaler": (dict,),
-    "step": (int,), "classes[]": (str,), "meters[]": (dict, list, tuple),
-    "args.model_kwargs": (dict,),
+    "step": (int,),
 }  # fmt: skip
+_ITEM_TYPES: dict[str, tuple[type, ...]] = {"classes": (str,), "meters": (dict, list, tuple)}
 _NEEDED = ("epoch", "optimizer", "step")
 # Errors that say nothing of a file's content: too few rights, open files or memory, say.
-_OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-                  errno.ESTALE}  # fmt: skip
+_OF_THE_SYSTEM = {*USED_UP, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ESTALE}
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
 
@@ -461,15 +460,7 @@ def _load_file(path: Path, source: str | Path) -> dict:
 
 
 def _check_types(checkpoint: dict, source: str | Path) -> None:
-    found = {name: checkpoint[name] for name in _TYPES if name in checkpoint}
-    for name in ("classes", "meters"):
-        items = found.get(name)
-        if isinstance(items, list):
-            found |= {f"{name}[{i}]": item for i, item in enumerate(items)}
-    if isinstance(args := found.get("args"), dict) and "model_kwargs" in args:
-        found["args.model_kwargs"] = args["model_kwargs"]
-    for name, value in found.items():
-        types = _TYPES[re.sub(r"\[\d+\]", "[]", name)]
+    for name, value, types in _typed_parts(checkpoint):
         fits = isinstance(value, types) and not isinstance(value, bool)
         if name in ("epoch", "step"):
             fits = fits and value >= -1  # of no epoch finished
@@ -479,6 +470,17 @@ def _check_types(checkpoint: dict, source: str | Path) -> None:
                 f"{source} is a damaged checkpoint, whose {name} is {said} and no "
                 f"{types[0].__name__}: use an earlier one."
             )
+
+
+def _typed_parts(checkpoint: dict) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
+    """The name, the value and the types of what is of known types in a checkpoint."""
+    for name in filter(checkpoint.__contains__, _TYPES):
+        value = checkpoint[name]
+        yield name, value, _TYPES[name]
+        if name in _ITEM_TYPES and isinstance(value, list):
+            yield from ((f"{name}[{i}]", item, _ITEM_TYPES[name]) for i, item in enumerate(value))
+        if name == "args" and isinstance(value, dict) and "model_kwargs" in value:
+            yield "args.model_kwargs", value["model_kwargs"], (dict,)
 
 
 def _read(path: Path) -> object:

@@ -15,7 +15,7 @@ import checkpoint
 from compilation import begin_step
 from errors import UserError
 from journal import Mean, Progress
-from optimization import load_optimizer
+from optimization import learning_rate, load_optimizer
 from optimizer_step import OptimizerStep, Reading
 from processes import Interrupted, StopSignal, World
 from urls import without_secrets
@@ -192,7 +192,7 @@ def train_one_epoch(
     while position.step < steps and not take_step.stopping:
         step = position.step
         set_lr(position.epoch, step)
-        lr, look = _learning_rate(optimizer), progress.due(step)
+        lr, look = learning_rate(optimizer), progress.due(step)
         readings = take_step(batches, loss_of, look=look, epoch=position.epoch, step=step)
         means.update(lr, readings)
         after_step()
@@ -206,12 +206,6 @@ def train_one_epoch(
     if take_step.stopping:
         raise Interrupted
     return means.over_processes(), speeds
-
-
-def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The run's: with layer decay, groups have its product with their `lr_scale`."""
-    group = optimizer.param_groups[0]
-    return group["lr"] / group.get("lr_scale", 1)
 
 
 def _progress(

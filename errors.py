@@ -1,7 +1,10 @@
 """What users did wrong, told apart from what is wrong in the program."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # open files, or memory
 
 
 class UserError(ValueError):

@@ -1,6 +1,7 @@
 """Files that are whole at every moment, and names that stay in their folder."""
 
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -89,6 +90,11 @@ def inside(folder: str | os.PathLike, name: str, source: str | os.PathLike) -> s
             "data from a source that you trust."
         )
     return os.path.join(folder, name)
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a folder of that name lies in that of the output, and is no hidden one."""
+    return bool(re.fullmatch(r"\w[\w.+-]*", name))
 
 
 def require_file(path: str | os.PathLike) -> None:

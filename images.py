@@ -5,18 +5,16 @@ dropped, so that the colours under transparent pixels are seen, and the orientat
 is not applied. Grey images of more than 8 bits, which Pillow would clip at 255, are scaled.
 """
 
-import errno
 import os
 
 import numpy as np
 from PIL import Image
 from PIL.TiffTags import TAGS_V2
 
-from errors import UserError, one_line
+from errors import USED_UP, UserError, one_line
 from files import require_file
 
 BITS_PER_SAMPLE = next(tag for tag, info in TAGS_V2.items() if info.name == "BitsPerSample")
-USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MOST_TIMES_LONGER = 500
 DEEP_GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 

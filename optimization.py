@@ -85,6 +85,12 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
     return norm
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The run's: with layer decay, groups have its product with their `lr_scale`."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("lr_scale", 1)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str | Path) -> None:
     """Load the state of an optimiser, read from `source`, whose own hyperparameters stay.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compilation import begin_step
-from optimization import clip_gradients
+from optimization import clip_gradients, learning_rate
 from processes import StopSignal, World
 from utils import seed_everything
 
@@ -74,7 +74,7 @@ class OptimizerStep:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip_grad)
         where = ", ".join(f"{name} {value}" for name, value in position.items())
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = learning_rate(self.optimizer)
         readings, self.stopping = self.check(loss, norm, look=look, where=where, lr=lr)
         self.scaler.step(self.optimizer)
         self.scaler.update()

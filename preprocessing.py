@@ -131,19 +131,19 @@ def of_checkpoint(saved: dict[str, Any], name: str, source: str | Path) -> Prepr
     """
     try:
         images = _told_by(saved, name)
+        sound = images is None or images.is_sound()
     except (TypeError, ValueError, KeyError):
-        images = None
-    else:
-        if images is None or images.is_sound():
-            return images
-    where = "data_config" if "data_config" in saved else "args"
-    raise UserError(f"The {where} in {source} is not one that main.py writes.")
+        sound = False
+    if not sound:
+        where = "data_config" if "data_config" in saved else "args"
+        raise UserError(f"The {where} in {source} is not one that main.py writes.")
+    return images
 
 
 def _told_by(saved: dict[str, Any], name: str) -> Preprocessing | None:
     if "data_config" in saved:
-        if missing := set(Preprocessing.__dataclass_fields__) - set(saved["data_config"]):
-            raise KeyError(missing)
+        if set(saved["data_config"]) != set(Preprocessing.__dataclass_fields__):
+            raise KeyError
         return Preprocessing(**saved["data_config"])
     args = saved.get("args")
     if not isinstance(args, dict):

@@ -27,7 +27,7 @@ from mlm.fields import setting
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.settings import check, check_ranges, override, read_yaml, settings_parser, typed
 from mlm.shards import Corpus, data_digest, load_tokenizer
-from optimization import load_optimizer
+from optimization import learning_rate, load_optimizer
 from optimizer_step import OptimizerStep, Reading
 from processes import Interrupted, Peers, StopSignal, World, init_distributed
 from resuming import Rule, check_settings, tell_changes
@@ -369,7 +369,7 @@ class Pretraining:
             group["lr"] = self.settings.lr_at(step)
 
     def _lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return learning_rate(self.optimizer)
 
     def _parts_of_steps(self, batches: Iterator[dict]) -> Iterator[tuple[dict, Tensor]]:
         """Batches on the device, each with the masked tokens of a process's share of its step.

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from errors import UserError
-from files import require_file
+from files import is_folder_name, require_file
 from mlm.fields import setting
 from mlm.settings import check_ranges
 
@@ -48,7 +47,7 @@ class Task:
 
     def check(self, name: str) -> None:
         """Raises UserError for values that make no sense."""
-        if not re.fullmatch(r"\w[\w.+-]*", name):
+        if not is_folder_name(name):
             raise UserError(f"The task {name!r} is no name of a folder: rename it.")
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:

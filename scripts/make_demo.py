@@ -1,6 +1,6 @@
 """Write the data set DEMO: a balanced subset of Fashion-MNIST, the same images each time.
 
-It is read of Debian's package dataset-fashion-mnist. The first test image of each class becomes a
+It is read from Debian's package dataset-fashion-mnist. The first test image of each class becomes a
 PNG.
 """
 

@@ -184,6 +184,15 @@ def torchrun(module: str, *arguments: Any) -> list[str]:
     return [sys.executable, "-m", module, *launch, *map(str, arguments)]
 
 
+def assert_ends_with_parent(start: Callable[[Path], None], folder: Path) -> None:
+    """`start(folder)`, which writes the number of a process to its file `pid`, is killed."""
+    parent, pid = processes.Process(target=start, args=(folder,)), folder / "pid"
+    parent.start()
+    wait_for(lambda: pid.exists() and pid.read_text())
+    parent.kill()
+    wait_for(lambda: not is_running(int(pid.read_text())), 10)
+
+
 def is_running(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]

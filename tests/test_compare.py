@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, TINY, is_running, processes, wait_for
+from helpers import ROOT, TINY, assert_ends_with_parent, wait_for
 
 from scripts import compare
 from scripts.comparing import scheduling
@@ -231,12 +231,7 @@ def schedule(folder: Path) -> None:
 
 
 def test_runs_leave_when_the_comparison_is_killed(tmp_path):
-    comparison = processes.Process(target=schedule, args=(tmp_path,))
-    comparison.start()
-    pid = tmp_path / "pid"
-    wait_for(lambda: pid.exists() and pid.read_text())
-    comparison.kill()
-    wait_for(lambda: not is_running(int(pid.read_text())), 10)
+    assert_ends_with_parent(schedule, tmp_path)
 
 
 def test_what_a_kill_leaves_is_gone_on_with(tmp_path):

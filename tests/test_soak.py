@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import is_running, processes, wait_for
+from helpers import assert_ends_with_parent
 
 import checkpoint
 from scripts import soak
@@ -53,12 +53,7 @@ def start_run(folder: Path) -> None:
 
 
 def test_a_soak_that_is_killed_leaves_no_run(tmp_path):
-    soaking = processes.Process(target=start_run, args=(tmp_path,))
-    soaking.start()
-    pid = tmp_path / "pid"
-    wait_for(lambda: pid.exists() and pid.read_text())
-    soaking.kill()
-    wait_for(lambda: not is_running(int(pid.read_text())), 10)
+    assert_ends_with_parent(start_run, tmp_path)
 
 
 def test_unknown_case(capsys):

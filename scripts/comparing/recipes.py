@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from errors import UserError, one_line
+from files import is_folder_name
 from scripts.comparing.programs import DATA, PROGRAMS, Program
 from scripts.plot_log import read_log
 
@@ -53,7 +53,8 @@ class Run:
             return []
         try:
             leases = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            return [lease for lease in leases if lease["seconds"] + lease[self.unit] >= 0]
+            sum(lease["seconds"] + lease[self.unit] for lease in leases)  # are numbers
+            return leases
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{file} is damaged: remove it, only times are lost.") from error
 
@@ -145,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has no program {recipe['program']!r}: choose one of {', '.join(PROGRAMS)}."
         )
-    if wrong := [name for name in recipe["models"] if not re.fullmatch(r"\w[\w.+-]*", name)]:
+    if wrong := [name for name in recipe["models"] if not is_folder_name(name)]:
         raise UserError(f"The model {wrong[0]!r} is no name of a folder: rename it in {path}.")
     return recipe
 
