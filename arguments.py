@@ -406,7 +406,7 @@ def check_model(args: argparse.Namespace) -> None:
     if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
         raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
     if args.sched == "none" and args.gate_lr_scale != 1:
-        raise UserError("--sched none scales no rate: leave --gate_lr_scale out.")
+        raise UserError("--gate_lr_scale has no effect with --sched none: leave one out.")
     if args.plus and not timm.is_model(models_timm.plus_name(args.model)):
         raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
 

@@ -112,7 +112,7 @@ class Progress:
         return step % self.interval == 0 or step == self.steps - 1
 
     def waiting_for(self, batches: Iterable) -> Iterator:
-        """`batches`, each of which the time counts until it is there.
+        """`batches`; the time until each one is there counts as waiting.
 
         Their iterator, which may draw random numbers, is made here and not at the first batch.
         """

@@ -119,8 +119,8 @@ class DeviceLoader(DataLoader):
     def start(self) -> None:
         """Starts the workers on the next pass; otherwise they start with its first batch.
 
-        They are forks: what other threads hold just then, as those of a compiler, they wait for
-        in vain.
+        Workers are forked: a lock that another thread holds at that moment, a compiler's say, stays
+        locked in them for ever.
         """
         if self.num_workers:
             self._started = super().__iter__()

@@ -489,7 +489,7 @@ def _check_masks(
     documents: Tensor | None,
 ) -> None:
     if documents is not None and curves is not None:
-        raise ValueError("Documents are kept apart in token order alone: give no curves.")
+        raise ValueError("Documents go with token order alone: give no curves.")
     batch, n, heads, _ = q.shape
     scans = len(curves) if curves is not None and curves.dim() == 2 else 1
     without = " without curves" if curves is None else ""
@@ -1074,7 +1074,7 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
 
 def _check_classifies_pooled(num_classes: int, global_pool: str) -> None:
     if num_classes and not global_pool:
-        raise ValueError("Distilled models classify pooled tokens: without, ask for num_classes=0.")
+        raise ValueError("A distilled model pools its tokens: set global_pool, or num_classes=0.")
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class StepCheck:
         A scaler that is enabled skips steps whose gradient norm is not finite by itself. Raises
         FloatingPointError, naming `where` it is, on all processes if any is not finite.
         """
-        told = bool(self.stop)  # in every step, for then it listens anew
+        told = bool(self.stop)  # in every step: reading it sets its handlers again
         self.unread += [loss, norm]
         if not (look or self.every_step):
             return [], False

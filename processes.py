@@ -136,9 +136,10 @@ class Peers:
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def _all_told(self, keys: list[str]) -> bool:
-        """Raises PeerFailed if one of them will never be there, as its process has failed."""
-        failed = self.failure() is not None  # before the look at the keys: what one fails by may
-        if self.store.check(keys):  # be what all have told there
+        """Raises PeerFailed if a key will never be there because its process has failed."""
+        # Read first: a process may fail just after it has set its key, and the keys then count.
+        failed = self.failure() is not None
+        if self.store.check(keys):
             return True
         if failed:
             self.store.set(f"verdict/{self.rank}", "")
@@ -245,7 +246,7 @@ def launched_as() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun tells them; 0 and 1 without it.
 
     Raises UserError if some of its variables are set and others are not, as when a shell still has
-    those of another job, or if they are no rank.
+    those of another job, or if they do not name one of the processes.
     """
     found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     if not found:
@@ -262,7 +263,7 @@ def launched_as() -> tuple[int, int]:
         rank = size = local = -1
     if not 0 <= local <= rank < size:
         given = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise UserError(f"The environment has {given}, which is no rank: start with torchrun.")
+        raise UserError(f"{given} in the environment name no process: start with torchrun.")
     return rank, size
 
 
@@ -335,7 +336,7 @@ def init_distributed(device: str = "auto", peers: Peers | None = None) -> World:
             f"There is no device {device!r}: use --device auto, cpu, cuda or cuda:N."
         ) from error
     if world.device.type not in ("cpu", "cuda"):
-        raise UserError(f"Not made for {device!r}: use --device auto, cpu, cuda or cuda:N.")
+        raise UserError(f"{device!r} is not supported: use --device auto, cpu, cuda or cuda:N.")
     if world.size > 1:
         peers.gather(None)  # all have found their devices
         cuda = world.device.type == "cuda"

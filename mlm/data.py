@@ -19,7 +19,7 @@ class MaskedWindows(Dataset):
     """Items `(index, draw)`: window `index`, with masks that depend on (seed, draw) alone.
 
     An item has `input_ids` and `labels`, int64 `[N]`, and `document_ids` if documents are kept
-    apart. Of the tokens asked for, 80 % are masked, 10 % replaced by any word and 10 % left.
+    apart. Of the tokens to predict, 80 % are masked, 10 % replaced by any word and 10 % kept.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class MaskedWindows(Dataset):
         generator = np.random.default_rng((self.seed, draw))
         chance, kind = generator.random((2, len(tokens)))
         others = generator.integers(self.words, size=len(tokens))
-        asked = (chance < self.share) & ~np.isin(tokens, self.special)
+        selected = (chance < self.share) & ~np.isin(tokens, self.special)
         inputs = np.where(kind < 0.8, self.mask, np.where(kind < 0.9, others, tokens))
         item = {
-            "input_ids": np.where(asked, inputs, tokens),
-            "labels": np.where(asked, tokens, IGNORED),
+            "input_ids": np.where(selected, inputs, tokens),
+            "labels": np.where(selected, tokens, IGNORED),
         }
         if self.separate_documents:
             item["document_ids"] = (tokens == self.cls).cumsum()

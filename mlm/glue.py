@@ -48,11 +48,11 @@ EVAL_BATCH = 128
 @dataclass(frozen=True)
 class Settings:
     data: str = setting("folder of the TSV files")
-    tasks: dict = setting("a section for each task, below")
+    tasks: dict = setting("settings of each task by its name, listed below")
     output: str = setting("folder of the models and tables", "outputs/glue")
-    length: int = setting("tokens of an example, at most", 128)
+    length: int = setting("most tokens of an example; longer ones are cut", 128)
     lr: float = setting("peak learning rate", 1e-5)
-    device: str = setting("auto and cuda spread the jobs over all GPUs", "auto")
+    device: str = setting("auto, cpu, cuda or cuda:N; auto and cuda take all GPUs", "auto")
 
 
 @dataclass(frozen=True)
