@@ -14,7 +14,6 @@ from torch import nn
 
 import models_timm
 from argument_parser import ArgumentParser, KeyValues, check_ranges, true_or_false
-from augment import SMALL_IMAGE
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
@@ -23,7 +22,7 @@ from errors import UserError, as_user_error, one_line
 from journal import RUN_FILES
 from models_lion_plus import PLUS
 from optimization import create_optimizer, state_for
-from preprocessing import CROPS, FILTERS
+from preprocessing import CROPS, FILTERS, SMALL_IMAGE
 
 DESCRIPTION = "Trains and evaluates LION (and any timm model) on images, with DeiT's command line."
 OF_GATES = ("gate_lr_scale", "gate_weight_decay")

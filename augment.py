@@ -13,9 +13,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from errors import UserError
-
-# Up to this size (CIFAR, Fashion-MNIST) an image is used whole, not cropped out of a larger one.
-SMALL_IMAGE = 32
+from preprocessing import SMALL_IMAGE, effective_crop
 
 
 def posterize_to_black(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
@@ -101,10 +99,6 @@ def _policy_for_timm(name: str | None) -> str | None:
         if not re.fullmatch(r"[a-z]+\d.*|t\w+", section):
             raise ValueError(f"{section!r} is no option of an augmentation policy")
     return name
-
-
-def effective_crop(input_size: int | tuple[int, int], crop_ratio: float) -> float:
-    return 1.0 if np.max(input_size) <= SMALL_IMAGE else crop_ratio
 
 
 def build_eval_transform(

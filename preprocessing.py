@@ -5,12 +5,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from augment import effective_crop
 from errors import UserError
 
+# Up to this size (CIFAR, Fashion-MNIST) an image is used whole, not cropped out of a larger one.
+SMALL_IMAGE = 32
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROPS = ("center", "squash", "border")
 # Trained from scratch as DeiT does it, whatever timm's own weights of them were trained with.
@@ -78,6 +80,10 @@ class Preprocessing:
     def for_timm(self) -> dict[str, Any]:
         """As `state()`, for timm's `pretrained_cfg`: timm crops small images, too."""
         return {**self.state(), "crop_pct": effective_crop(self.size, self.crop_pct)}
+
+
+def effective_crop(input_size: int | tuple[int, int], crop_ratio: float) -> float:
+    return 1.0 if np.max(input_size) <= SMALL_IMAGE else crop_ratio
 
 
 def choose(

@@ -136,8 +136,8 @@ class LionBertForMaskedLM(LionBertHead):
         if targets_only:
             if labels is None:
                 raise ValueError("targets_only needs labels.")
-            asked = (labels != -100).nonzero(as_tuple=True)  # once, as the host waits for it
-            x, labels = x[asked], labels[asked]
+            labelled = (labels != -100).nonzero(as_tuple=True)  # once, as the host waits for it
+            x, labels = x[labelled], labels[labelled]
         logits, loss = self.head(x), None
         if labels is not None:
             loss = classification_loss(logits, labels, num_items_in_batch=num_items_in_batch)

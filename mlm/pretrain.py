@@ -112,13 +112,6 @@ class Settings:
             raise UserError(f"resume must be auto or nothing, not {self.resume!r}.")
         if self.resume and not self.output:
             raise UserError("resume=auto needs the output of the run.")
-        parts = ("checkpoint.pth", "checkpoint.previous.pth", "model")
-        taken = self.output and any(Path(self.output, part).exists() for part in parts)
-        if taken and not (self.resume or self.overwrite):
-            raise UserError(
-                f"{self.output} holds another run: go on with it by resume=auto, replace it by "
-                "overwrite=true, or choose another output."
-            )
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then linear down to `min_lr_share` of the peak."""
@@ -127,6 +120,17 @@ class Settings:
             return self.lr * (step + 1) / warmup
         left = (self.steps - step) / max(self.steps - warmup, 1)
         return self.lr * (self.min_lr_share + (1 - self.min_lr_share) * left)
+
+
+def check_no_other_run(settings: Settings) -> None:
+    """Raises UserError if training would mix with another run in the output."""
+    parts = ("checkpoint.pth", "checkpoint.previous.pth", "model")
+    taken = settings.output and any(Path(settings.output, part).exists() for part in parts)
+    if taken and not (settings.resume or settings.overwrite):
+        raise UserError(
+            f"{settings.output} holds another run: go on with it by resume=auto, replace it by "
+            "overwrite=true, or choose another output."
+        )
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionBertForMaskedLM:
@@ -211,6 +215,7 @@ class Pretraining:
 
     def __init__(self, settings: Settings, world: World) -> None:
         settings.check()
+        check_no_other_run(settings)
         self.settings, self.world = settings, world
         per_pass = settings.micro_batch * world.size
         if settings.global_batch % per_pass:
@@ -380,10 +385,10 @@ class Pretraining:
         """
         while True:
             parts = [self._moved(next(batches)) for _ in range(self.accumulate)]
-            asked = torch.stack([(part["labels"] >= 0).sum() for part in parts]).sum()
+            count = torch.stack([(part["labels"] >= 0).sum() for part in parts]).sum()
             # Gradients are averaged over processes.
-            asked = self.world.reduce(asked).clamp(min=1) / self.world.size
-            yield from ((part, asked) for part in parts)
+            count = self.world.reduce(count).clamp(min=1) / self.world.size
+            yield from ((part, count) for part in parts)
 
     def _train_step(
         self, take_step: OptimizerStep, parts: Iterator[tuple[dict, Tensor]], look: bool
@@ -391,9 +396,9 @@ class Pretraining:
         """One step at its learning rate."""
 
         def loss_of(part: tuple[dict[str, Tensor], Tensor]) -> Tensor:
-            batch, asked = part
+            batch, count = part
             with autocast(self.world.device, self.dtype):
-                return take_step.model(**batch, num_items_in_batch=asked, targets_only=True).loss
+                return take_step.model(**batch, num_items_in_batch=count, targets_only=True).loss
 
         take_step.model.train()
         self._set_lr(self.step)

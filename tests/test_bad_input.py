@@ -182,7 +182,7 @@ def test_an_error_under_two_ranks_is_told_once(tmp_path):
     [
         ({"RANK": "1"}, "has RANK, but not WORLD_SIZE and LOCAL_RANK: .* or unset RANK"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "has WORLD_SIZE and LOCAL_RANK, but not RANK"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2, WORLD_SIZE=2, .* name no process"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2, .*SIZE=2, .* no process"),
         ({"RANK": "a", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=a, .* name no process"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from matplotlib.axes import Axes
 
-import main as training
+from arguments import check_args, get_args_parser
 from errors import UserError, as_user_error
 from mlm import glue, pretrain
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
@@ -90,8 +90,8 @@ class Images:
     def check(self, arguments: Sequence[str], fine_tune: Sequence[str]) -> int:
         if fine_tune:
             raise UserError("main.py has no fine_tune: that is for program: mlm.pretrain.")
-        args = training.get_args_parser().parse_args(arguments)
-        training.check_args(args)
+        args = get_args_parser().parse_args(arguments)
+        check_args(args)
         return args.epochs
 
     def option(self, name: str, value: str) -> tuple[str, ...]:
