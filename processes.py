@@ -57,8 +57,7 @@ class Peers:
         self._rounds += 1
         self.store.set(f"round {self._rounds}/{self.rank}", pickle.dumps(value))
         keys = self._keys(f"round {self._rounds}")
-        while not self._all_told(keys):
-            time.sleep(POLL)
+        self._wait_for(keys)
         if self._rounds > 1:  # which all have read, as they have come to this one
             self.store.delete_key(f"round {self._rounds - 1}/{self.rank}")
         return [pickle.loads(self.store.get(key)) for key in keys]
@@ -103,8 +102,7 @@ class Peers:
         if problem:
             _until(lambda: self.store.check(keys[:1]), PATIENCE)
             return self.store.check(keys[:1]) and self.store.get(keys[0]).decode() == problem
-        while not self._all_told(keys):
-            time.sleep(POLL)
+        self._wait_for(keys)
         if self.failure() is not None:
             raise PeerFailed
         return True
@@ -135,16 +133,17 @@ class Peers:
     def __str__(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()}"
 
-    def _all_told(self, keys: list[str]) -> bool:
+    def _wait_for(self, keys: list[str]) -> None:
         """Raises PeerFailed if a key will never be there because its process has failed."""
-        # Read first: a process may fail just after it has set its key, and the keys then count.
-        failed = self.failure() is not None
-        if self.store.check(keys):
-            return True
-        if failed:
-            self.store.set(f"verdict/{self.rank}", "")
-            raise PeerFailed
-        return False
+        while True:
+            # Read first: a process may fail just after it has set its key, and the keys then count.
+            failed = self.failure() is not None
+            if self.store.check(keys):
+                return
+            if failed:
+                self.store.set(f"verdict/{self.rank}", "")
+                raise PeerFailed
+            time.sleep(POLL)
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name}/{rank}" for rank in range(self.size)]
