@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from errors import UserError, told
+from errors import UserError, sentence
 from processes import Peers, meet
 from urls import without_secrets
-from workers import shared_memory_told
+from workers import shared_memory_errors
 
 
 class DiscreetFormatter(logging.Formatter):
@@ -29,29 +29,29 @@ class Unbreakable:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.told = False
+        self.reported = False
 
     def write(self, text: str) -> int:
-        with self._telling_losses():
+        with self._reporting_losses():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._telling_losses():
+        with self._reporting_losses():
             self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     @contextmanager
-    def _telling_losses(self) -> Iterator[None]:
+    def _reporting_losses(self) -> Iterator[None]:
         try:
             yield
         except (BrokenPipeError, ValueError):  # ValueError of a closed stream
             pass
         except OSError as error:
-            if not self.told and self is not sys.stderr:
-                self.told = True
+            if not self.reported and self is not sys.stderr:
+                self.reported = True
                 print(f"Standard output is lost from here on ({error}).", file=sys.stderr)
 
 
@@ -105,7 +105,7 @@ def run_command(
         sys.exit(2)
     with peers.together(name):
         try:
-            with shared_memory_told():
+            with shared_memory_errors():
                 work = build(peers)
             peers.settle()
         except UserError as error:
@@ -115,11 +115,11 @@ def run_command(
                 tell(f"{peers}: {error}")
             sys.exit(2)
         try:
-            with shared_memory_told():
+            with shared_memory_errors():
                 work()
         except UserError as error:
             peers.fail(2)
-            tell(told(error) if peers.size == 1 else f"{peers}: {told(error)}")
+            tell(sentence(error) if peers.size == 1 else f"{peers}: {sentence(error)}")
             sys.exit(2)
         except FloatingPointError as error:
             tell(str(error))

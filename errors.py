@@ -26,7 +26,7 @@ def as_user_error() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def told(error: UserError) -> str:
+def sentence(error: UserError) -> str:
     """Its sentence; of one in a loader's worker, without the traceback that PyTorch adds."""
     kind = type(error)
     return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()

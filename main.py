@@ -193,7 +193,7 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
                 f"{source} has {saved['epoch'] + 1} epochs behind it: raise --epochs {args.epochs}."
             )
     run.restore(saved, source)
-    # Weights of another name or shape are told better by load_weights.
+    # Weights of another name or shape are reported better by load_weights.
     resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     resuming.tell_changes(before, now, resuming.RULES, source)
 

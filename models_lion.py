@@ -1074,7 +1074,9 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
 
 def _check_classifies_pooled(num_classes: int, global_pool: str) -> None:
     if num_classes and not global_pool:
-        raise ValueError("A distilled model pools its tokens: set global_pool, or num_classes=0.")
+        raise ValueError(
+            "A distilled model classifies pooled tokens: set global_pool or num_classes=0."
+        )
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def create(
     """The model `name` for images of `input_size` pixels, with random weights.
 
     `options` are those of timm's models. Of `drop_rate` and `drop_path_rate`, those that a family
-    does not have are left out, which is told unless they are 0.
+    does not have are left out, with a warning unless they are 0.
 
     Raises:
         UserError: the model cannot be built with these options, has not one of those that are

@@ -117,7 +117,7 @@ class StepCheck:
         A scaler that is enabled skips steps whose gradient norm is not finite by itself. Raises
         FloatingPointError, naming `where` it is, on all processes if any is not finite.
         """
-        told = bool(self.stop)  # in every step: reading it sets its handlers again
+        stop = bool(self.stop)  # in every step: reading it sets its handlers again
         self.unread += [loss, norm]
         if not (look or self.every_step):
             return [], False
@@ -127,7 +127,7 @@ class StepCheck:
         scaled = self.scaler.is_enabled()
         finite = map(math.isfinite, values[::2] if scaled else values)
         collapsed = scaled and self.scaler.get_scale() <= LEAST_SCALE
-        flags = torch.tensor([not all(finite), told, collapsed], dtype=torch.int)
+        flags = torch.tensor([not all(finite), stop, collapsed], dtype=torch.int)
         flags = self.world.reduce(flags.to(self.world.device), dist.ReduceOp.MAX)
         broken, stopping, collapsed = flags.tolist()
         if broken or collapsed:

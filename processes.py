@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError, first_line
 
-POLL = 0.02  # seconds between two looks at what others have told
+POLL = 0.02  # seconds between two looks for what others have set
 PATIENCE = 10.0  # seconds for the others to end, once a process has failed
 MEETING = 1800.0  # seconds in which all processes have to start
 LAUNCHED = 30.0  # seconds to find a launcher's store, which is there before it starts processes
@@ -355,7 +355,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 class StopSignal:
     """Remembers the first of `STOP_SIGNALS`, so that a run can save before it leaves.
 
-    Slurm sends SIGUSR1 or SIGUSR2, as it is told, before a time limit. SIGHUP comes when a terminal
+    Slurm can be asked to send SIGUSR1 or SIGUSR2 before a time limit. SIGHUP comes when a terminal
     closes; under nohup it is ignored, and stays so.
 
     Asking it installs its handlers again: Triton's compiler replaces them by LLVM's, which remove

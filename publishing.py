@@ -131,7 +131,7 @@ def card(trained: Pretrained) -> str:
     architecture = trained.model.pretrained_cfg["architecture"]
     facts = {
         "Parameters": f"{sum(p.numel() for p in trained.model.parameters()):,}",
-        "Data": settings.get("data_set", "not told by the checkpoint"),
+        "Data": settings.get("data_set", "not in the checkpoint"),
         "Classes": ", ".join(trained.class_names[:20]) + ", ..." * (trained.model.num_classes > 20),
         "Images": " x ".join(map(str, images["input_size"])),
         "Normalisation": f"mean {_numbers(images['mean'])}, standard deviation "
@@ -147,7 +147,8 @@ def card(trained: Pretrained) -> str:
         architecture=architecture,
         count=trained.model.num_classes,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        recipe="\n".join(f"{name}: {value}" for name, value in chosen.items()) or "not told",
+        recipe="\n".join(f"{name}: {value}" for name, value in chosen.items())
+        or "not in the checkpoint",
         module=type(trained.model).__module__,
     )
 

@@ -36,7 +36,7 @@ def is_url(source: str | Path) -> bool:
 def without_secrets(value: Any) -> Any:
     """`value`, in nested containers too, with user names, passwords and queries out of its URLs.
 
-    Which parameter of a query is a token cannot be told, so "?..." stands for all of them.
+    Any parameter of a query may be a token, so "?..." stands for all of them.
     """
     if isinstance(value, str):
         return USER_INFO_AND_QUERY.sub(lambda m: m[1] + m[2] + ("?..." if m[3] else ""), value)

@@ -30,7 +30,7 @@ def worker_options(count: int) -> dict[str, Any]:
 
 
 @contextmanager
-def shared_memory_told() -> Iterator[None]:
+def shared_memory_errors() -> Iterator[None]:
     """Around what loads data: PyTorch's error of workers that lack shared memory is the user's."""
     try:
         yield

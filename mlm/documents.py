@@ -1,4 +1,4 @@
-"""Documents of text files: what is no text is left out, counted, and told with its place."""
+"""Documents of text files: what is no text is left out, counted, and reported with its place."""
 
 import gzip
 import hashlib
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("txt", "json", "jsonl", "parquet")
 C4_FILES = 1024
-_MAX_TOLD = 5  # places of a file
+_MAX_REPORTED = 5  # places of a file
 
 
 def kind_of(path: Path) -> str:
@@ -30,12 +30,12 @@ class Documents:
     """Iterates over the documents of a file.
 
     `seen` and `skipped` count what there was and what was no text; the first few of these are
-    logged if `tell`. Raises UserError, at the end, if they were more than the share `max_skipped`,
-    and where the file cannot be read.
+    logged if `report`. Raises UserError, at the end, if they were more than the share
+    `max_skipped`, and where the file cannot be read.
     """
 
-    def __init__(self, path: Path, field: str, max_skipped: float, *, tell: bool = True) -> None:
-        self.path, self.field, self.max_skipped, self.tell = path, field, max_skipped, tell
+    def __init__(self, path: Path, field: str, max_skipped: float, *, report: bool = True) -> None:
+        self.path, self.field, self.max_skipped, self.report = path, field, max_skipped, report
         self.seen = self.skipped = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -47,9 +47,9 @@ class Documents:
                 continue
             self.skipped += 1
             first = first or f"{place} of {self.path} {reason}"
-            if self.tell and self.skipped <= _MAX_TOLD:
+            if self.report and self.skipped <= _MAX_REPORTED:
                 logger.warning("Skipped: %s of %s %s.", place, self.path, reason)
-        if self.tell and self.skipped > _MAX_TOLD:
+        if self.report and self.skipped > _MAX_REPORTED:
             logger.warning("Skipped %d documents of %s in all.", self.skipped, self.path)
         if self.skipped > self.max_skipped * self.seen:
             raise UserError(

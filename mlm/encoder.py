@@ -120,17 +120,17 @@ class LionBertLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, told: dict[str, Tensor | None]) -> Tensor:
+    def forward(self, x: Tensor, masks: dict[str, Tensor | None]) -> Tensor:
         """`[B, N, C]`, with what the `context` of the mixers is."""
-        x = self.norm1(x + self.dropout(self.attn(x, **told)))
+        x = self.norm1(x + self.dropout(self.attn(x, **masks)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 class PreNormLayer(LionBertLayer):
     """The same with LayerNorm before mixer and MLP, so that the residual path has none."""
 
-    def forward(self, x: Tensor, told: dict[str, Tensor | None]) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm1(x), **told))
+    def forward(self, x: Tensor, masks: dict[str, Tensor | None]) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), **masks))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -226,10 +226,10 @@ class LionBertModel(LionBertPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(words, token_type_ids, position_ids)
         places = position_ids[:1] if alike else position_ids
-        told = context(self.config, valid, document_ids, places, _matrix_dtype(x))
+        masks = context(self.config, valid, document_ids, places, _matrix_dtype(x))
         states = [x]
         for layer in self.layers:
-            x = layer(x, told)
+            x = layer(x, masks)
             states = [*states, x] if output_hidden_states else [x]
         x = self.norm(x)
         return BaseModelOutput(

@@ -307,7 +307,7 @@ def table(jobs: list[Job], scores: list[dict[str, float]]) -> tuple[str, dict[st
 
 
 def build_jobs(settings: Settings, source: str, model: str) -> list[Job]:
-    """Raises UserError for what can be told to be wrong before any training."""
+    """Raises UserError for what is wrong without any training."""
     check_model(model, settings.length)
     tasks = {
         name: typed(Task, values, f"the task {name} of {source}")

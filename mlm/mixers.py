@@ -100,11 +100,11 @@ def context(
     positions: Tensor,
     dtype: torch.dtype,
 ) -> dict[str, Tensor | None]:
-    """What the mixers are told of the tokens `[B, N]`, computed once for all layers.
+    """What the mixers need to know of the tokens `[B, N]`, computed once for all layers.
 
-    LION and Hydra are told `valid` (bool) and `documents` (integers), or None. Softmax attention is
-    told its `mask`: which keys `[B, 1, N or 1, N]` each query sees, None for all, or with ALiBi the
-    bias `[B or 1, H, N, N]` of `dtype`; and with rotary embedding the `rotation`
+    LION and Hydra take `valid` (bool) and `documents` (integers), or None. Softmax attention takes
+    its `mask`: which keys `[B, 1, N or 1, N]` each query sees, None for all, or with ALiBi the bias
+    `[B or 1, H, N, N]` of `dtype`; and with rotary embedding the `rotation`
     `[2, B or 1, 1, N, D / 2]`. `positions` number the tokens; they are `[1, N]` where all rows are
     alike.
     """

@@ -207,7 +207,7 @@ def make_tokenizer(args: argparse.Namespace, sources: list[Source]) -> PreTraine
 def _read_all(sources: Iterable[Source], args: argparse.Namespace) -> Iterator[str]:
     for source in sources:
         with source.file() as path:
-            yield from Documents(path, args.text_field, args.max_skipped, tell=False)
+            yield from Documents(path, args.text_field, args.max_skipped, report=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -110,7 +110,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, origin: str
 
 
 def origin_of(folder: Path) -> str:
-    """What `save_tokenizer` was told; "" if there is no such tokeniser."""
+    """What `save_tokenizer` noted; "" if there is no such tokeniser."""
     try:
         return json.loads((folder / "origin.json").read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "$@"
 data=$1 output=$2
 shift 2
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# Slurm sends SIGUSR1 or SIGUSR2 before a time limit, if it is told to.
+# Slurm can be asked to send SIGUSR1 or SIGUSR2 before a time limit.
 exec torchrun --nproc_per_node="${GPUS:-4}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     "$repository/main.py" --data-path "$data" --output_dir "$output" \

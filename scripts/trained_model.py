@@ -1,4 +1,4 @@
-"""What predict.py, visualize.py and export.py share: how they are told which model to use."""
+"""What predict.py, visualize.py and export.py share: the arguments that name the model."""
 
 import argparse
 from typing import Any

@@ -21,7 +21,7 @@ ARGUMENTS, LEASES = "arguments.txt", "leases.jsonl"  # files of a run
 
 @dataclass(frozen=True)
 class Run:
-    """One model with one seed: what its program is told, where it writes, and its length."""
+    """One model with one seed: its program's arguments, where it writes, and its length."""
 
     program: Program
     family: str  # the model without what is varied

@@ -17,9 +17,9 @@ from scripts.comparing.programs import ROOT
 from scripts.comparing.recipes import ARGUMENTS, LEASES, Run
 from workers import leave_with_parent
 
-# Exit codes of a run that was told to leave: once it had saved, and before there was anything.
+# Exit codes of a run that was sent a signal: after it saved, and before there was what to save.
 STOPPED = tuple(code for number in STOP_SIGNALS for code in (128 + number, -number))
-GRACE = 90.0  # seconds in which runs that are told to leave save
+GRACE = 90.0  # seconds in which runs that are sent a signal save
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Scheduler:
             self.collect()
 
     def end_all(self) -> None:
-        """Tells all runs to leave, and kills those that do not."""
+        """Signals all runs to leave, and kills those that do not."""
         for started in self.started:
             started.process.send_signal(signal.SIGTERM)
         end = time.monotonic() + GRACE
