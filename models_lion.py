@@ -1075,7 +1075,7 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
 def _check_classifies_pooled(num_classes: int, global_pool: str) -> None:
     if num_classes and not global_pool:
         raise ValueError(
-            "A distilled model classifies pooled tokens: set global_pool or num_classes=0."
+            "A distilled model classifies pooled tokens: set global_pool or ask for num_classes=0."
         )
 
 
