@@ -84,7 +84,7 @@ def _add_lion(add: Add, _: Add) -> None:
     add("--gate-lr-scale", default=1.0, type=float, within="[0, inf)",
         help="learning rate factor of decays and gates")  # fmt: skip
     add("--gate-weight-decay", default=None, type=float, within="[0, inf)",
-        otherwise="that of --weight-decay", help="weight decay of the gates")  # fmt: skip
+        otherwise="as for all", help="weight decay of decays and gates")  # fmt: skip
 
 
 def _add_model(add: Add, switch: Add) -> None:
@@ -165,6 +165,8 @@ def _add_schedule(add: Add, _: Add) -> None:
     add("--min-lr", default=1e-5, type=float, within="[0, inf)", help="rate at the end")
     add("--decay-epochs", default=30, type=float, within="(0, inf)",
         help="epochs between two decays of --sched step")  # fmt: skip
+    add("--decay-milestones", default=[90, 180, 270], type=int, within="[1, inf)", nargs="+",
+        help="epochs of the decays of --sched multistep")  # fmt: skip
     add("--decay-rate", "--dr", default=0.1, type=float, within="(0, inf)",
         help="factor of each decay of --sched step, multistep and poly")  # fmt: skip
     add("--lr-noise", default=None, type=float, within="[0, 1]", nargs="+",
@@ -335,7 +337,7 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name} takes {WORDS[wanted]} numbers, not {WORDS.get(count, count)}."
             )
-    for name in ("cutmix_minmax", "lr_noise"):
+    for name in ("cutmix_minmax", "lr_noise", "decay_milestones"):
         if sorted(numbers := getattr(args, name) or []) != numbers:
             raise UserError(f"--{name} takes the lower number first, not {numbers}.")
     if args.start_epoch >= args.epochs and not args.eval:
@@ -381,6 +383,7 @@ def check_cache(args: argparse.Namespace) -> None:
         return
     jitters = args.aa.lower() in ("none", "") and args.color_jitter > 0
     refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "color_jitter": jitters}
+    refused["train_interpolation"] = "train_interpolation" in args.given
     if wrong := [f"--{name}" for name, given in refused.items() if given]:
         raise UserError(
             f"--cache has no {' and no '.join(wrong)}: leave one of them out"
@@ -392,6 +395,7 @@ def check_cache(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace) -> None:
     """Raises UserError for an unknown --model, or one that has no use for LION's arguments."""
     models_timm.check_name(args.model)
+    models_timm.check_options(args.model_kwargs)
     with as_user_error():
         check_order(args.order)
     default = get_args_parser().get_default
@@ -404,8 +408,9 @@ def check_model(args: argparse.Namespace) -> None:
         )
     if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
         raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
-    if args.sched == "none" and args.gate_lr_scale != 1:
-        raise UserError("--gate_lr_scale has no effect with --sched none: leave one out.")
+    rates = {"gate_lr_scale": args.gate_lr_scale, "layer_decay": args.layer_decay or 1}
+    if args.sched == "none" and (idle := [name for name, factor in rates.items() if factor != 1]):
+        raise UserError(f"--{idle[0]} has no effect with --sched none: leave one out.")
     if args.plus and not timm.is_model(models_timm.plus_name(args.model)):
         raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
 

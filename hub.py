@@ -17,7 +17,8 @@ from preprocessing import Preprocessing
 PREFIX = "hf-hub:"
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
-TRAINING = "training"  # the key of main.py's arguments in the configuration
+# Keys in the configuration: main.py's arguments, and its preprocessing, which timm's would crop.
+TRAINING, PREPROCESSING = "training", "data_config"
 
 
 def is_hub(source: str | Path) -> bool:
@@ -70,7 +71,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     resolved = resolve_data_config(pretrained_cfg=images)
     checkpoint = {
         "model": read_weights(folder),
-        "data_config": Preprocessing(**resolved).state(),
+        "data_config": config.get(PREPROCESSING) or Preprocessing(**resolved).state(),
         "args": config.get(TRAINING)
         or {"model": config["architecture"], "model_kwargs": config.get("model_args") or {}},
     }

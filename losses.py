@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -13,6 +14,7 @@ import checkpoint
 import models_timm
 import preprocessing
 from errors import UserError
+from pretrained import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +32,20 @@ class CosubLoss(nn.Module):
     """Cooperative submodels (arXiv 2212.04884): two drawn from stochastic depth teach each other.
 
     `outputs` `[2B, K]` holds the logits of both submodels for the same batch, `targets` `[B, K]`
-    soft labels (or `[B]` class indices); with `binary` any positive one counts as 1.
+    soft labels, or `[B]` class indices, which are smoothed here; with `binary` any positive label
+    counts as 1.
     """
 
-    def __init__(self, binary: bool = False) -> None:
+    def __init__(self, binary: bool = False, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.binary = binary
+        self.binary, self.smoothing = binary, smoothing
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         first, second = outputs.chunk(2)
         if targets.ndim == 1:
-            targets = F.one_hot(targets, outputs.shape[-1])
+            classes = outputs.shape[-1]
+            hot = F.one_hot(targets, classes).to(outputs.dtype)
+            targets = hot * (1 - self.smoothing) + self.smoothing / classes
         loss = F.binary_cross_entropy_with_logits
         labels = (targets.gt(0) if self.binary else targets).to(outputs.dtype)
         own = loss(first, labels) + loss(second, labels)
@@ -55,7 +60,7 @@ def build_base_loss(*, mixed: bool, smoothing: float, bce: bool, cosub: bool) ->
     class indices `[B]`, smoothed here.
     """
     if cosub:
-        return CosubLoss(binary=bce)
+        return CosubLoss(binary=bce, smoothing=0.0 if mixed else smoothing)
     if bce:
         return BinaryCrossEntropy()
     if mixed:
@@ -166,7 +171,8 @@ def load_teacher(
 
     `path` is a checkpoint (file or URL), or `timm:` for timm's pretrained weights. Samples are
     converted to the normalisation and size that the checkpoint was trained with, else to those of
-    timm's weights; where neither tells, a teacher that takes any size sees the samples' own.
+    timm's weights; where neither tells, a teacher that takes any size sees the samples' own. A
+    checkpoint of main.py tells the model's options, too.
 
     Raises UserError for an unknown model, a file that is not of it, or other classes.
     """
@@ -181,8 +187,10 @@ def load_teacher(
             checkpoint.check_classes(saved, classes, f"the teacher {path}")
         known = preprocessing.of_checkpoint(saved, name, path)
         used = known or preprocessing.of_model(name)
+        name, options = model_of(saved.get("args") or {}, name, f"the teacher {path}")
         sizes = [known.size] if known else [input_size, used.size]
-        teacher, size = _teacher_of(name, saved, path, num_classes, sizes)
+        options = {"num_classes": num_classes, **options}
+        teacher, size = _teacher_of(name, saved, path, options, sizes)
     logger.info("The teacher %s gets %s pixels, mean %s, std %s", name, size, used.mean, used.std)
     return MatchInput(
         teacher, mean=mean, std=std, teacher_mean=used.mean, teacher_std=used.std, size=size
@@ -206,14 +214,14 @@ def _teacher_of(
     name: str,
     saved: dict,
     path: str,
-    num_classes: int,
+    options: dict[str, Any],
     sizes: Sequence[int | tuple[int, int]],
 ) -> tuple[nn.Module, int | tuple[int, int]]:
     """The model with the weights of a file, built for the first of `sizes` that they fit."""
     weights = checkpoint.weights_of(saved, source=path)
     problems = []
     for size in sizes:
-        teacher = models_timm.create(name, input_size=size, num_classes=num_classes)
+        teacher = models_timm.create(name, input_size=size, **options)
         try:
             checkpoint.load_weights(teacher, weights, f"the teacher {path}")
         except UserError as error:

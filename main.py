@@ -37,14 +37,7 @@ from augment import build_batch_transform
 from cached_images import CachedLoader
 from commands import run_command
 from compilation import compile_in_place
-from engine import (
-    Position,
-    Run,
-    autocast,
-    evaluate,
-    require_same,
-    train_one_epoch,
-)
+from engine import Position, Run, autocast, evaluate, require_same, train_one_epoch
 from errors import UserError
 from journal import RUN_FILES, Journal, provenance, require_writable, write_scores
 from loaders import DeviceLoader, ImageLoading
@@ -265,6 +258,8 @@ class Evaluation:
             checkpoint.load_weights(self.model, state, source)
             before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
             resuming.check_evaluation(before, now, source)
+        else:
+            logger.warning("No --resume: these are the weights that %s is built with.", args.model)
         require_same(world, {"test": self.loader.dataset}, self.model)
         self.model.to(world.device)
         require_logits(args, world, self.model, self.classes, self.images)

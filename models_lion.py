@@ -435,6 +435,9 @@ def _mix_by_format(
     eps: float,
 ) -> Tensor:
     """`[B, H, N, E]` in the dtype of `v`, without kernels; tensors are those of the formats."""
+    dtype = v.dtype
+    if dtype == torch.float16:  # whose range ends below 1 / eps, a gradient of rows without keys
+        q, k, v = q.float(), k.float(), v.float()
     if valid is not None:
         k = k * valid[:, None, :, None]
         log_decay = log_decay if log_decay is None else log_decay * valid[:, None]
@@ -442,7 +445,7 @@ def _mix_by_format(
         q, k, v, log_decay, curves, documents, chunk_size=chunk_size
     )
     y = numerator / (denominator + eps) if normalise else numerator
-    return y.to(v.dtype)
+    return y.to(dtype)
 
 
 def _has_kernel(
@@ -923,14 +926,14 @@ class LionVisionTransformer(VisionTransformer):
         for block in self.blocks:
             block.attn.set_format(format, chunk_size)
 
-    def decay_parameters(self) -> list[nn.Parameter]:
-        """Of the decays and gates of all blocks."""
-        return [
-            parameter
-            for block in self.blocks
+    def decay_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the decays and gates of all blocks, by name."""
+        return {
+            f"blocks.{i}.attn.{name}": parameter
+            for i, block in enumerate(self.blocks)
             for name, parameter in block.attn.named_parameters()
             if name.split(".")[0] in block.attn.gate_names
-        ]
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)

@@ -62,8 +62,16 @@ def plus_name(name: str) -> str:
     return name.replace("lion_", "lion_plus_", 1)
 
 
+def check_options(options: Collection[str]) -> None:
+    """Raises UserError for options of no model."""
+    for option, remedy in {"input_size": "give --input-size", "required": "leave it out"}.items():
+        if option in options:
+            raise UserError(f"{option} in --model-kwargs is no option of timm's models: {remedy}.")
+
+
 def create(
     name: str,
+    /,
     *,
     input_size: int | tuple[int, int],
     required: Collection[str] = (),
@@ -106,9 +114,11 @@ def require_logits(
         logits = model.eval()(torch.zeros(2, *input_size, device=device))
     except Exception as error:  # every family has its own reasons
         size = "x".join(map(str, input_size[1:]))
+        remedy = "use another --input-size"
+        if "channels" in str(error):
+            remedy = f"they have {input_size[0]} channels, so leave in_chans out of --model-kwargs"
         raise UserError(
-            f"{name} cannot read images of {size} pixels ({one_line(error)}): use another "
-            "--input-size."
+            f"{name} cannot read images of {size} pixels ({one_line(error)}): {remedy}."
         ) from error
     model.train(training)
     shape = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__

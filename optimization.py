@@ -1,6 +1,6 @@
 """What changes the weights: optimisers, their groups, the moving average and clipping."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,35 @@ def can_be_fused(opt: str) -> bool:
 
 def set_apart(
     optimizer: torch.optim.Optimizer,
-    parameters: Iterable[nn.Parameter],
+    named_parameters: Mapping[str, nn.Parameter],
     *,
     lr_scale: float = 1.0,
     weight_decay: float | None = None,
 ) -> None:
-    """Moves `parameters` of a new optimiser to groups of their own, behind the others.
+    """Moves parameters of a new optimiser to groups of their own, behind the others.
 
-    `lr_scale` is what timm's schedules multiply their learning rate by. `weight_decay` is for those
-    that have any; None leaves it as it is.
+    `lr_scale` is what timm's schedules multiply their learning rate by. `weight_decay` is for all
+    but biases; None leaves it as it is.
     """
-    chosen = set(parameters)
+    chosen = set(named_parameters.values())
+    biases = {p for name, p in named_parameters.items() if name.endswith("bias")}
     for group in list(optimizer.param_groups):
         apart = [p for p in group["params"] if p in chosen]
-        if not apart:
-            continue
         group["params"] = [p for p in group["params"] if p not in chosen]
-        own = {**group, "params": apart, "lr_scale": group.get("lr_scale", 1.0) * lr_scale}
-        if weight_decay is not None and group["weight_decay"]:
-            own["weight_decay"] = weight_decay
-        optimizer.add_param_group(own)
+        own = {**group, "lr_scale": group.get("lr_scale", 1.0) * lr_scale}
+        if weight_decay is not None:
+            decayed = {**own, "weight_decay": weight_decay}
+            _add_group(optimizer, [p for p in apart if p not in biases], decayed)
+            apart = [p for p in apart if p in biases]
+        _add_group(optimizer, apart, own)
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _add_group(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], group: dict[str, Any]
+) -> None:
+    if parameters:
+        optimizer.add_param_group({**group, "params": parameters})
 
 
 class MovingAverage(ModelEmaV3):

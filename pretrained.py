@@ -63,17 +63,20 @@ def load(
     """
     saved = saved or checkpoint.load(source)
     settings = saved.get("args") or {}
-    name = name or settings.get("model", "")
-    if not (name and isinstance(name, str)):
+    if name:
+        models_timm.check_name(name)
+    name, known = model_of(settings, name, source)
+    if not name:
         raise UserError(f"{source} does not tell which model it is of: add --model.")
     models_timm.check_name(name)
     images = preprocessing.of_checkpoint(saved, name, source) or preprocessing.of_model(name)
-    name, known = named_model({**settings, "model": name})
+    models_timm.check_options(options or {})
     options = {**known, **(options or {})}
     weights = checkpoint.weights_of(saved, ema=ema, source=source)
     classes = list(saved.get("classes") or [])
     count = len(classes) or _outputs(name, weights)
-    model: Any = models_timm.create(name, input_size=images.size, num_classes=count, **options)
+    wanted = {"num_classes": count, **options}
+    model: Any = models_timm.create(name, input_size=images.size, **wanted)
     checkpoint.load_weights(model, weights, source)
     if input_size and input_size != images.size:
         images = images.at(input_size)
@@ -96,6 +99,24 @@ def named_model(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if settings.get("plus"):
         name, options["plus"] = models_timm.plus_name(name), settings["plus"]
     return name, {**options, **settings.get("model_kwargs", {})}
+
+
+def model_of(
+    settings: Mapping[str, Any], name: str, source: str | Path
+) -> tuple[str, dict[str, Any]]:
+    """The model that a checkpoint's `settings` tell, as `named_model` does, else `name`.
+
+    Raises:
+        UserError: they tell another than `name`, where that is given.
+    """
+    told = settings.get("model")
+    if not (told and isinstance(told, str)):
+        return name, {}
+    built, options = named_model(settings)
+    known = [model.partition(".")[0] for model in (told, built)]
+    if name and name.partition(".")[0] not in known:
+        raise UserError(f"{source} is of {told}, not of {name}: name that model.")
+    return built, options
 
 
 def readable(classes: Sequence[str], count: int) -> list[str]:

@@ -77,7 +77,11 @@ def save_for_hf(trained: Pretrained, folder: str | Path) -> None:
     timm.models.save_for_hf(
         trained.model,
         str(folder),
-        model_config={"label_names": trained.classes, **extra},
+        model_config={
+            "label_names": trained.classes,
+            hub.PREPROCESSING: trained.images.state(),
+            **extra,
+        },
         model_args=trained.options,
         safe_serialization=True,
     )

@@ -52,8 +52,8 @@ RULES = {
     ),
     **dict.fromkeys(
         ("epochs", "lr", "unscale_lr", "sched", "sched_on_updates", "lr_noise", "lr_noise_pct",
-         "lr_noise_std", "warmup_lr", "min_lr", "decay_epochs", "warmup_epochs", "cooldown_epochs",
-         "patience_epochs", "decay_rate"),
+         "lr_noise_std", "warmup_lr", "min_lr", "decay_epochs", "decay_milestones", "warmup_epochs",
+         "cooldown_epochs", "patience_epochs", "decay_rate"),
         Rule.TAKEN_UP,
     ),
     **dict.fromkeys(

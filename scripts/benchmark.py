@@ -172,7 +172,7 @@ def host_table(device: torch.device) -> str:
     """Microseconds of a layer's forward and backward call, each until it returns."""
     from scripts.bench.host_time import host_time
 
-    times = host_time(device=device.type)
+    times = host_time(device=device.type, rounds=300 if device.type == "cuda" else 20)
     base = sum(next(iter(times.values())))
     return report.rows(
         ("layer", " forward, µs", " backward, µs", " / softmax"),

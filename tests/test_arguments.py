@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import timm.optim
 import torch
-from helpers import ROOT, TINY, older, refused
+from helpers import MODEL, ROOT, TINY, older, refused
 
 from argument_parser import ArgumentParser
 from arguments import OF_GATES, check_args, check_optimizer, get_args_parser
@@ -42,6 +42,7 @@ NUMBERS = {
     "warmup_lr": ((0, 1), (-1e-6,)),
     "min_lr": ((0, 1), (-1e-5,)),
     "decay_epochs": ((0.5, 30), (0, -1)),
+    "decay_milestones": (("1", "10 20 30"), ("0", "20 10")),
     "warmup_epochs": ((0, 5), (-1,)),
     "cooldown_epochs": ((0,), (-1,)),
     "patience_epochs": ((0,), (-1,)),
@@ -186,6 +187,14 @@ def test_schedules_that_run(name):
             "--sched wsd cannot run .*"
             + ("decay_epochs" if NEW_SCHEDULES else "Unknown scheduler"),
         ),
+        (
+            ("--sched", "none", "--layer-decay", "0.5"),
+            "--layer_decay has no effect with --sched none",
+        ),
+        (("--cache", "--train-interpolation", "random"), "--cache has no --train_interpolation"),
+        (("--model-kwargs", "input_size=8"), "input_size in --model-kwargs is no option"),
+        (("--model-kwargs", "name=x"), "cannot be built with these arguments"),
+        ((*MODEL, "in_chans=1"), "they have 3 channels, so leave in_chans out"),
         (("--sched", "step", "--decay-rate", "2"), r"--decay_rate must be in \(0, 1\]"),
         (("--start_epoch", "1"), "--start_epoch 1 leaves nothing to do of --epochs 1"),
     ],

@@ -155,6 +155,21 @@ def test_dtypes_whatever_autocast_says(format, dtype, limit):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_of_rows_without_keys(format, dtype):
+    """1 / eps is beyond float16."""
+    q, k, v = (torch.rand(2, 8, 1, 5).add(0.1).to(dtype).requires_grad_() for _ in range(3))
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1] = False
+    y = lion_attention(q, k, v, torch.full((2, 8, 1), -0.1), valid=valid, format=format)
+    y.float().sum().backward()
+    for leaf in (q, k, v):
+        assert leaf.grad[0].abs().min() > 0 or leaf is q
+        assert not leaf.grad[1].any()
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_decay_of_zero_cuts_the_sequence(format, fast, kernels, monkeypatch):
     """Also at padding, whose decay is 1 whatever is given."""

@@ -54,6 +54,15 @@ def log_of(run: Run, losses: list[float], accuracies: list[float]) -> None:
     (run.folder / "args.yaml").write_text(yaml.safe_dump(facts))
 
 
+def test_other_fine_tuning_is_another_run(tmp_path):
+    run = read_recipe(recipe(tmp_path, fine_tune=FINE_TUNE), tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "arguments.txt").write_text(run.description)
+    read_recipe(recipe(tmp_path, fine_tune=FINE_TUNE), tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
+        read_recipe(recipe(tmp_path, fine_tune=f"{FINE_TUNE} length=32"), tmp_path)
+
+
 def test_every_combination_of_what_varies_is_a_model(tmp_path):
     vary = {"lr": [0.001, 0.002]}
     path = recipe(tmp_path, vary=vary, fine_tune=FINE_TUNE)

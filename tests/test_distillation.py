@@ -182,6 +182,22 @@ def test_a_teacher_of_fixed_size_is_built_for_the_students(tmp_path):
     assert teacher(images()).shape == (2, 3)
 
 
+def test_a_teacher_has_the_options_of_its_checkpoint(tmp_path):
+    """Those that change no shape, too: a class token, heads."""
+    options = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 4}
+    more = {"mask_type": "Selective", "order": "S", "cls_tok": True}
+    name, path = "lion_tiny_patch16_224", tmp_path / "teacher.pth"
+    expected = timm.create_model(name, img_size=16, num_classes=3, **options, **more).eval()
+    args = {"model": name, **more, "model_kwargs": options}
+    torch.save({"model": expected.state_dict(), "args": args}, path)
+    mean, std = timm.get_pretrained_cfg(name).mean, timm.get_pretrained_cfg(name).std
+    own = {"num_classes": 3, "input_size": 16, "mean": mean, "std": std}
+    teacher = load_teacher(name, str(path), **own).eval()
+    assert torch.allclose(teacher(images()), expected(images()), atol=1e-6)
+    with pytest.raises(ValueError, match=f"teacher .* is of {name}, not of {TEACHER}: name that"):
+        load_teacher(TEACHER, str(path), **own)
+
+
 # The command line
 
 

@@ -55,6 +55,17 @@ def test_decays_are_gates_too():
     assert {name for name, rate in rates.items() if rate == 0} == set(filter(is_gate, rates))
 
 
+@pytest.mark.parametrize("mask", ["Decay", "Selective"])
+@pytest.mark.parametrize("weight_decay", ["0", "0.05"])
+def test_the_decay_of_gates_is_their_own(mask, weight_decay):
+    """Also where nothing else has any, and for LION-D's decays, which are vectors."""
+    options = ("--mask_type", mask, "--weight-decay", weight_decay)
+    before = settings(*built(*options)[:2], "weight_decay")
+    after = settings(*built(*options, "--gate-weight-decay", "0.5")[:2], "weight_decay")
+    own = {name for name in before if is_gate(name) and not name.endswith("bias")}
+    assert own and after == {**before, **dict.fromkeys(own, 0.5)}
+
+
 def test_training_with_a_rate_of_zero_leaves_gates_alone(run, data_path, tmp_path):
     options = (*SELECTIVE, "--data-path", data_path, "--epochs", "2", "--warmup-epochs", "1")
     for name, more in (("frozen", ("--gate-lr-scale", "0")), ("free", ())):

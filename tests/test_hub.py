@@ -59,6 +59,21 @@ def test_a_checkpoint_alone_builds_its_model(trained):
     assert larger.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
+def test_a_folder_keeps_the_crop_of_small_images(trained, folder):
+    """Which is of no use at their own size, but at a larger one."""
+    assert pretrained.load(folder).images == pretrained.load(trained).images
+    assert pretrained.load(folder).images.crop_pct == 0.875
+
+
+def test_the_name_of_another_model_is_refused(trained):
+    with pytest.raises(ValueError, match=r"is of lion_tiny_.*, not of test_resnet: name that"):
+        pretrained.load(trained, name="test_resnet")
+    assert pretrained.load(trained, name="lion_tiny_patch16_224").model.order == "S"
+    assert pretrained.load(trained, options={"num_classes": 3}).model.num_classes == 3
+    with pytest.raises(ValueError, match="2 of another shape"):
+        pretrained.load(trained, options={"num_classes": 4})
+
+
 def test_weights_alone_need_the_models_name(tmp_path):
     model = timm.create_model("test_resnet", num_classes=5)
     torch.save(model.state_dict(), tmp_path / "weights.pth")

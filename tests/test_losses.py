@@ -76,6 +76,12 @@ def test_cosub_learns_from_the_targets_and_from_each_other(binary, targets, soft
     assert torch.allclose(gradient, expected, atol=1e-7)
 
 
+def test_cosub_smooths_labels_that_mixup_does_not():
+    smoothed = 0.9 * ONE_HOT + 0.1 / 4
+    loss = build_base_loss(mixed=False, smoothing=0.1, bce=False, cosub=True)
+    assert torch.equal(loss(logits(1, batch=6), LABELS), loss(logits(1, batch=6), smoothed))
+
+
 def test_label_smoothing():
     loss = build_base_loss(mixed=False, smoothing=0.1, bce=False, cosub=False)
     expected = cross_entropy(logits(2), 0.9 * ONE_HOT + 0.1 / 4)

@@ -469,3 +469,18 @@ def test_three_images_are_enough(run, tmp_path):
     ended = run(*TINY, "--data-path", data, "--batch-size", "2", "--output_dir", tmp_path / "run")
     assert ended.code == 0
     assert len(logged(tmp_path / "run")) == 1
+
+
+def test_an_evaluation_without_a_checkpoint_says_so(run, data_path):
+    ended = run("--eval", *TINY, "--data-path", data_path)
+    assert ended.code == 0
+    assert "No --resume: these are the weights that lion_tiny_patch16_224 is built" in ended.out
+
+
+def test_milestones_of_the_schedule(run, data_path, tmp_path):
+    options = ("--sched", "multistep", "--decay-milestones", "2", "3", "--warmup-epochs", "0")
+    options += ("--lr", "0.01", "--unscale-lr", "--epochs", "3", "--output_dir", tmp_path / "run")
+    assert run(*TINY, *options, "--data-path", data_path).code == 0
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    rates = [json.loads(line)["train_lr"] for line in lines]
+    assert rates == pytest.approx([0.01, 0.001, 0.0001])

@@ -290,6 +290,18 @@ def test_masks_are_keyed_by_their_draw_alone(corpus):
     assert np.array_equal(np.diff(documents.numpy()) == 1, starts[1:])
 
 
+def test_masks_of_evaluation_are_the_same_with_every_seed(corpus):
+    settings = {"data": str(corpus), "lr": 1e-3, "model": {}, "workers": 0, "length": 16}
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    loaders = [
+        pretrain.build_loaders(pretrain.Settings(**settings, seed=seed), World(), tokenizer, 0)
+        for seed in (1, 2)
+    ]
+    first, second = (next(iter(evaluation)) for _, evaluation in loaders)
+    assert same(first, second)
+    assert not same(*(next(iter(train)) for train, _ in loaders))
+
+
 def test_a_token_beyond_the_vocabulary_is_told(corpus):
     windows = MaskedWindows(Corpus(corpus, "train", 128), load_tokenizer(corpus / "tokenizer"),
                             share=0.3, seed=1, separate_documents=False)  # fmt: skip

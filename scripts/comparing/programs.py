@@ -90,6 +90,8 @@ class Images:
     def check(self, arguments: Sequence[str], fine_tune: Sequence[str]) -> int:
         if fine_tune:
             raise UserError("main.py has no fine_tune: that is for program: mlm.pretrain.")
+        if unfit := {"--help", "-h", "--eval"}.intersection(arguments):
+            raise UserError(f"A recipe trains: leave {unfit.pop()} out of its arguments.")
         args = get_args_parser().parse_args(arguments)
         check_args(args)
         return args.epochs

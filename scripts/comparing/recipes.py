@@ -37,6 +37,11 @@ class Run:
         return f"{self.model}, seed {self.seed}"
 
     @property
+    def description(self) -> str:
+        """What is trained, as `arguments.txt` keeps it."""
+        return "\n".join(map(shlex.join, filter(None, (self.arguments, self.fine_tune))))
+
+    @property
     def unit(self) -> str:
         """Of its length, and of what a lease has done."""
         return f"{self.program.clock}s"
@@ -142,7 +147,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no recipe ({one_line(error)}): it needs arguments, seeds and models."
         ) from error
-    if recipe["program"] not in PROGRAMS:
+    plateau = recipe["plateau"]
+    if plateau is not None and type(plateau) not in (int, float):
+        raise UserError(f"The plateau in {path} must be a number, not {plateau!r}.")
+    if str(recipe["program"]) not in PROGRAMS:
         raise UserError(
             f"{path} has no program {recipe['program']!r}: choose one of {', '.join(PROGRAMS)}."
         )
@@ -178,7 +186,7 @@ def _variants(vary: dict[str, list[str]], program: Program) -> list[tuple[str, t
 
 def check_same_arguments(run: Run) -> None:
     file = run.folder / ARGUMENTS
-    if file.is_file() and file.read_text(encoding="utf-8") != shlex.join(run.arguments):
+    if file.is_file() and file.read_text(encoding="utf-8") != run.description:
         raise UserError(
             f"{run.folder} holds a run with other arguments ({file.name}): choose another --output "
             "or remove it."

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import time
@@ -109,7 +108,7 @@ class Scheduler:
         """Starts what a run has to do next."""
         run.folder.mkdir(parents=True, exist_ok=True)
         with replacing(run.folder / ARGUMENTS) as file:
-            file.write(shlex.join(run.arguments))
+            file.write(run.description)
         device = f"cuda:{slot % self.gpus}" if self.gpus else ""
         threads = str(max(1, (os.cpu_count() or 1) // len(self.slots)))
         shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
