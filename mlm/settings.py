@@ -16,10 +16,20 @@ from intervals import outside
 T = TypeVar("T")
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Of two values for one key YAML itself keeps the last, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Raises UserError if the file cannot be read or is no mapping."""
+    """Raises UserError if the file cannot be read, is no mapping, or has a key twice."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeyLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(getattr(error, "strerror", None) or error).replace("\n", " ")
         raise UserError(f"cannot read the settings {path}: {reason}") from error

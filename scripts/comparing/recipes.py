@@ -12,6 +12,7 @@ import yaml
 
 from errors import UserError, one_line
 from files import is_folder_name
+from mlm.settings import UniqueKeyLoader
 from scripts.comparing.programs import DATA, PROGRAMS, Program
 from scripts.plot_log import read_log
 
@@ -130,7 +131,7 @@ def read_recipe(
 def _read(path: Path) -> dict[str, Any]:
     """Its keys, with the defaults of those that it may lack, and arguments as words."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
         defaults = {"program": "main.py", "fine_tune": "", "vary": {}, "plateau": None}
         if unknown := set(recipe) - {*defaults, *KEYS}:
             raise KeyError(f"unknown key {unknown.pop()}")
