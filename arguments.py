@@ -408,9 +408,6 @@ def check_model(args: argparse.Namespace) -> None:
         )
     if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
         raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
-    rates = {"gate_lr_scale": args.gate_lr_scale, "layer_decay": args.layer_decay or 1}
-    if args.sched == "none" and (idle := [name for name, factor in rates.items() if factor != 1]):
-        raise UserError(f"--{idle[0]} has no effect with --sched none: leave one out.")
     if args.plus and not timm.is_model(models_timm.plus_name(args.model)):
         raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
 

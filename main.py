@@ -215,6 +215,9 @@ def build_run(
                   weight_decay=args.gate_weight_decay)  # fmt: skip
     schedule = {**scheduler_kwargs(args), "updates_per_epoch": steps}
     scheduler, _ = create_scheduler_v2(optimizer, **schedule)
+    if scheduler is None:  # which would scale the rates of layers and gates
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     scaler = torch.amp.GradScaler(
         world.device.type, enabled=amp_dtype(args, world) is torch.float16
     )

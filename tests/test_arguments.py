@@ -187,10 +187,6 @@ def test_schedules_that_run(name):
             "--sched wsd cannot run .*"
             + ("decay_epochs" if NEW_SCHEDULES else "Unknown scheduler"),
         ),
-        (
-            ("--sched", "none", "--layer-decay", "0.5"),
-            "--layer_decay has no effect with --sched none",
-        ),
         (("--cache", "--train-interpolation", "random"), "--cache has no --train_interpolation"),
         (("--model-kwargs", "input_size=8"), "input_size in --model-kwargs is no option"),
         (("--model-kwargs", "name=x"), "cannot be built with these arguments"),

@@ -16,8 +16,9 @@ def built(*options: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, main.R
     world = main.World()
     model = main.build_model(args, 3, 16)
     run = main.build_run(args, world, model, 10, {})
-    run.scheduler.step(0)
-    run.scheduler.step_update(0)
+    if run.scheduler:
+        run.scheduler.step(0)
+        run.scheduler.step_update(0)
     return model, run.optimizer, run
 
 
@@ -31,7 +32,9 @@ def is_gate(name: str) -> bool:
     return ".a_i" in name or ".a2_i" in name
 
 
-@pytest.mark.parametrize("more", [(), ("--layer-decay", "0.5"), ("--sched-on-updates",)])
+@pytest.mark.parametrize(
+    "more", [(), ("--layer-decay", "0.5"), ("--sched-on-updates",), ("--sched", "none")]
+)
 def test_gates_have_their_own_rate_and_decay(more):
     plain, options = built(*more), ("--gate-lr-scale", "3", "--gate-weight-decay", "0.5")
     apart = built(*more, *options)
@@ -47,6 +50,13 @@ def test_gates_have_their_own_rate_and_decay(more):
                 expected = 0.5
             assert after[name] == pytest.approx(expected), (field, name)
     assert apart[1].param_groups[0]["lr"] == plain[1].param_groups[0]["lr"]  # what is logged
+
+
+def test_rates_without_a_schedule_are_those_of_its_peak():
+    options = ("--layer-decay", "0.5", "--gate-lr-scale", "3")
+    constant = settings(*built(*options, "--sched", "none")[:2], "lr")
+    assert constant == pytest.approx(settings(*built(*options, "--warmup-epochs", "0")[:2], "lr"))
+    assert constant["blocks.0.mlp.fc1.weight"] == constant["blocks.1.mlp.fc1.weight"] / 2
 
 
 def test_decays_are_gates_too():
@@ -88,7 +98,6 @@ def test_training_with_a_rate_of_zero_leaves_gates_alone(run, data_path, tmp_pat
     [
         ("--model vit_tiny_patch16_224 --gate-lr-scale 2", "takes no --gate_lr_scale"),
         ("--mask_type Lit --gate-weight-decay 0", "Lit has no gates: leave --gate_weight_decay"),
-        ("--sched none --gate-lr-scale 2", "--gate_lr_scale has no effect with --sched none"),
     ],
 )
 def test_without_gates_there_is_nothing_to_set_apart(options, message, run, data_path, tmp_path):
