@@ -219,7 +219,7 @@ def _add_transfer(add: Add, _: Add) -> None:
         help="temperature of soft distillation")  # fmt: skip
     add("--finetune", default="", metavar="PATH",
         help="weights to start from (file, URL or hf-hub:NAME)")  # fmt: skip
-    add("--attn-only", action="store_true", help="train the mixers and the head only")
+    add("--attn-only", action="store_true", help="train mixers, head and position embedding only")
 
 
 def _add_run(add: Add, _: Add) -> None:

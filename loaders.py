@@ -237,7 +237,7 @@ def build_train_loader(
     if len(sampler) < loading.batch_size * accumulate:
         raise UserError(
             f"One step draws {loading.batch_size * accumulate} images per process, but an epoch of "
-            f"{loading.data_set} has only {len(sampler)}: lower --batch-size."
+            f"{loading.data_set} has only {len(sampler)}: lower --batch-size or --grad-accum-steps."
         )
     build: Callable[..., Callable[[Tensor], Tensor]] = build_normalization
     if loading.cached and augmentation is not None:

@@ -207,8 +207,7 @@ def build_run(
         batch, args.batch_size, world.size, args.grad_accum_steps, lr,
     )  # fmt: skip
     if args.attn_only:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = ".attn." in name or name.startswith(("head", "pos_embed"))
+        models_timm.train_attention_alone(model, args.model)
     optimizer = create_optimizer(model, world.device, **{**optimizer_kwargs(args), "lr": lr})
     if args.gate_lr_scale != 1 or args.gate_weight_decay is not None:
         set_apart(optimizer, model.decay_parameters(), lr_scale=args.gate_lr_scale,

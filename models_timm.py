@@ -104,6 +104,22 @@ def create(
             logger.info("%s has no %s: built without", name, OPTIONAL[unknown])
 
 
+def train_attention_alone(model: Any, name: str) -> None:
+    """Freezes all but attention, classifier and position embedding, as DeiT does.
+
+    Raises UserError if `model`, called `name`, has no attention.
+    """
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    trained = {parameter for head in heads for parameter in head.parameters()}
+    attention = {p for n, p in model.named_parameters() if ".attn." in n}
+    if not attention:
+        raise UserError(f"{name} has no attention to train: leave --attn-only out.")
+    for n, parameter in model.named_parameters():
+        kept = parameter in trained | attention or n.startswith("pos_embed")
+        parameter.requires_grad = kept
+
+
 @torch.no_grad()
 def require_logits(
     model: nn.Module, name: str, num_classes: int, input_size: tuple[int, int, int]

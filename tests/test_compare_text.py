@@ -63,6 +63,11 @@ def test_other_fine_tuning_is_another_run(tmp_path):
         read_recipe(recipe(tmp_path, fine_tune=f"{FINE_TUNE} length=32"), tmp_path)
 
 
+def test_what_every_run_is_given_is_no_argument(tmp_path):
+    with pytest.raises(ValueError, match="compare.py itself gives runs their seed"):
+        read_recipe(recipe(tmp_path), tmp_path, more=("seed=3",))
+
+
 def test_every_combination_of_what_varies_is_a_model(tmp_path):
     vary = {"lr": [0.001, 0.002]}
     path = recipe(tmp_path, vary=vary, fine_tune=FINE_TUNE)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from helpers import MODEL, ROOT, TINY, Ranks, make_image_folder, same, torchrun, weights
@@ -16,6 +17,7 @@ from torch.nn.utils import parameters_to_vector
 import checkpoint
 import loaders
 import main
+import models_timm
 
 # Arguments
 
@@ -378,6 +380,20 @@ def test_attn_only_leaves_the_rest_as_it_was(trained):
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {n for n in before if ".attn." in n or n.startswith(("head.", "pos_embed"))}
     assert logged(folder)[0]["n_parameters"] == sum(before[name].numel() for name in changed)
+
+
+def test_attn_only_trains_a_classifier_of_any_name():
+    model = timm.create_model("skresnet18", num_classes=3)
+    models_timm.train_attention_alone(model, "skresnet18")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"fc.weight", "fc.bias"} <= trained
+    assert all(".attn." in name for name in trained - {"fc.weight", "fc.bias"})
+
+
+def test_attn_only_needs_attention(run, data_path):
+    options = ("--model", "test_resnet", "--attn-only", "--model-kwargs")
+    ended = run(*TINY, *options, "--data-path", data_path)
+    assert ended.code == 2 and "test_resnet has no attention to train: leave --attn" in ended.err
 
 
 @pytest.mark.parametrize(

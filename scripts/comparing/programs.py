@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -93,6 +93,7 @@ class Images:
         if unfit := {"--help", "-h", "--eval"}.intersection(arguments):
             raise UserError(f"A recipe trains: leave {unfit.pop()} out of its arguments.")
         args = get_args_parser().parse_args(arguments)
+        _check_free(args.given, ("seed", "output_dir", "resume", "data_path"))
         check_args(args)
         return args.epochs
 
@@ -144,6 +145,8 @@ class Text:
 
     def check(self, arguments: Sequence[str], fine_tune: Sequence[str]) -> int:
         settings = typed(pretrain.Settings, _settings(arguments), arguments[0])
+        given = [word.partition("=")[0] for word in arguments]
+        _check_free(given, ("seed", "output", "resume"))
         settings.check()
         options = check(LionBertConfig.__annotations__, settings.model, "the section model")
         with as_user_error(), torch.device("meta"):  # weights that take no memory
@@ -218,6 +221,14 @@ class Text:
             return {}
         scores = glue.read_result(run.folder / FINE_TUNED / "results.json")
         return {name: score for name, score in scores.items() if name != "mean"} or None
+
+
+def _check_free(given: Collection[str], own: Sequence[str]) -> None:
+    """Raises UserError for arguments among those that each run gets from compare.py."""
+    if taken := [name for name in own if name in given]:
+        raise UserError(
+            f"compare.py itself gives runs their {taken[0]}: leave it out of arguments."
+        )
 
 
 def _settings(words: Sequence[str]) -> dict:

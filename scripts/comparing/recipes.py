@@ -111,6 +111,8 @@ def read_recipe(
     if unknown := [name for name in models if name not in table]:
         raise UserError(f"{path} has no model {unknown[0]}: it has {', '.join(table)}.")
     varied_values = {**recipe["vary"], **{name: values for name, *values in vary}}
+    if "seed" in varied_values:
+        raise UserError("The seed is not varied: give --seeds, or seeds in the recipe.")
     seeds, models = seeds or recipe["seeds"], models or list(table)
     for what, values in (("seed", seeds), ("model", models), *varied_values.items()):
         _check_values(what, values)
