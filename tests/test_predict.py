@@ -159,3 +159,21 @@ def test_bad_input(arguments, message, call, data_path, tmp_path):
     ended = call(*(here.get(argument, argument) for argument in arguments))
     assert ended.code == 2 and message in ended.err, ended.err
     assert ended.out == ""
+
+
+def test_what_is_done_at_ctrl_c_is_written(call, tmp_path, monkeypatch):
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+
+    def load(path):
+        if path.name == "c.png":
+            raise KeyboardInterrupt
+        return Image.open(path).convert("RGB")
+
+    monkeypatch.setattr(predict, "load_image", load)
+    ended = call(tmp_path, "--batch-size", "1", "--top", "1", "--output", tmp_path / "p.csv")
+    assert ended.code == 130 and ended.err == "error: stopped after 2 of 3 images\n"
+    images = [row["image"] for row in csv.DictReader((tmp_path / "p.csv").open())]
+    assert images == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    ended = call(tmp_path / "c.png", "--output", tmp_path / "none.csv")
+    assert ended.code == 130 and not (tmp_path / "none.csv").exists()
