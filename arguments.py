@@ -382,8 +382,12 @@ def check_cache(args: argparse.Namespace) -> None:
     if args.no_aug:
         return
     jitters = args.aa.lower() in ("none", "") and args.color_jitter > 0
-    refused = {"ThreeAugment": args.ThreeAugment, "src": args.src, "color_jitter": jitters}
-    refused["train_interpolation"] = "train_interpolation" in args.given
+    refused = {
+        "ThreeAugment": args.ThreeAugment,
+        "src": args.src,
+        "color_jitter": jitters,
+        "train_interpolation": "train_interpolation" in args.given,
+    }
     if wrong := [f"--{name}" for name, given in refused.items() if given]:
         raise UserError(
             f"--cache has no {' and no '.join(wrong)}: leave one of them out"

@@ -17,7 +17,8 @@ from preprocessing import Preprocessing
 PREFIX = "hf-hub:"
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
-# Keys in the configuration: main.py's arguments, and its preprocessing, which timm's would crop.
+# Keys in the configuration: main.py's arguments, and the training's preprocessing, as timm's own
+# says of small images that they are not cropped, which is wrong of larger ones.
 TRAINING, PREPROCESSING = "training", "data_config"
 
 

@@ -111,13 +111,12 @@ def train_attention_alone(model: Any, name: str) -> None:
     """
     classifier = model.get_classifier()
     heads = classifier if isinstance(classifier, tuple) else (classifier,)
-    trained = {parameter for head in heads for parameter in head.parameters()}
-    attention = {p for n, p in model.named_parameters() if ".attn." in n}
-    if not attention:
+    if not any(".attn." in place for place, _ in model.named_parameters()):
         raise UserError(f"{name} has no attention to train: leave --attn-only out.")
-    for n, parameter in model.named_parameters():
-        kept = parameter in trained | attention or n.startswith("pos_embed")
-        parameter.requires_grad = kept
+    for place, parameter in model.named_parameters():
+        parameter.requires_grad = ".attn." in place or place.startswith("pos_embed")
+    for head in heads:
+        head.requires_grad_()
 
 
 @torch.no_grad()

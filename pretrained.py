@@ -63,8 +63,6 @@ def load(
     """
     saved = saved or checkpoint.load(source)
     settings = saved.get("args") or {}
-    if name:
-        models_timm.check_name(name)
     name, known = model_of(settings, name, source)
     if not name:
         raise UserError(f"{source} does not tell which model it is of: add --model.")
@@ -115,6 +113,7 @@ def model_of(
     built, options = named_model(settings)
     known = [model.partition(".")[0] for model in (told, built)]
     if name and name.partition(".")[0] not in known:
+        models_timm.check_name(name)  # one that is misspelt is of no model at all
         raise UserError(f"{source} is of {told}, not of {name}: name that model.")
     return built, options
 

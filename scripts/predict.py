@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     open_streams()
     options = parse(arguments)
     found: dict[Path, list[Prediction] | OSError] = {}
-    codes, stopped = (2, 1), []  # without any prediction, and with some
+    stopped = []
     try:
         for file, result in predict(
             options.trained,
@@ -139,12 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             found[file] = result
     except KeyboardInterrupt:  # what is done is kept
-        codes = (130, 130)
         stopped = [f"stopped after {len(found)} of {len(options.files)} images"]
     predictions = {file: p for file, p in found.items() if not isinstance(p, OSError)}
     problems = stopped + [str(p) for p in found.values() if isinstance(p, OSError)]
     if not predictions:
-        _leave(codes[0], problems)
+        _leave(130 if stopped else 2, problems)
     write = as_json if options.output and options.output.suffix == ".json" else as_csv
     if options.output:
         try:
@@ -155,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print(write(predictions), end="")
     if problems:
-        _leave(codes[1], problems)
+        _leave(130 if stopped else 1, problems)
 
 
 def _leave(code: int, problems: Sequence[str]) -> None:
