@@ -410,10 +410,19 @@ def check_model(args: argparse.Namespace) -> None:
             f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
             "--model-kwargs."
         )
-    if args.mask_type == "Lit" and (gates := [f"--{n}" for n in OF_GATES if f"--{n}" in given]):
-        raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(gates)} out.")
-    if args.plus and not timm.is_model(models_timm.plus_name(args.model)):
-        raise UserError(f"There is no {args.model} with --plus: use a lion_*_patch16_224 model.")
+    idle = [f"--{name}" for name in ("decay_init", *OF_GATES) if f"--{name}" in given]
+    if args.mask_type == "Lit" and idle:
+        raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(idle)} out.")
+    built = models_timm.built_name(args.model, args.distillation_type)
+    distilled = "distilled" in built and timm.is_model(built)
+    if args.distillation_type != "none" and not distilled:
+        raise UserError(
+            f"{args.model} has no distilled variant: lion_SIZE, hydra_SIZE, vim_SIZE and deit_SIZE "
+            "have, of tiny, small and base."
+        )
+    if args.plus and not timm.is_model(models_timm.plus_name(built)):
+        known = [name.replace("_plus", "") for name in timm.list_models("lion_plus_*")]
+        raise UserError(f"--plus is of {', '.join(known)}, and not of {built}: leave it out.")
 
 
 def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:

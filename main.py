@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import timm
 import torch
 from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -78,11 +77,6 @@ def build_model(
 ) -> nn.Module:
     name, own = named_model(vars(args))
     if args.distillation_type != "none" and "distilled" not in args.model:
-        if "distilled" not in name or not timm.is_model(name):
-            raise UserError(
-                f"{args.model} has no distilled variant: use a lion_*, hydra_*, vim_* or deit_* "
-                "model."
-            )
         logger.info("Distillation needs a distillation token: building %s", name)
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     given = {"drop_rate": "drop", "drop_path_rate": "drop_path"}

@@ -96,10 +96,12 @@ class LionBertEmbeddings(nn.Module):
             token_type_ids = torch.zeros_like(positions)
         x = words + self.types(token_type_ids)
         if self.positions is not None:
-            if words.shape[1] > self.positions.num_embeddings:
+            known = self.positions.num_embeddings
+            # Documents and padding may need fewer than there are tokens; to look makes a GPU wait.
+            if words.shape[1] > known and (needed := int(positions.max()) + 1) > known:
                 raise ValueError(
-                    f"{words.shape[1]} tokens are more than the {self.positions.num_embeddings}"
-                    " positions of the model: raise max_position_embeddings."
+                    f"{needed} tokens are more than the {known} positions of the model: raise "
+                    "max_position_embeddings."
                 )
             x = x + self.positions(positions)
         return self.dropout(self.norm(x))

@@ -263,6 +263,7 @@ def test_a_hard_teacher_is_followed(data_path, tmp_path, run):
         (("--teacher-path", "timm:"), "not trained on these 3 classes"),
         (("--teacher-path", "x.pth", "--cosub"), "exclude each other"),
         (("--teacher-path", "x.pth", "--model", "vit_tiny_patch16_224"), "no distilled variant"),
+        (("--teacher-path", "x.pth", "--model", "lion_softmax_tiny_patch16_224"), "no distilled"),
     ],
 )
 def test_what_is_wrong_with_the_teacher_is_said(options, message, data_path, tmp_path, run):

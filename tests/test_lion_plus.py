@@ -171,16 +171,21 @@ def test_command_line(run, data_path, tmp_path):
     assert run(*options, "--eval", "--resume", checkpoint, "--format", "Chunk").code == 0
 
 
+OF_OTHERS = r"--plus is of lion_base_patch16_224, .*, and not of"
+
+
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("options", "message"),
     [
-        ("vit_tiny_patch16_224", "takes no --plus: only lion"),
-        ("lion_softmax_tiny_patch16_224", "no lion_softmax_tiny_patch16_224 with --plus"),
+        ("--model vit_tiny_patch16_224", "vit_tiny_patch16_224 takes no --plus: only lion"),
+        ("--model lion_softmax_tiny_patch16_224", f"{OF_OTHERS} lion_softmax_tiny_patch16_224"),
+        ("--model lion_tiny_distilled_patch16_224", f"{OF_OTHERS} lion_tiny_distilled"),
+        ("--distillation-type hard --teacher-path x.pth", f"{OF_OTHERS} lion_tiny_distilled"),
     ],
 )
-def test_models_without(model, message, run, data_path, tmp_path):
-    options = ("--model", model, "--plus", "conv", "--output_dir", tmp_path / "run")
-    refused(run(*TINY, *options, "--data-path", data_path), message, tmp_path / "run")
+def test_models_without(options, message, run, tmp_path):
+    arguments = (*TINY, *options.split(), "--plus", "conv", "--output_dir", tmp_path / "run")
+    refused(run(*arguments, "--data-path", tmp_path / "absent"), message, tmp_path / "run")
 
 
 def test_kernels_are_for_what_they_compute(monkeypatch):

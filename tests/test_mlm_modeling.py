@@ -372,3 +372,14 @@ def test_widths_that_heads_cannot_share(options, message):
 def test_too_long_for_the_positions():
     with pytest.raises(ValueError, match="65 tokens are more than the 64 positions"):
         small_model("softmax")(torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "lion-lit"])
+@pytest.mark.parametrize("what", ["document_ids", "attention_mask"])
+def test_positions_count_what_is_in_a_document_and_no_padding(mixer, what):
+    model, ids = small_model(mixer), torch.arange(40)[None]
+    second = {"document_ids": 1, "attention_mask": 0}[what]
+    marks = torch.full((1, 80), 1 - second)
+    marks[:, 40:] = second
+    logits = model(ids.repeat(1, 2), **{what: marks}).logits
+    assert torch.allclose(logits[:, :40], model(ids).logits, atol=1e-5)
