@@ -1,4 +1,7 @@
-"""What timm's registry knows: names, and how models of all families are built."""
+"""What timm's registry knows: names, and how models of all families are built.
+
+Those of this repository are registered here.
+"""
 
 import difflib
 import logging
@@ -10,6 +13,11 @@ import timm
 import torch
 from torch import nn
 
+import models_hydra  # noqa: F401  (this and those below register their models)
+import models_lion  # noqa: F401
+import models_lion_plus  # noqa: F401
+import models_masked_softmax  # noqa: F401
+import models_vim  # noqa: F401
 from errors import UserError, one_line
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,7 @@ import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 import checkpoint
-import models_hydra  # noqa: F401  (these register the models)
-import models_lion  # noqa: F401
-import models_lion_plus  # noqa: F401
-import models_masked_softmax  # noqa: F401
 import models_timm
-import models_vim  # noqa: F401
 import preprocessing
 from errors import UserError, first_line
 from preprocessing import Preprocessing

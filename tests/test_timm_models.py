@@ -4,11 +4,13 @@ Quick: a few families that were awkward; long: every family.
 """
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
-from helpers import TINY, older, refused, slow
+from helpers import ROOT, TINY, older, refused, slow
 
 import main
 import models_timm
@@ -145,3 +147,11 @@ def test_every_family(family):
     name, size = smallest(family), small_size(family)
     learns_and_starts_from_itself(name, size, **SHORTER.get(family, {}))
     gc.collect()
+
+
+def test_a_fresh_process_knows_all_families():
+    families = ("lion", "lion_plus", "lion_softmax", "hydra", "vim")
+    names = [f"{family}_tiny_patch16_224" for family in families]
+    code = f"import models_timm; print(*map(models_timm.check_name, {names}))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.split() == ["None"] * len(names), ended.stderr
