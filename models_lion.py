@@ -650,7 +650,7 @@ class LionAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attn_mask: Tensor | None = None,
+        attn_mask: Any = None,
         is_causal: bool = False,
         *,
         valid: Tensor | None = None,
@@ -663,30 +663,33 @@ class LionAttention(nn.Module):
         """
         if is_causal:
             raise ValueError("LION reads in both directions: leave is_causal at False.")
-        curves = None if self.mask_type == "Lit" else attn_mask
+        curves = self._curves(attn_mask)
         if self._has_kernel(x) and (curves is None or documents is None):
             y = self._mix_by_kernel(x, curves, valid, documents)
         else:
             qkv = self.qkv(x)
             with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
-                y = self._mix(qkv, self.log_decay(x), curves, valid, documents)
-        return self.proj_drop(self.proj(self._completed(self.norm(y), x)))
+                y = self._mix(qkv, self.log_decay(x), attn_mask, valid, documents)
+        return self.proj_drop(self.proj(self._completed(self.norm(y), x, attn_mask)))
 
-    def attention_weights(self, x: Tensor, curves: Tensor | None = None) -> Tensor:
+    def attention_weights(self, x: Tensor, attn_mask: Any = None) -> Tensor:
         """Effective attention `[B, H, N, N]` of tokens `[B, N, dim]`, masked and normalised.
 
         Row i holds the weights of the values in what token i becomes before `norm` and `proj`.
-        `curves` `[C, N]` are what `forward` takes as `attn_mask`. Memory is quadratic in N.
+        `attn_mask` is what `forward` takes. Memory is quadratic in N.
         """
         with torch.autocast(x.device.type, enabled=False):
             q, k, _ = self._features(self.qkv(x))
             each_token = torch.eye(x.shape[1], dtype=q.dtype, device=q.device).expand(
                 *q.shape[:2], -1, -1
             )
-            curves = None if self.mask_type == "Lit" else curves
-            return self._attend(q, k, each_token, self.log_decay(x), curves, None, None)
+            return self._attend(q, k, each_token, self.log_decay(x), attn_mask, None, None)
 
-    def _completed(self, y: Tensor, x: Tensor) -> Tensor:
+    def _curves(self, attn_mask: Any) -> Tensor | None:
+        """The curves `[C, N]` in what `forward` is given; None is token order."""
+        return None if self.mask_type == "Lit" else attn_mask
+
+    def _completed(self, y: Tensor, x: Tensor, attn_mask: Any) -> Tensor:
         """What is projected, of the mixed tokens `y` and the input `x`, both `[B, N, dim]`."""
         return y
 
@@ -750,11 +753,11 @@ class LionAttention(nn.Module):
         self,
         qkv: Tensor,
         log_decay: Tensor | None,
-        curves: Tensor | None,
+        attn_mask: Any,
         valid: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        y = self._attend(*self._features(qkv), log_decay, curves, valid, documents)
+        y = self._attend(*self._features(qkv), log_decay, attn_mask, valid, documents)
         return rearrange(y, "b h n d -> b n (h d)")
 
     def _features(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -766,14 +769,26 @@ class LionAttention(nn.Module):
         return (q * scale).to(v.dtype), k.to(v.dtype), v
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, normalise: bool | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        attn_mask: Any,
+        valid: Tensor | None,
+        documents: Tensor | None,
+        *,
+        normalise: bool | None = None,
     ) -> Tensor:
-        """`[B, H, N, E]` without kernels, as the formats take it; masks are those of `_mix`."""
+        """`[B, H, N, E]` without kernels, of what the formats take."""
         return _mix_by_format(
             q,
             k,
             v,
-            *masks,
+            log_decay,
+            self._curves(attn_mask),
+            valid,
+            documents,
             format=self.format,
             chunk_size=self.chunk_size,
             normalise=self.normalise if normalise is None else normalise,
@@ -843,8 +858,8 @@ class LionBlock(Block):
             return checkpoint(self._mixed, x, attn_mask)
         return self._mixed(x, attn_mask)
 
-    def _mixed(self, x: Tensor, curves: Any) -> Tensor:
-        return super().forward(x, curves)
+    def _mixed(self, x: Tensor, attn_mask: Any) -> Tensor:
+        return super().forward(x, attn_mask)
 
 
 POOLS = ("avg", "avgmax", "max", "token", "map", "prr", "")

@@ -39,8 +39,7 @@ class Place(NamedTuple):
 class LionPlusAttention(LionAttention):
     """As LionAttention, with parameters `conv` and `gate` where these are asked for.
 
-    `grid` is the patches' (h, w) and `angles` the rotary embedding `[h * w, 2 * head_dim]`: the
-    block sets both before it is called.
+    The `attn_mask` of its calls is a `Place`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, plus: Sequence[str] = (), **kwargs: Any):
@@ -52,43 +51,50 @@ class LionPlusAttention(LionAttention):
         conv = partial(nn.Conv2d, dim, dim, 3, padding=1, groups=dim, **placed)
         self.conv = conv() if "conv" in plus else None
         self.gate = nn.Linear(dim, dim, **placed) if "gate" in plus else None
-        self.grid: tuple[int, int] | None = None
-        self.angles: Any = None
+
+    def _curves(self, attn_mask: Place | None) -> Tensor | None:
+        return super()._curves(attn_mask and attn_mask.curves)
 
     def _has_kernel(self, x: Tensor) -> bool:
         return not self.rotates and super()._has_kernel(x)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, normalise: bool | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        attn_mask: Any,
+        valid: Tensor | None,
+        documents: Tensor | None,
+        *,
+        normalise: bool | None = None,
     ) -> Tensor:
+        masks = (log_decay, attn_mask, valid, documents)
         if not self.rotates:
             return super()._attend(q, k, v, *masks, normalise=normalise)
         attend = partial(super()._attend, normalise=False)
-        numerator = attend(self._rotated(q), self._rotated(k), v, *masks)
+        angles = attn_mask.angles
+        numerator = attend(self._rotated(q, angles), self._rotated(k, angles), v, *masks)
         if not (self.normalise if normalise is None else normalise):
             return numerator
         denominator = attend(q, k, torch.ones_like(v[..., :1]), *masks)
         return numerator / (denominator + self.eps)
 
-    def _rotated(self, x: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:
         prefix, patches = x.tensor_split([self.num_prefix_tokens], 2)
-        return torch.cat([prefix, apply_rot_embed_cat(patches, self.angles).to(x.dtype)], 2)
+        return torch.cat([prefix, apply_rot_embed_cat(patches, angles).to(x.dtype)], 2)
 
-    def _completed(self, y: Tensor, x: Tensor) -> Tensor:
+    def _completed(self, y: Tensor, x: Tensor, attn_mask: Any) -> Tensor:
         if self.conv is not None:
             prefix = self.num_prefix_tokens
-            patches = x[:, prefix:].mT.unflatten(2, self.grid)
+            patches = x[:, prefix:].mT.unflatten(2, attn_mask.grid)
             y = y + F.pad(self.conv(patches).flatten(2).mT, (0, 0, prefix, 0))
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
 
 class LionPlusBlock(LionBlock):
     mixer_class = LionPlusAttention
-
-    def _mixed(self, x: Tensor, place: Any) -> Tensor:
-        """Sets what its mixer needs itself, as it may be computed again after other images."""
-        curves, self.attn.grid, self.attn.angles = place
-        return super()._mixed(x, curves)
 
 
 class LionPlusVisionTransformer(LionVisionTransformer):

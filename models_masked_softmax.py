@@ -41,15 +41,18 @@ class MaskedSoftmaxAttention(LionAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *masks: Tensor | None,
+        log_decay: Tensor | None,
+        attn_mask: Any,
+        valid: Tensor | None,
+        documents: Tensor | None,
+        *,
         normalise: bool | None = None,
     ) -> Tensor:
-        log_decay, curves, valid, documents = masks
         if valid is not None or documents is not None:
             raise ValueError("Masked softmax knows no padding and no documents: give neither.")
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
         if log_decay is not None:
-            scores = scores + decay_mask(log_decay, curves).log()
+            scores = scores + decay_mask(log_decay, self._curves(attn_mask)).log()
         return scores.softmax(-1).to(v.dtype) @ v
 
 

@@ -1,5 +1,6 @@
 """What goes beyond the paper's model: off by default, alike in every format, and trained."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from helpers import TINY, refused, weights
 
 import models_lion
 from models_lion import FEATURE_MAPS, FORMATS
-from models_lion_plus import PLUS, LionPlusAttention
+from models_lion_plus import PLUS, LionPlusAttention, Place
 from models_masked_softmax import MaskedSoftmaxAttention
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_classes": 5}
@@ -54,12 +55,10 @@ def test_formats_agree_and_all_is_trained(mask, plus):
         assert (results[0][0] - plain(images(*size))).abs().max() > 1e-4
 
 
-def mixer(*plus: str, grid=(3, 4), **kwargs) -> LionPlusAttention:
+def mixer(*plus: str, **kwargs) -> LionPlusAttention:
     torch.manual_seed(0)
     options = {"mask_type": "Decay", **kwargs}
-    layer = LionPlusAttention(16, 2, plus=plus, **options).double()
-    layer.grid = grid
-    return layer
+    return LionPlusAttention(16, 2, plus=plus, **options).double()
 
 
 def test_convolution_adds_what_is_around_each_patch():
@@ -76,7 +75,8 @@ def test_convolution_adds_what_is_around_each_patch():
                 if 0 <= r < 3 and 0 <= c < 4:
                     total = total + kernel[:, dy + 1, dx + 1] * x[0, 1 + 4 * r + c]
             expected[0, 1 + 4 * row + column] = total
-    added = layer(x) - plain(x)
+    place = Place(None, (3, 4), None)
+    added = layer(x, place) - plain(x, place)
     assert torch.allclose(added, expected @ layer.proj.weight.T)
 
 
@@ -98,27 +98,29 @@ def test_rotary_embedding_is_of_the_numerator_alone():
         build(mask_type="Lit", order="Normal"),
     )
     plain.load_state_dict(model.state_dict())
-    model(images())  # sets the angles
+    place = model._curves_for(images())
     layer, bare = model.blocks[0].attn, plain.blocks[0].attn
     x = torch.randn(2, 17, 24)
     q, k, v = (torch.rand(2, 3, 17, 8) + 0.1 for _ in range(3))
-    masks = (None, None, None, None)
+    masks = (None, place, None, None)
     denominator = (q @ k.mT).sum(-1, keepdim=True)
-    scores = layer._rotated(q) @ layer._rotated(k).mT
+    rotated = layer._rotated(q, place.angles)
+    scores = rotated @ layer._rotated(k, place.angles).mT
     assert torch.allclose(
         layer._attend(q, k, v, *masks), scores @ v / (denominator + 1e-6), atol=1e-5
     )
-    assert layer._rotated(q)[:, :, 0].equal(q[:, :, 0])  # the class token has no place
-    lengths = [t.norm(dim=-1) for t in (q, layer._rotated(q))]
-    assert torch.allclose(*lengths) and not torch.allclose(layer(x), bare(x), atol=1e-3)
+    assert rotated[:, :, 0].equal(q[:, :, 0])  # the class token has no place
+    lengths = [t.norm(dim=-1) for t in (q, rotated)]
+    assert torch.allclose(*lengths)
+    assert not torch.allclose(layer(x, place), bare(x, place), atol=1e-3)
 
 
 def test_scores_of_the_rotary_embedding_depend_on_the_distance():
     model = build("rope")
-    model(images())
-    layer = model.blocks[0].attn
+    angles = model._curves_for(images()).angles
+    rotate = model.blocks[0].attn._rotated
     q, k = (torch.rand(8).expand(1, 1, 17, 8) for _ in range(2))
-    scores = (layer._rotated(q) @ layer._rotated(k).mT)[0, 0, 1:, 1:].view(4, 4, 4, 4)
+    scores = (rotate(q, angles) @ rotate(k, angles).mT)[0, 0, 1:, 1:].view(4, 4, 4, 4)
     assert torch.allclose(scores[0, 0, 1, 2], scores[2, 1, 3, 3], atol=1e-5)
     assert torch.allclose(scores[1, 1, 1, 3], scores[3, 0, 3, 2], atol=1e-5)
     assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-4  # rows are not columns
@@ -133,6 +135,17 @@ def test_checkpointed_blocks_compute_again_on_their_own_grid():
         results.append([p.grad for p in model.parameters()])
     for plain, saved in zip(*results, strict=True):
         assert torch.allclose(plain, saved, atol=1e-5)
+
+
+def test_threads_with_images_of_other_shapes():
+    model = build(*PLUS, dynamic_img_size=True)
+    shapes = [(16, 64), (64, 16), (32, 32), (24, 40)] * 8
+    with torch.inference_mode():
+        expected = [model(images(*shape)) for shape in shapes[:4]]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda shape: model(images(*shape)), shapes))
+    for i, y in enumerate(found):
+        assert torch.allclose(y, expected[i % 4], atol=1e-6)
 
 
 def test_gradient_checkpointing_and_inference_before_training():
