@@ -174,12 +174,15 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
     if "optimizer" in saved and "epoch" in saved:
         kept = [Rule.OPTIMIZER, *([Rule.BETWEEN_EPOCHS] if saved.get("step") else [])]
         resuming.check_settings(before, now, resuming.RULES, source, *kept)
+        resuming.check_holdout(before, now, source)
         check_same_optimizer(args, before, world.device, source)
         if saved["epoch"] + 1 > args.epochs:
             raise UserError(
                 f"{source} has {saved['epoch'] + 1} epochs behind it: raise --epochs {args.epochs}."
             )
     run.restore(saved, source)
+    if not (goes_on(args) and resuming.scores_alike(before, now)):
+        run.max_accuracy = 0.0  # best_checkpoint.pth is the best of this folder and evaluation
     # Weights of another name or shape are reported better by load_weights.
     resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     resuming.tell_changes(before, now, resuming.RULES, source)
@@ -322,7 +325,7 @@ class Training:
         args, world = self.args, self.world
         model = build_model(args, len(classes), images.size)
         if basis:
-            resuming.start_from(basis, model, classes)
+            resuming.start_from(basis, model, classes, args.holdout)
         model.to(world.device)
         require_logits(args, world, model, classes, images)
         if args.channels_last:

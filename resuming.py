@@ -79,6 +79,10 @@ RULES = {
     ),
 }  # fmt: skip
 
+# What an accuracy depends on beside the weights.
+SCORED_BY = ("data_set", "inat_category", "holdout", "input_size", "eval_crop_ratio", "crop_mode",
+             "interpolation", "mean", "std")  # fmt: skip
+
 
 def read(source: str, folder: str | Path) -> Found | None:
     """The checkpoint at a path or URL, or with `auto` the newest of `folder`; None without one."""
@@ -124,12 +128,29 @@ def check_settings(
 def check_evaluation(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
     """Raises UserError for another model, or for held-out images that were trained on."""
     check_settings(saved, now, RULES, source, Rule.MODEL)
-    trained, asked = saved.get("holdout"), now["holdout"]
-    if asked and trained is not None and asked != trained:
-        raise UserError(
-            f"{source} was trained with --holdout {trained}: of the images that --holdout {asked} "
-            "holds out it knows some. Evaluate with the one of its training, or without."
-        )
+    check_holdout(saved, now, source)
+
+
+def check_holdout(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
+    """Raises UserError if images that are held out now were trained on."""
+    if known := _known_holdout(saved, now["holdout"], source):
+        raise UserError(f"{known}: give the one of its training, or none.")
+
+
+def _known_holdout(saved: dict[str, Any], holdout: int, source: str) -> str:
+    """What is wrong with a --holdout, if anything."""
+    trained = saved.get("holdout")
+    if not holdout or trained in (None, holdout):
+        return ""
+    return (
+        f"{source} was trained with --holdout {trained}, so it knows images that --holdout "
+        f"{holdout} holds out"
+    )
+
+
+def scores_alike(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether an accuracy of the checkpoint can be compared with one to come."""
+    return not checkpoint.difference(saved, now, SCORED_BY)
 
 
 def tell_changes(
@@ -147,10 +168,15 @@ def differences(
     return checkpoint.difference(saved, now, [name for name in rules if rules[name] is rule])
 
 
-def start_from(found: Found, model: nn.Module, classes: list[str]) -> None:
-    """Loads what a checkpoint (--finetune) shares with the model, and says what it does not."""
+def start_from(found: Found, model: nn.Module, classes: list[str], holdout: int) -> None:
+    """Loads what a checkpoint (--finetune) shares with the model, and says what it does not.
+
+    Warns if it is of the same classes and knows images that are held out now.
+    """
     saved, source = found
     weights = checkpoint.weights_of(saved, source=source)
     keep_head = not checkpoint.differing_classes(saved, classes)
+    if keep_head and (known := _known_holdout(settings_of(saved), holdout, source)):
+        logger.warning("%s, if it was trained on this data.", known)
     for note in checkpoint.adapt_weights(model, weights, source, keep_head=keep_head):
         logger.info("Fine-tuning from %s: %s", source, note)
