@@ -250,11 +250,15 @@ class Evaluation:
         self.classes = self.loader.dataset.classes
         if found:
             checkpoint.check_classes(found[0], self.classes, found[1])
-        self.model = build_model(args, len(self.classes), self.images.size)
+        trained = preprocessing.of_checkpoint(found[0], args.model, found[1]) if found else None
+        size = (trained or self.images).size
+        self.model = build_model(args, len(self.classes), size)
         if found:
             saved, source = found
             state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
             checkpoint.load_weights(self.model, state, source)
+            if self.images.size != size:
+                models_timm.resize(self.model, self.images.size)
             before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
             resuming.check_evaluation(before, now, source)
         else:

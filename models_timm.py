@@ -18,7 +18,7 @@ import models_lion  # noqa: F401
 import models_lion_plus  # noqa: F401
 import models_masked_softmax  # noqa: F401
 import models_vim  # noqa: F401
-from errors import UserError, one_line
+from errors import UserError, first_line, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,21 @@ def create(
                 ) from error
         if options.pop(unknown) and unknown != "img_size":
             logger.info("%s has no %s: built without", name, OPTIONAL[unknown])
+
+
+def resize(model: Any, size: int | tuple[int, int]) -> None:
+    """Makes `model` one for images of `size` pixels, where it is built for one size.
+
+    Raises UserError if it cannot be.
+    """
+    if not hasattr(model, "set_input_size"):
+        return
+    try:
+        model.set_input_size(img_size=size)
+    except Exception as error:  # every family has its own reasons
+        raise UserError(
+            f"The model takes no images of {size} pixels ({first_line(error)})."
+        ) from error
 
 
 def train_attention_alone(model: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 import checkpoint
 import models_timm
 import preprocessing
-from errors import UserError, first_line
+from errors import UserError
 from preprocessing import Preprocessing
 
 
@@ -73,8 +73,7 @@ def load(
     checkpoint.load_weights(model, weights, source)
     if input_size and input_size != images.size:
         images = images.at(input_size)
-        if hasattr(model, "set_input_size"):
-            _resize(model, input_size)
+        models_timm.resize(model, input_size)
     models_timm.require_logits(model, name, count, images.input_size)
     own = {**images.for_timm(), "num_classes": count}
     model.pretrained_cfg = {**model.pretrained_cfg, **own}
@@ -132,12 +131,3 @@ def _outputs(name: str, weights: Mapping[str, Any]) -> int:
     if weight is not None:
         return len(weight)
     return int(timm.get_pretrained_cfg_value(name, "num_classes") or 0)
-
-
-def _resize(model: Any, size: int) -> None:
-    try:
-        model.set_input_size(img_size=size)
-    except Exception as error:  # every family has its own reasons
-        raise UserError(
-            f"The model takes no images of {size} pixels ({first_line(error)})."
-        ) from error

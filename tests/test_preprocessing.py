@@ -6,12 +6,14 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from helpers import TINY
+from helpers import TINY, VARIANT
 from timm.data import create_transform
 
 import checkpoint
 import loaders
+import main
 import preprocessing
+import pretrained
 from losses import load_teacher
 from preprocessing import Preprocessing
 
@@ -125,6 +127,16 @@ def test_the_record_is_that_of_timms_create_transform():
 
 
 # Evaluation
+
+
+def test_another_size_resamples_the_position_embedding(trained, run, data_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(main, "compile_in_place", lambda model, *_: built.append(model))
+    arguments = (*TINY, *VARIANT, "--data-path", data_path, "--eval", "--resume", trained)
+    assert run(*arguments, "--input-size", "32", "--torchcompile").code == 0
+    assert built[0].pos_embed.shape == (1, 65, 16)
+    expected = pretrained.load(trained, input_size=32).model
+    assert built[0].pos_embed.equal(expected.pos_embed)
 
 
 @pytest.mark.parametrize(
