@@ -210,7 +210,8 @@ class LionBertModel(LionBertPreTrainedModel):
         `inputs_embeds` `[B, N, C]` stand in the place of the words that `input_ids` number.
         `attention_mask` is 0 at padding; `document_ids` are integers, equal within a document.
         Positions count the tokens of a document, from 0, unless `position_ids` are given.
-        Raises ValueError for both or none of ids and embeddings, and for `output_attentions`.
+        Raises ValueError for both or none of ids and embeddings, for a mask of another shape, and
+        for `output_attentions`.
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
@@ -219,6 +220,11 @@ class LionBertModel(LionBertPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give input_ids or inputs_embeds: one of the two.")
         words = self.embeddings.words(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and attention_mask.shape != words.shape[:2]:
+            raise ValueError(
+                f"attention_mask must be [B, N], {list(words.shape[:2])}, which tells padding, not "
+                f"{list(attention_mask.shape)}: these models mask no pairs."
+            )
         valid = None if attention_mask is None else attention_mask.bool()
         alike = valid is None and document_ids is None and position_ids is None
         if position_ids is None:

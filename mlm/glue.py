@@ -107,7 +107,7 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
     """
     facts, result = _facts(job), job.folder / "result.json"
     before = read_result(result)
-    if before.get("job") != facts:
+    if not _is_same(before.get("job"), facts):
         before = {}
     if "scores" in before:
         return {k: math.nan if v is None else v for k, v in before["scores"].items()}
@@ -138,7 +138,7 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """What tells a job from others: its settings, and digests of what it reads."""
+    """A job's settings, and digests of what it reads."""
     paths = {name: Path(job.data, name) for name in (job.task.train, *job.task.eval)}
     paths["weights"] = Path(job.model, "model.safetensors")
     digests = {}
@@ -148,6 +148,12 @@ def _facts(job: Job) -> dict[str, Any]:
     facts = {**asdict(job), "digests": digests}
     del facts["task"]["seeds"]  # others may have been added
     return facts
+
+
+def _is_same(before: Any, facts: dict[str, Any]) -> bool:
+    """Whether it is the same job, wherever its files were and are."""
+    own = facts.keys() - {"model", "data", "output"}
+    return isinstance(before, dict) and all(before.get(name) == facts[name] for name in own)
 
 
 def read_result(path: Path) -> dict[str, Any]:

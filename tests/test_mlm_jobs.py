@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,17 @@ def test_a_damaged_result_is_done_again(content, model, tmp_path):
     assert glue.fine_tune(this, torch.device("cpu")) == scores
     assert json.loads((this.folder / "result.json").read_text())["scores"] == scores
     assert not list(this.folder.glob(".*"))
+
+
+def test_a_job_is_the_same_where_its_files_are_elsewhere(model, tmp_path, monkeypatch):
+    this = job(write(tmp_path), model)
+    scores = glue.fine_tune(this, torch.device("cpu"))
+    copies = {"model": shutil.copytree(model, tmp_path / "model"),
+              "data": shutil.copytree(this.data, tmp_path / "data", ignore=lambda *_: ["data"]),
+              "output": shutil.copytree(this.output, tmp_path / "moved")}  # fmt: skip
+    monkeypatch.setattr(glue, "_train", lambda *_: pytest.fail("trained again"))
+    moved = replace(this, **{name: str(path) for name, path in copies.items()})
+    assert glue.fine_tune(moved, torch.device("cpu")) == scores
 
 
 @pytest.mark.parametrize("file", ["train.tsv", "dev.tsv"])

@@ -369,6 +369,12 @@ def test_widths_that_heads_cannot_share(options, message):
         small_model(**{"mixer": "softmax", **options})
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 5), (2, 1, 1, 5), (1, 5), (2, 6)])
+def test_a_mask_is_of_tokens_not_of_pairs(shape):
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, N\], \[2, 5\], which tells"):
+        small_model("lion-s")(torch.zeros(2, 5, dtype=torch.long), attention_mask=torch.ones(shape))
+
+
 def test_too_long_for_the_positions():
     with pytest.raises(ValueError, match="65 tokens are more than the 64 positions"):
         small_model("softmax")(torch.zeros(1, 65, dtype=torch.long))
