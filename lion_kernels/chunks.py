@@ -32,7 +32,7 @@ def _resident_keys(
         )
         counts = common.key_mask(VALID, image, tokens, valid)
         k = common.load_tile(K, tokens, valid, stride_n, D)
-        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0).to(k.dtype)
+        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES)[0], 0.0).to(k.dtype)
         if PHI_K is not None:
             common.store_tile(PHI_K, tokens, valid, heads * D, phi, D)
         keys += (phi,)
@@ -73,7 +73,7 @@ def mix_fwd_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     dtype = QKV.dtype.element_ty
     Q, OUT, INV_DENOM = QKV + row, OUT + own, INV_DENOM + bh * n
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
@@ -90,7 +90,7 @@ def mix_fwd_kernel(
         inside, tokens, valid = common.tile(start, size, i * BLOCK, CURVE, BLOCK)
         xs = common.rows_of(SUMS, sums_c, inside, NUM_CURVES)
         ys = common.rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
-        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES) * SCALE
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0] * SCALE
         q = q.to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
@@ -113,7 +113,7 @@ def mix_fwd_kernel(
             rounded = common.round_to(w, dtype)
             denom += tl.sum(w, 1)
             rounding += tl.sum(rounded - w, 1)
-            out = common.add_dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
+            out = common.dot(rounded.to(dtype), values[t], out)  # [BLOCK, D]
         out *= curve_weight
         if NORMALISE:
             denom = (denom + NUM_CURVES * eps) * curve_weight
@@ -146,7 +146,7 @@ def mix_bwd_dq_kernel(
     SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     dtype = QKV.dtype.element_ty
     Q, DQ = QKV + row, DQKV + row
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
@@ -169,7 +169,7 @@ def mix_bwd_dq_kernel(
         tl.store(DELTA + bh * n + tokens, delta, mask=valid)
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
         factor = inv_denom * (curve_weight * SCALE)
-        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
         q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
         common.store_tile(PHI_Q, tokens, valid, heads * D, q, D)
         dq = tl.zeros((BLOCK, D), tl.float32)
@@ -188,10 +188,10 @@ def mix_bwd_dq_kernel(
             if t == i:
                 before = tl.arange(0, BLOCK)[:, None] > tl.arange(0, dw.shape[1])[None, :]
                 dw_before = tl.where(before, dw, 0.0).to(dtype)
-                dq = common.add_dot(dw_before, keys[t], dq)
+                dq = common.dot(dw_before, keys[t], dq)
                 of_earlier = tl.sum(q.to(tl.float32) * dq, 1)
                 dw = tl.where(before, 0.0, dw)
-            dq = common.add_dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
+            dq = common.dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
         along = tl.sum(q.to(tl.float32) * dq, 1)
         tl.store(DLOG_MASK + inside, of_earlier, mask=valid)
         tl.store(DLOG_MASK + SIZE + inside, along - of_earlier, mask=valid)
@@ -238,13 +238,13 @@ def _dkv_tile(
         x_i, y_i = tl.load(SUMS + steps), tl.load(SUMS + SIZE + steps)
         mask = common.decay_mask(x_i[None, :], y_i[None, :], x_j[:, None], y_j[:, None])
     dw = (common.dot(v, tl.trans(do)) - delta[None, :]) * mask  # [BLOCK, BLOCK_N]
-    dk = common.add_dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
+    dk = common.dot(dw.to(k.dtype), q, dk)  # [BLOCK, D]
     w = common.dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
     until = tl.zeros((k.shape[0],), tl.float32)
     if SIDE == "in":
         g = w * common.round_to(dw, k.dtype)
         until = tl.sum(tl.where(steps[None, :] <= own[:, None], g, 0.0), 1)
-    dv = common.add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
+    dv = common.dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
     return dk, dv, until
 
 
@@ -260,7 +260,7 @@ def mix_bwd_dkv_kernel(
     A chunk has `tiles` of keys; as a constant, that number made threads spill 272 bytes, not 80.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    part, bh, b, h, row, rows = common.place(num_chunks * tiles, n, heads, stride_n, D)
+    part, bh, b, h, row, rows = common.place(num_chunks * tiles, heads, n, stride_n, D)
     chunk = part // tiles
     low, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n)
     first = low + part % tiles * BLOCK

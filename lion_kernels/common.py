@@ -10,33 +10,23 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def part_of_sequence(num_parts, heads):
-    """Which part of which sequence a program has, and whose: an image's and a head's.
+def place(num_parts, heads, n=0, stride_n=0, D: tl.constexpr = 1):
+    """Which part of which sequence a program has, whose, an image's and a head's, and where the
+    head's columns begin in the image's rows of QKV and of OUT.
 
     Only the grid's first dimension may be long.
     """
     pid = tl.program_id(0)
-    sequence = (pid // num_parts).to(tl.int64)
-    return pid % num_parts, sequence, sequence // heads, sequence % heads
+    bh = (pid // num_parts).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    return pid % num_parts, bh, b, h, b * n * stride_n + h * D, (b * n * heads + h) * D
 
 
 @triton.jit
-def place(num_parts, n, heads, stride_n, D: tl.constexpr):
-    """The same; also where the head's columns begin in the image's rows of QKV and of OUT."""
-    part, bh, b, h = part_of_sequence(num_parts, heads)
-    return part, bh, b, h, b * n * stride_n + h * D, (b * n * heads + h) * D
-
-
-@triton.jit
-def add_dot(a, b, acc):
+def dot(a, b, acc=None):
     """`acc + a b`; in float32 three tf32 products, but wide tiles have no room for them."""
     WIDE: tl.constexpr = a.shape[1] > 64 or b.shape[1] > 64
     return tl.dot(a, b, acc, input_precision="ieee" if WIDE else "tf32x3")
-
-
-@triton.jit
-def dot(a, b):
-    return add_dot(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
 
 
 @triton.jit
@@ -49,19 +39,8 @@ def round_to(w, dtype):
 
 
 @triton.jit
-def _sigmoid(t, FAST: tl.constexpr):
-    """`FAST` is the hardware's tanh, right to 2^-11: enough for bfloat16."""
-    if FAST:
-        tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * t], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return 0.5 * tanh + 0.5
-    return tl.sigmoid(t)
-
-
-@triton.jit
-def feature_map_and_slope(t, FEATURES: tl.constexpr):
-    """phi `[R, D]` of rows, in float32, and what the gradient below needs.
+def feature_map(t, FEATURES: tl.constexpr):
+    """phi of rows `[R, D]`, in float32, and the slope that the gradient below needs.
 
     phi is elu + 1, silu + 0.5 normalised over D, or the rows themselves.
     """
@@ -72,20 +51,18 @@ def feature_map_and_slope(t, FEATURES: tl.constexpr):
         slope = tl.exp(tl.minimum(t, 0.0))
         t = tl.where(t > 0, t + 1, slope)
     if FEATURES == "silu":
-        s = _sigmoid(t, FAST)
+        if FAST:  # the hardware's tanh, right to 2^-11: enough for bfloat16
+            asm: tl.constexpr = "tanh.approx.f32 $0, $1;"
+            s = tl.inline_asm_elementwise(asm, "=f,f", [0.5 * t], tl.float32, is_pure=True, pack=1)
+            s = 0.5 * s + 0.5
+        else:
+            s = tl.sigmoid(t)
         silu = t * s
         f = silu + 0.5
         inv_norm = tl.rsqrt(tl.maximum(tl.sum(f * f, 1), 1e-24))[:, None]
         slope = (s + silu - silu * s) * inv_norm
         t = f * inv_norm
     return t, slope
-
-
-@triton.jit
-def feature_map(t, FEATURES: tl.constexpr):
-    """phi of rows `[R, D]`, in float32."""
-    phi, _ = feature_map_and_slope(t, FEATURES)
-    return phi
 
 
 @triton.jit
@@ -102,7 +79,7 @@ def back_to_rows(pointer, rows, valid, stride, grad, D: tl.constexpr, FEATURES: 
 
     They are loaded again, as registers are few; not rounded, as the gradient along phi cancels.
     """
-    phi, slope = feature_map_and_slope(load_tile(pointer, rows, valid, stride, D), FEATURES)
+    phi, slope = feature_map(load_tile(pointer, rows, valid, stride, D), FEATURES)
     return feature_map_grad(phi, slope, grad, FEATURES)
 
 

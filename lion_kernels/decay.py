@@ -22,29 +22,24 @@ def _logits(DECAY, tokens, valid, stride, DECAYS: tl.constexpr):
 
 
 @triton.jit
-def _log1p(u):
-    """`log(1 + u)` of u in [0, 1]; small ones by their series, as 1 + u would round them."""
-    series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u / 5))))
-    return tl.where(u < 0.05, series, tl.log(1 + u))
-
-
-@triton.jit
 def _log_decay(z):
-    """`log(1 - sigmoid(z))`."""
-    return -tl.maximum(z, 0.0) - _log1p(tl.exp(-tl.abs(z)))
+    """`log(1 - sigmoid(z))`; log(1 + u) of a small u by its series, as 1 + u would round it."""
+    u = tl.exp(-tl.abs(z))
+    series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u / 5))))
+    return -tl.maximum(z, 0.0) - tl.where(u < 0.05, series, tl.log(1 + u))
 
 
 @triton.jit
 def decay_cumsum(
-    DECAY, DOCUMENTS, image, steps, tokens, valid, counts, prefix, stride,
-    DECAYS: tl.constexpr,
-):  # fmt: skip
-    """x and y `[R]` of a run of steps; DECAYS is "gates", "head", "logs" of decays, or "none".
+    DECAY, CURVE, VALID, DOCUMENTS, curve, image, steps, valid, prefix, stride, DECAYS: tl.constexpr
+):
+    """A run of steps' tokens, which of them count as keys, and x and y, all `[R]`.
 
-    Padding and the first `prefix` tokens have a decay of 1. Log2 decays are clamped at -32,
-    negligible in float32; larger sums would round those of the open gates beside them. Between
-    documents both sums fall by 48: 2^-48 is negligible even beside the eps of the denominators.
+    DECAYS is "gates", "head", "logs" of decays, or "none". Padding and the first `prefix` tokens
+    have a decay of 1. For the clamp and the fall between documents see "Definition".
     """
+    tokens = common.token_at(CURVE, steps, valid, curve)
+    counts = common.key_mask(VALID, image, tokens, valid)
     log_decay = tl.zeros_like(steps).to(tl.float32)
     if DECAYS != "none":
         if DECAYS == "logs":
@@ -59,7 +54,7 @@ def decay_cumsum(
         own = tl.load(DOCUMENTS + image + steps, mask=inside, other=0)
         begins = own != tl.load(DOCUMENTS + image + steps - 1, mask=inside, other=0)
         y -= 48.0 * tl.cumsum(begins.to(tl.float32), 0)
-    return y - log_decay, y
+    return tokens, counts, y - log_decay, y
 
 
 @triton.jit
@@ -68,23 +63,18 @@ def decay_cumsum_kernel(
     decay_n,
     CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
-    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or by token, if there
-    is PLACES `[C, SIZE]` for each token's step on the curves.
-
-    A chunk has CHUNK tokens in tiles of BLOCK, and SIZE is that in whole tiles. After the last
-    token the sums stay.
-    """
+    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or by token, if there is PLACES
+    `[C, SIZE]` for each token's step on the curves. After the last token the sums stay."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, cbh, cb, h = common.part_of_sequence(num_chunks, heads)
+    chunk, cbh, cb, h, _, _ = common.place(num_chunks, heads)
     c, b = cb // images, cb % images
     inside = tl.arange(0, triton.next_power_of_2(SIZE))
     steps = chunk * CHUNK + inside
     valid = (inside < CHUNK) & (steps < n)
-    tokens = common.token_at(CURVE, steps, valid, c * n)
-    x, y = decay_cumsum(
-        DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
-        common.key_mask(VALID, b * n, tokens, valid), prefix, decay_n, DECAYS,
-    )  # fmt: skip
+    DECAY += c * decay_c + b * decay_b + h
+    tokens, _, x, y = decay_cumsum(
+        DECAY, CURVE, VALID, DOCUMENTS, c * n, b * n, steps, valid, prefix, decay_n, DECAYS
+    )
     SUMS += (cbh * num_chunks + chunk) * NUM_VECTORS * SIZE
     places = inside if PLACES is None else tl.where(valid, tokens, inside)
     stored = inside < SIZE
@@ -112,17 +102,15 @@ def gate_bwd_kernel(
 ):  # fmt: skip
     """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk.
 
-    DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has sums of g_ij over the pairs of
-    a query there with earlier (0) and later keys (1), of a key there with later (2) and earlier
-    queries (3), of which 0 and 3 include other chunks; and with later chunks alone: keys (4),
-    queries (5). By the exponents of M, dx = (0) - (2), dy = (3) - (1), and a step's log decay has
+    DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has the sums (0) to (5) of g_ij
+    that "Gradients" in `docs/kernels.md` explains, and with them a step's log decay has
 
         dl_s = sum_(t>s) dx_t + sum_(t>=s) dy_t + sum_(t<=s) (4)_t + sum_(t<s) (5)_t
 
     and the pairs around the chunk, whose states enter it from either side.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h = common.part_of_sequence(num_chunks, heads)
+    chunk, bh, b, h, _, _ = common.place(num_chunks, heads)
     c = tl.program_id(1)
     part = c * tl.num_programs(0) + bh * num_chunks + chunk
     start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)

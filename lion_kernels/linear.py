@@ -35,7 +35,7 @@ def _dot_state(a, state):
     product = common.dot(a, tl.trans(rounded))
     if a.dtype != tl.float32:
         remainder = (state - rounded.to(tl.float32)).to(a.dtype)
-        product = common.add_dot(a, tl.trans(remainder), product)
+        product = common.dot(a, tl.trans(remainder), product)
     return product
 
 
@@ -46,18 +46,17 @@ def key_state_kernel(
 ):  # fmt: skip
     """S and z of each chunk, `[B, H, chunks, D, D]` and `[B, H, chunks, D]`, float32."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, _ = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     K = QKV + row + heads * D
     state, vector = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
-        tokens = first + tl.arange(0, BLOCK)
-        valid = tokens < n
+        _, tokens, valid = common.tile(0, n, first, None, BLOCK)
         counts = common.key_mask(VALID, b * n, tokens, valid)
         k = common.load_tile(K, tokens, valid, stride_n, D)
         v = common.load_tile(K + heads * D, tokens, valid, stride_n, D)
-        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0)  # [BLOCK, D]
+        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES)[0], 0.0)  # [BLOCK, D]
         phi = phi.to(k.dtype)
-        state = common.add_dot(tl.trans(phi), v, state)  # [D, D]
+        state = common.dot(tl.trans(phi), v, state)  # [D, D]
         vector += tl.sum(phi.to(tl.float32), 0)
     common.store_state(STATES, VECTORS, bh * num_chunks + chunk, state / CHUNK, vector / CHUNK, D)
 
@@ -70,15 +69,17 @@ def mix_fwd_kernel(
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]`; OUT_SCALE, if not normalised, makes means sums."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     Q = QKV + row
     dtype = QKV.dtype.element_ty
     state, vector = _mean_state(STATES, VECTORS, bh * num_chunks, num_chunks, D)
     state = state.to(dtype)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
-        tokens = first + tl.arange(0, BLOCK)
-        valid = tokens < n
-        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES) * D**-0.5
+        _, tokens, valid = common.tile(0, n, first, None, BLOCK)
+        q = (
+            common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
+            * D**-0.5
+        )
         q = q.to(dtype)
         out = common.dot(q, state)  # [BLOCK, D]
         if NORMALISE:
@@ -99,21 +100,20 @@ def mix_bwd_dq_kernel(
 ):  # fmt: skip
     """dq into DQKV, and T and u of each chunk. For the rounding residual, see `chunks.py`."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     dtype = QKV.dtype.element_ty
     Q, DQ = QKV + row, DQKV + row
     state, vector = _mean_state(STATES, VECTORS, bh * num_chunks, num_chunks, D)
     query_state, query_vector = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
-        tokens = first + tl.arange(0, BLOCK)
-        valid = tokens < n
+        _, tokens, valid = common.tile(0, n, first, None, BLOCK)
         do = common.load_tile(DO + own, tokens, valid, heads * D, D)
         delta = common.load_delta(do, OUT + own, tokens, valid, heads * D, NORMALISE)
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
         q = common.load_tile(Q, tokens, valid, stride_n, D)
-        q, slope = common.feature_map_and_slope(q, FEATURES)
+        q, slope = common.feature_map(q, FEATURES)
         scaled = q * tl.where(valid, inv_denom * D**-0.5, 0.0)[:, None]  # q_i / r_i, [BLOCK, D]
-        query_state = common.add_dot(tl.trans(scaled.to(dtype)), do, query_state)  # [D, D]
+        query_state = common.dot(tl.trans(scaled.to(dtype)), do, query_state)  # [D, D]
         query_vector += tl.sum(scaled * delta[:, None], 0)
         dq = _dot_state(do, state) - delta[:, None] * vector[None, :]  # [BLOCK, D]
         if NORMALISE and FEATURES != "none":
@@ -134,16 +134,15 @@ def mix_bwd_dkv_kernel(
 ):  # fmt: skip
     """dk and dv into DQKV."""
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, _ = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     K, DK = QKV + row + heads * D, DQKV + row + heads * D
     state, vector = _mean_state(QUERY_STATES, QUERY_VECTORS, bh * num_chunks, num_chunks, D)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
-        tokens = first + tl.arange(0, BLOCK)
-        valid = tokens < n
+        _, tokens, valid = common.tile(0, n, first, None, BLOCK)
         counts = common.key_mask(VALID, b * n, tokens, valid)
         v = common.load_tile(K + heads * D, tokens, valid, stride_n, D)
         k = common.load_tile(K, tokens, valid, stride_n, D)
-        phi, slope = common.feature_map_and_slope(k, FEATURES)
+        phi, slope = common.feature_map(k, FEATURES)
         phi = tl.where(counts[:, None], phi, 0.0)
         dk = (_dot_state(v, state) - vector[None, :]) * out_scale  # [BLOCK, D]
         dk = common.feature_map_grad(phi, slope, dk, FEATURES)

@@ -20,12 +20,12 @@ def key_feature_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """phi of the keys, zero where none count: `[B, N, H, D]`."""
-    part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), n, heads, stride_n, D)
+    part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), heads, n, stride_n, D)
     tokens = part * BLOCK + tl.arange(0, BLOCK)
     valid = tokens < n
     counts = common.key_mask(VALID, b * n, tokens, valid)
     k = common.load_tile(QKV + row + heads * D, tokens, valid, stride_n, D)
-    phi = tl.where(counts[:, None], common.feature_map(k, FEATURES), 0.0)
+    phi = tl.where(counts[:, None], common.feature_map(k, FEATURES)[0], 0.0)
     common.store_tile(PHI_K + own, tokens, valid, heads * D, phi, D)
 
 
@@ -34,7 +34,7 @@ def mask_table_kernel(
     SUMS, TABLE, heads, sums_c, SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr
 ):
     """The sum of each head's masks: TABLE `[H, SIZE, SIZE]`."""
-    part, h, _, _ = common.part_of_sequence(SIZE // BLOCK, heads)
+    part, h, _, _, _, _ = common.place(SIZE // BLOCK, heads)
     SUMS += h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
@@ -54,7 +54,7 @@ def mix_fwd_kernel(
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`."""
-    part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), n, heads, stride_n, D)
+    part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), heads, n, stride_n, D)
     Q, V = QKV + row, QKV + row + 2 * heads * D
     PHI_K, OUT = PHI_K + own, OUT + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
@@ -62,7 +62,7 @@ def mix_fwd_kernel(
     valid = rows < n
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
     ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)[0]
     q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
     out = tl.zeros((BLOCK, D), tl.float32)
     denom = tl.full((BLOCK,), eps, tl.float32)
@@ -77,7 +77,7 @@ def mix_fwd_kernel(
         rounded = common.round_to(w, v.dtype)
         denom += tl.sum(w, 1)
         rounding += tl.sum(rounded - w, 1)
-        out = common.add_dot(rounded.to(v.dtype), v, out)  # [BLOCK, D]
+        out = common.dot(rounded.to(v.dtype), v, out)  # [BLOCK, D]
     if NORMALISE:
         tl.store(INV_DENOM + bh * n + rows, 1 / denom, mask=valid)
         out *= (1 / (denom + rounding))[:, None]  # rounded weights sum to 1 as well
@@ -98,7 +98,7 @@ def mix_bwd_dq_kernel(
     """
     SIDES: tl.constexpr = 2 if TABLE is None else 1
     num_parts = tl.cdiv(n, BLOCK)
-    part, bh, b, h, row, own = common.place(num_parts, n, heads, stride_n, D)
+    part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
     dtype = QKV.dtype.element_ty
     Q, V = QKV + row, QKV + row + 2 * heads * D
@@ -114,7 +114,7 @@ def mix_bwd_dq_kernel(
     tl.store(DELTA + bh * n + rows, delta, mask=valid)
     inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
     factor = inv_denom * (D**-0.5 / NUM_CURVES)
-    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)
+    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)[0]
     q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
     common.store_tile(PHI_Q, rows, valid, heads * D, q, D)
     dq = tl.zeros((BLOCK, D), tl.float32)
@@ -142,7 +142,7 @@ def mix_bwd_dq_kernel(
         sums = added
         if TABLE is not None:
             mask = common.round_to(mask, dtype)
-        dq = common.add_dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
+        dq = common.dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
     for c in tl.static_range(NUM_CURVES):
         of_curve = DLOG_MASK + (c * images * heads + bh) * 6 * SIZE + rows
         tl.store(of_curve, sums[SIDES * c], mask=valid)
@@ -166,7 +166,7 @@ def mix_bwd_dkv_kernel(
     later queries, and with others. Products are keys by queries.
     """
     num_parts = tl.cdiv(n, BLOCK)
-    part, bh, b, h, row, own = common.place(num_parts, n, heads, stride_n, D)
+    part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
     K, DK = QKV + row + heads * D, DQKV + row + heads * D
     DO, PHI_Q, PHI_K, DELTA = DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
@@ -205,8 +205,8 @@ def mix_bwd_dkv_kernel(
         else:
             of_rows = (SUMS, TABLE, sums_c, h * SIZE + rows, xs, ys)
             mask = common.sum_of_masks(of_rows, columns, SIZE, NUM_CURVES)
-        dv = common.add_dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
-        dk = common.add_dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
+        dv = common.dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
+        dk = common.dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
     if TABLE is None:
         for c in tl.static_range(NUM_CURVES):
             of_curve = DLOG_MASK + ((c * images * heads + bh) * 6 + 2) * SIZE + rows

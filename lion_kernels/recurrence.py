@@ -49,11 +49,9 @@ def recurrence_kernel(
                 else:
                     steps = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
                 valid = steps < n
-                tokens = common.token_at(CURVE, steps, valid, c * n)
-                counts = common.key_mask(VALID, b * n, tokens, valid)
-                x, y = decay_cumsum(
-                    DECAY + c * decay_c + b * decay_b + h, DOCUMENTS, b * n, steps, tokens, valid,
-                    counts, prefix, decay_n, DECAYS,
+                tokens, counts, x, y = decay_cumsum(
+                    DECAY + c * decay_c + b * decay_b + h, CURVE, VALID, DOCUMENTS, c * n, b * n,
+                    steps, valid, prefix, decay_n, DECAYS,
                 )  # fmt: skip
                 total = tl.min(y, 0)
                 if backwards == 0:
@@ -66,8 +64,8 @@ def recurrence_kernel(
                 if NORMALISE:
                     denom_before = tl.load(DENOM + tokens, mask=again, other=0.0)
                 q = common.load_tile(Q, tokens, valid, stride_n, D)
-                phi = common.feature_map(q, FEATURES) * scale
-                k = common.feature_map(common.load_tile(K, tokens, valid, stride_n, D), FEATURES)
+                phi = common.feature_map(q, FEATURES)[0] * scale
+                k = common.feature_map(common.load_tile(K, tokens, valid, stride_n, D), FEATURES)[0]
                 k = tl.where(counts[:, None], k, 0.0)
                 v = common.load_tile(V, tokens, valid, stride_n, COLUMNS)
                 q = phi.to(dtype)  # [BLOCK, D]
@@ -77,7 +75,7 @@ def recurrence_kernel(
                     w = common.dot(q, tl.trans(k.to(dtype)))  # [BLOCK, BLOCK]
                     w *= common.decay_mask(x[:, None], y[:, None], x[None, :], y[None, :])
                     denom += tl.sum(w, 1)
-                    out = common.add_dot(w.to(dtype), v, out)
+                    out = common.dot(w.to(dtype), v, out)
                 if NORMALISE:
                     denom += denom_before + eps
                     out += before.to(tl.float32) * denom_before[:, None]
@@ -87,7 +85,7 @@ def recurrence_kernel(
                     out += before.to(tl.float32)
                 common.store_tile(OUT, tokens, valid, heads * D, out, COLUMNS)
                 k *= left[:, None]
-                state = common.add_dot(tl.trans(k.to(dtype)), v, state * tl.exp2(total))
+                state = common.dot(tl.trans(k.to(dtype)), v, state * tl.exp2(total))
                 vector = vector * tl.exp2(total) + tl.sum(k, 0)
 
 

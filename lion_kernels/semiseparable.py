@@ -37,7 +37,7 @@ def _chunk(
     valid = steps < n
     x = common.load_tile(X, steps, valid, heads * WIDTH, WIDTH)
     b = common.load_tile(B, steps, valid, STATES, STATES)
-    _, sums = decay_cumsum(DECAY, None, 0, steps, steps, valid, valid, 0, heads, "logs")
+    _, _, _, sums = decay_cumsum(DECAY, None, None, None, 0, 0, steps, valid, 0, heads, "logs")
     return steps, valid, x, b, sums, tl.min(sums, 0)
 
 

@@ -1,12 +1,8 @@
-"""States that chunks of tokens hand on, along one curve.
+"""States that chunks of tokens hand on, along one curve, as "Definition" in `docs/kernels.md` has
+them; those of q' and dO likewise, with x and y exchanged.
 
-With x, y and their total g (`decay.py`), a state of keys and values goes
-
-    to later chunks    S <- 2^g S + sum_j 2^(g - x_j) phi(k_j) v_j^T
-    to earlier chunks  S <- 2^g S + sum_j 2^(y_j) phi(k_j) v_j^T
-
-and one of q' and dO likewise, with x and y exchanged. Beside each state `[D, D]` goes a vector
-`[D]`, the same sum with 1 in the place of values, delta in that of dO.
+Beside each state `[D, D]` goes a vector `[D]`, the same sum with 1 in the place of values, delta in
+that of dO.
 """
 
 import triton
@@ -29,7 +25,7 @@ def chunk_state_kernel(
     for later (2) and earlier (3) ones.
     """
     num_chunks = tl.cdiv(n, CHUNK)
-    chunk, bh, b, h, row, own = common.place(num_chunks, n, heads, stride_n, D)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     Q = QKV + row
     dtype = QKV.dtype.element_ty
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * CHUNK
@@ -54,12 +50,12 @@ def chunk_state_kernel(
             counts = common.key_mask(VALID, b * n, tokens, valid)
             factor = tl.where(counts, 1.0, 0.0)
             to_later, to_earlier = tl.exp2(total - x), tl.exp2(y)
-        phi = common.feature_map(a, FEATURES) * factor[:, None]  # [BLOCK, D]
+        phi = common.feature_map(a, FEATURES)[0] * factor[:, None]  # [BLOCK, D]
         scaled = (phi * to_later[:, None]).to(dtype)
-        later = common.add_dot(tl.trans(scaled), b_tile, later)  # [D, D]
+        later = common.dot(tl.trans(scaled), b_tile, later)  # [D, D]
         later_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
         scaled = (phi * to_earlier[:, None]).to(dtype)
-        earlier = common.add_dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
+        earlier = common.dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
         earlier_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
     index = (bh * num_chunks + chunk) * NUM_STATES + (2 if OF_QUERIES else 0)
     common.store_state(STATES, VECTORS, index, later, later_vector, D)
