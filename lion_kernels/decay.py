@@ -155,11 +155,9 @@ def gate_bwd_kernel(
 
 
 @triton.jit
-def head_bwd_kernel(
-    PARTS, DECAY, DDECAY, images, heads, length, stride, OF_EXPONENTS: tl.constexpr
-):
+def head_bwd_kernel(PARTS, DECAY, TABLE, DDECAY, images, heads, length, stride):
     """Gradients of the heads' logits w, `[C, H]`: sums of PARTS `[C, B, H, stride]` over images and
-    `length`, OF_EXPONENTS those of g_ij t_ij (see `pairs.py`)."""
+    `length`; where there was a TABLE, those of g_ij t_ij (see `pairs.py`)."""
     BLOCK: tl.constexpr = 4096
     pid = tl.program_id(0)
     c, h = pid // heads, pid % heads
@@ -170,7 +168,7 @@ def head_bwd_kernel(
         there = part < images * length
         total += tl.load(PARTS + sequence * stride + part % length, mask=there, other=0.0)
     dw = tl.sum(total, 0)
-    if OF_EXPONENTS:
+    if TABLE is not None:
         z = -tl.load(DECAY + pid)
         log_decay = _log_decay(z) * common.LOG2_E
         # Nothing but rounding errors comes through a decay below 2^-23.

@@ -64,10 +64,6 @@ class Call(Launches):
         b, n, _ = self.qkv.shape
         return self.empty(b, n, self.heads * self.dim, dtype=self.qkv.dtype)
 
-    def like_rows(self) -> Tensor:
-        """A number for each query: float32 `[B, H, N]`."""
-        return self.empty(self.sequences, self.qkv.shape[1])
-
     def of_curve(self, c: int, qkv: Tensor, decay: Tensor | None) -> Tensor:
         """Where curve `c` has its decays, or their gradients, in tensors like these."""
         return qkv[..., (3 * self.dim + c) * self.heads :] if decay is None else decay[c]
@@ -125,32 +121,18 @@ def _enter_states(call: Call, num_states: int) -> None:
     call.launch(states.state_passing_kernel, grid, {}, PART=part, GROUP=4)
 
 
-def _chunks_forward(call: Call) -> None:
-    call.sum_decays()
-    if call.values["BY_TOKEN"]:  # along all curves at once
-        call.launch(chunks.mix_fwd_kernel, call.chunks, call.plan.fwd, CURVE=None, ADD=False)
-        return
-    for _ in call.along_curves():
-        _enter_states(call, 2)
-        call.launch(chunks.mix_fwd_kernel, call.chunks, call.plan.fwd)
-
-
-def _chunks_backward(call: Call) -> None:
-    call.sum_decays()
+def _sum_keys(call: Call) -> None:
+    """The state of the keys, a mean over this many tokens."""
+    tokens = float(call.num_chunks * call.plan.chunk)
     call.values.update(
-        PHI_Q=call.like_out(), PHI_K=call.like_out(), DELTA=call.like_rows(),
-        DQ_RESIDUAL=call.like_rows(), DLOG_MASK=call.empty(*call.chunks, 6, call.plan.size),
+        STATES=call.empty(*call.chunks, call.dim, call.dim),
+        VECTORS=call.empty(*call.chunks, call.dim), eps=call.values["eps"] / tokens,
+        out_scale=1.0 if call.values["NORMALISE"] else tokens,
     )  # fmt: skip
-    parts = call.empty(call.num_curves, call.sequences, call.num_chunks)
-    for c in call.along_curves():
-        _enter_states(call, 4)
-        call.launch(chunks.mix_bwd_dq_kernel, call.chunks, call.plan.dq)
-        call.launch(chunks.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
-        _gate_gradients(call, parts, c)
-    _head_gradients(call, parts, call.num_chunks)
+    call.launch(linear.key_state_kernel, call.chunks, call.plan.state)
 
 
-def _gate_gradients(call: Call, parts: Tensor, c: int = 0, curves: int = 1) -> None:
+def _gate_gradients(call: Call, parts: Tensor, c: int, curves: int) -> None:
     """Gradients of the gates or logs of `curves` curves from `c` on, or the `parts` of those of the
     heads' logits."""
     if call.values["DECAYS"] == "none":
@@ -164,73 +146,60 @@ def _gate_gradients(call: Call, parts: Tensor, c: int = 0, curves: int = 1) -> N
     )  # fmt: skip
 
 
-def _head_gradients(call: Call, parts: Tensor, length: int) -> None:
-    """Gradients of the heads' logits from `parts` `[C, B, H, at least length]`."""
-    if call.values["DECAYS"] == "head":
-        call.launch(
-            decay.head_bwd_kernel, (call.num_curves * call.heads,), {},
-            PARTS=parts, DECAY=call.decay, images=call.qkv.shape[0], length=length,
-            stride=parts.stride(1), OF_EXPONENTS=call.values["TABLE"] is not None,
-        )  # fmt: skip
-
-
-def _pairs_forward(call: Call) -> None:
-    call.sum_decays()
-    call.values.update(PHI_K=call.like_out())
-    call.launch(pairs.key_feature_kernel, call.tiles, {})
-    call.launch(pairs.mix_fwd_kernel, call.tiles, call.plan.fwd)
-
-
-def _pairs_backward(call: Call) -> None:
-    call.sum_decays()
-    dlog_mask = call.empty(call.num_curves, call.sequences, 6, call.plan.size)
-    phi_q, phi_k, delta = call.like_out(), call.like_out(), call.like_rows()
-    call.values.update(PHI_Q=phi_q, PHI_K=phi_k, DELTA=delta, DLOG_MASK=dlog_mask)
-    call.launch(pairs.key_feature_kernel, call.tiles, {})
-    call.launch(pairs.mix_bwd_dq_kernel, call.tiles, call.plan.dq)
-    call.launch(pairs.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
-    if call.values["TABLE"] is not None:
-        _head_gradients(call, dlog_mask, call.qkv.shape[1])
-        return
-    parts = call.empty(*dlog_mask.shape[:2], 1)
-    _gate_gradients(call, parts, curves=call.num_curves)
-    _head_gradients(call, parts, 1)
-
-
-def _sum_keys(call: Call) -> None:
-    """The state of the keys, a mean over this many tokens."""
-    tokens = float(call.num_chunks * call.plan.chunk)
-    call.values.update(
-        STATES=call.empty(*call.chunks, call.dim, call.dim),
-        VECTORS=call.empty(*call.chunks, call.dim), eps=call.values["eps"] / tokens,
-        out_scale=1.0 if call.values["NORMALISE"] else tokens,
-    )  # fmt: skip
-    call.launch(linear.key_state_kernel, call.chunks, call.plan.state)
-
-
-def _linear_forward(call: Call) -> None:
-    _sum_keys(call)
-    call.launch(linear.mix_fwd_kernel, call.chunks, call.plan.fwd)
-
-
-def _linear_backward(call: Call) -> None:
-    _sum_keys(call)
-    for name in ("STATES", "VECTORS"):
-        call.values[f"QUERY_{name}"] = call.empty(*call.values[name].shape)
-    call.launch(linear.mix_bwd_dq_kernel, call.chunks, call.plan.dq)
-    call.launch(linear.mix_bwd_dkv_kernel, call.chunks, call.plan.dkv)
-
-
-FORWARD = {"chunks": _chunks_forward, "pairs": _pairs_forward, "linear": _linear_forward}
-BACKWARD = {"chunks": _chunks_backward, "pairs": _pairs_backward, "linear": _linear_backward}
-
-
 def _forward(call: Call) -> None:
-    FORWARD[call.plan.forward](call)
+    if call.plan.forward == "linear":
+        _sum_keys(call)
+        call.launch(linear.mix_fwd_kernel, call.chunks, call.plan.fwd)
+        return
+    call.sum_decays()
+    if call.plan.forward == "pairs":
+        call.values.update(PHI_K=call.like_out())
+        call.launch(pairs.key_feature_kernel, call.tiles, {})
+        call.launch(pairs.mix_fwd_kernel, call.tiles, call.plan.fwd)
+    elif call.values["BY_TOKEN"]:  # along all curves at once
+        call.launch(chunks.mix_fwd_kernel, call.chunks, call.plan.fwd, CURVE=None, ADD=False)
+    else:
+        for _ in call.along_curves():
+            _enter_states(call, 2)
+            call.launch(chunks.mix_fwd_kernel, call.chunks, call.plan.fwd)
 
 
 def _backward(call: Call) -> None:
-    BACKWARD[call.plan.backward](call)
+    if call.plan.backward == "linear":
+        _sum_keys(call)
+        for name in ("STATES", "VECTORS"):
+            call.values[f"QUERY_{name}"] = call.empty(*call.values[name].shape)
+        call.launch(linear.mix_bwd_dq_kernel, call.chunks, call.plan.dq)
+        call.launch(linear.mix_bwd_dkv_kernel, call.chunks, call.plan.dkv)
+        return
+    call.sum_decays()
+    rows = (call.sequences, call.qkv.shape[1])
+    parts = call.empty(call.num_curves, *call.chunks)
+    call.values.update(PHI_Q=call.like_out(), PHI_K=call.like_out(), DELTA=call.empty(*rows))
+    if call.plan.backward == "pairs":
+        call.values["DLOG_MASK"] = call.empty(*parts.shape, 6, call.plan.size)
+        call.launch(pairs.key_feature_kernel, call.tiles, {})
+        call.launch(pairs.mix_bwd_dq_kernel, call.tiles, call.plan.dq)
+        call.launch(pairs.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
+        if call.values["TABLE"] is None:
+            _gate_gradients(call, parts, 0, call.num_curves)
+    else:
+        call.values["DLOG_MASK"] = call.empty(*call.chunks, 6, call.plan.size)
+        call.values["DQ_RESIDUAL"] = call.empty(*rows)
+        for c in call.along_curves():
+            _enter_states(call, 4)
+            call.launch(chunks.mix_bwd_dq_kernel, call.chunks, call.plan.dq)
+            call.launch(chunks.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
+            _gate_gradients(call, parts, c, 1)
+    if call.values["DECAYS"] == "head":
+        # For LION-D along several curves from sums of g_ij t_ij by query.
+        length, stride = call.num_chunks, call.num_chunks
+        if call.values["TABLE"] is not None:
+            parts, length, stride = call.values["DLOG_MASK"], rows[1], 6 * call.plan.size
+        call.launch(
+            decay.head_bwd_kernel, (call.num_curves * call.heads,), {},
+            PARTS=parts, images=call.qkv.shape[0], length=length, stride=stride,
+        )  # fmt: skip
 
 
 def like_outputs(projected: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def operator(
-    name: str,
-    like: Callable,
-    schema: str = "",
-    backward: Callable | None = None,
-    tensors: int = 0,
+    name: str, like: Callable, schema: str = "", backward: Callable | None = None, tensors: int = 0,
     saved: slice = slice(0),
-) -> Callable:
+) -> Callable:  # fmt: skip
     """Makes a function of tensors that changes none of them the operator `lion::name`.
 
     `like` takes the same arguments and returns tensors like the results, without their values. The
@@ -27,6 +23,18 @@ def operator(
     the launches; `dispatched` goes through it.
     """
 
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[tensors:]
+        outputs = output[saved] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*outputs, *inputs[:tensors])
+
+    def gradients(ctx, grad, *_):
+        needed = ctx.needs_input_grad
+        given = () if grad is None else backward(grad, *ctx.saved_tensors, *ctx.options)
+        given = [g if need else None for g, need in zip(given, needed, strict=False)]
+        return *given, *(None,) * (len(needed) - len(given))
+
     def register(function: Callable) -> Callable:
         function = _on_the_tensors_device(function)
         found = schema or torch.library.infer_schema(function, mutates_args=())
@@ -35,7 +43,6 @@ def operator(
         torch.library.register_fake(f"lion::{name}", like)
         dispatched, direct = getattr(torch.ops.lion, name).default, function
         if backward is not None:
-            save, gradients = _autograd(backward, tensors, saved)
             torch.library.register_autograd(f"lion::{name}", gradients, setup_context=save)
 
             def forward(ctx, *inputs):  # a `setup_context`'s signature is looked at in each call
@@ -71,26 +78,7 @@ def _on_the_tensors_device(function: Callable) -> Callable:
     return call
 
 
-def _autograd(backward: Callable, tensors: int, saved: slice) -> tuple[Callable, Callable]:
-    def save(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.options = inputs[tensors:]
-        outputs = output[saved] if isinstance(output, tuple) else ()
-        ctx.save_for_backward(*outputs, *inputs[:tensors])
-
-    def gradients(ctx, grad, *_):
-        needed = ctx.needs_input_grad
-        given = () if grad is None else backward(grad, *ctx.saved_tensors, *ctx.options)
-        given = [g if need else None for g, need in zip(given, needed, strict=False)]
-        return *given, *(None,) * (len(needed) - len(given))
-
-    return save, gradients
-
-
 def _is_eager(tensor: Tensor) -> bool:
     """Whether nothing but autograd looks at calls: no compiler, mode or subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not is_in_torch_dispatch_mode()
-    )
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
