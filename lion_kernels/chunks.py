@@ -1,11 +1,8 @@
 """LION along one curve: pairs inside a chunk of tokens, and the states of the other chunks.
 
-A short sequence is one chunk; otherwise STATES carry the others in (`states.py`). Formulas and
-what is resident are in `docs/kernels.md`; in the comments here
-
-    w_ij = M_ij scale phi(q_i) . phi(k_j)    r_i = sum_j w_ij + eps    out_i = sum_j w_ij v_j / r_i
-    dw_ij = M_ij (dO_i . v_j - delta_i)      delta_i = dO_i . out_i    q'_i = scale phi(q_i) / r_i
-    g_ij = (q'_i . phi(k_j)) dw_ij, the gradient of log M_ij, of which gates need sums
+A short sequence is one chunk; otherwise STATES carry the others in (`states.py`). Names, formulas
+and what is resident are in "Definition", "Gradients" and "Algorithms" of `docs/kernels.md`; q' is
+scale phi(q) / r there, and g_ij the gradient of log M_ij, of which gates need sums.
 """
 
 import triton
@@ -21,9 +18,7 @@ def _resident_keys(
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Tiles `[BLOCK, D]`, the last one shorter, of phi(k), 0 where no key counts, and of values.
-
-    They are behind the queries; PHI_K, if not None, gets a copy of phi(k).
-    """
+    PHI_K, if not None, gets a copy of phi(k)."""
     K, V = Q + heads * D, Q + 2 * heads * D
     keys, values = (), ()
     for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
@@ -70,7 +65,6 @@ def mix_fwd_kernel(
     ADD adds a curve to the mean of others that is there, each with its denominators. A sequence
     that is one chunk can go along NUM_CURVES at once, in token order; for TABLE see `pairs.py`.
     """
-    SCALE: tl.constexpr = D**-0.5
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
@@ -90,8 +84,8 @@ def mix_fwd_kernel(
         inside, tokens, valid = common.tile(start, size, i * BLOCK, CURVE, BLOCK)
         xs = common.rows_of(SUMS, sums_c, inside, NUM_CURVES)
         ys = common.rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
-        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0] * SCALE
-        q = q.to(dtype)  # [BLOCK, D]
+        q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
+        q = (q * D**-0.5).to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
         denom = tl.zeros((BLOCK,), tl.float32)
         rounding = tl.zeros((BLOCK,), tl.float32)
@@ -137,13 +131,7 @@ def mix_bwd_dq_kernel(
     NORMALISE: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, sums of g_ij by query, and what `mix_bwd_dkv_kernel` reads: DELTA `[B, H, N]`,
-    q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`.
-
-    Over all curves, `q'_i . sum_j dw_ij phi(k_j) = eps delta_i / r_i` but for rounding errors.
-    These are mostly along the mean of the keys, whose features are positive: the rounding residual
-    is subtracted along the all-ones vector.
-    """
-    SCALE: tl.constexpr = D**-0.5
+    q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`. "Residual of dq" is that over all curves."""
     SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
@@ -168,7 +156,7 @@ def mix_bwd_dq_kernel(
         delta = common.load_delta(do, OUT, tokens, valid, heads * D, NORMALISE)
         tl.store(DELTA + bh * n + tokens, delta, mask=valid)
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
-        factor = inv_denom * (curve_weight * SCALE)
+        factor = inv_denom * (curve_weight * D**-0.5)
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
         q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
         common.store_tile(PHI_Q, tokens, valid, heads * D, q, D)
@@ -255,10 +243,8 @@ def mix_bwd_dkv_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv into DQKV, and sums of g_ij by key. Products are transposed, keys by queries.
-
-    A chunk has `tiles` of keys; as a constant, that number made threads spill 272 bytes, not 80.
-    """
+    """dk and dv into DQKV, and sums of g_ij by key. Products are keys by queries. A chunk
+    has `tiles` of keys: as a constant, that number made threads spill."""
     num_chunks = tl.cdiv(n, CHUNK)
     part, bh, b, h, row, rows = common.place(num_chunks * tiles, heads, n, stride_n, D)
     chunk = part // tiles
@@ -267,6 +253,7 @@ def mix_bwd_dkv_kernel(
     K, DK = QKV + row + heads * D, DQKV + row + heads * D
     V, DV = K + heads * D, DK + heads * D
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE - low
+    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE - low
     DO, PHI_Q, PHI_K, DELTA = DO + rows, PHI_Q + rows, PHI_K + rows, DELTA + bh * n
     own, tokens, valid = common.tile(0, end, first, CURVE, BLOCK)
     x_j, y_j = tl.load(SUMS + own), tl.load(SUMS + SIZE + own)
@@ -282,8 +269,7 @@ def mix_bwd_dkv_kernel(
         part_later = common.dot(v, tl.trans(later))
         part_later = (part_later - tl.load(VECTORS + 3 * D)) * fade
         to_later = tl.sum(k.to(tl.float32) * part_later, 1)
-        TO_LATER = DLOG_MASK + ((bh * num_chunks + chunk) * 6 + 4) * SIZE - low
-        tl.store(TO_LATER + own, to_later, mask=valid)
+        tl.store(DLOG_MASK + 4 * SIZE + own, to_later, mask=valid)
         earlier = common.load_state(STATES + 2 * D * D, D)
         fade = tl.exp2(y_j)[:, None]
         dv += common.dot(k, earlier) * fade
@@ -304,7 +290,6 @@ def mix_bwd_dkv_kernel(
     for start in range(first + BLOCK, end, BLOCK_N):
         dk, dv, until = _dkv_tile(dk, dv, keys, queries, row, edge, start, "after", BLOCK_N, SIZE)
     along = tl.sum(k.to(tl.float32) * dk, 1)
-    DLOG_MASK += (bh * num_chunks + chunk) * 6 * SIZE - low
     tl.store(DLOG_MASK + 2 * SIZE + own, along - to_earlier, mask=valid)
     tl.store(DLOG_MASK + 3 * SIZE + own, to_earlier, mask=valid)
     if STATES is not None:

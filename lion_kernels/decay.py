@@ -1,8 +1,7 @@
 """Cumulative sums of log decays, and the gradients of gates through them.
 
-Inside a chunk, x and y are the exclusive and the inclusive sums of log2 decays l along the curve:
-a pair has the weight `M_ij = 2^min(x_i - x_j, y_j - y_i)`, which factorises outside diagonal tiles
-(see "Definition" in `docs/kernels.md`).
+Inside a chunk, x and y are the exclusive and the inclusive sums of log2 decays l along the curve
+("Definition" in `docs/kernels.md`).
 """
 
 import triton
@@ -14,11 +13,12 @@ NUM_VECTORS = tl.constexpr(4)  # x, y, and the factors of keys before and after 
 
 
 @triton.jit
-def _logits(DECAY, tokens, valid, stride, DECAYS: tl.constexpr):
-    """Logits z of decays `1 - sigmoid(z)`: "gates" by token, or -w of a "head"'s `sigmoid(w)`."""
-    if DECAYS == "gates":
-        return tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
-    return tl.zeros_like(tokens).to(tl.float32) - tl.load(DECAY)
+def _load(DECAY, tokens, valid, stride, DECAYS: tl.constexpr):
+    """By token "logs" of decays or z of "gates" `1 - sigmoid(z)`; or z = -w of a "head"'s
+    `sigmoid(w)`."""
+    if DECAYS == "head":
+        return tl.zeros_like(tokens).to(tl.float32) - tl.load(DECAY)
+    return tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -35,17 +35,16 @@ def decay_cumsum(
 ):
     """A run of steps' tokens, which of them count as keys, and x and y, all `[R]`.
 
-    DECAYS is "gates", "head", "logs" of decays, or "none". Padding and the first `prefix` tokens
+    DECAYS is "none" or as in `_load`. Padding and the first `prefix` tokens
     have a decay of 1. For the clamp and the fall between documents see "Definition".
     """
     tokens = common.token_at(CURVE, steps, valid, curve)
     counts = common.key_mask(VALID, image, tokens, valid)
     log_decay = tl.zeros_like(steps).to(tl.float32)
     if DECAYS != "none":
-        if DECAYS == "logs":
-            natural = tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
-        else:
-            natural = _log_decay(_logits(DECAY, tokens, valid, stride, DECAYS))
+        natural = _load(DECAY, tokens, valid, stride, DECAYS)
+        if DECAYS != "logs":
+            natural = _log_decay(natural)
         natural = tl.where(counts & (tokens >= prefix), natural * common.LOG2_E, 0.0)
         log_decay += tl.where(natural < -32.0, -32.0, natural)  # a NaN stays one
     y = tl.cumsum(log_decay, 0)
@@ -138,20 +137,18 @@ def gate_bwd_kernel(
         SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
         dl += tl.sum(around, 0) * tl.exp2(tl.load(SUMS + SIZE + CHUNK - 1))
     counts = common.key_mask(VALID, b * n, tokens, valid) & (tokens >= prefix)
-    DECAY += c * decay_c + b * decay_b + h
+    own = c * decay_c + b * decay_b + h
+    z = _load(DECAY + own, tokens, valid, decay_n, DECAYS)
     if DECAYS == "logs":
-        open_enough = tl.load(DECAY + tokens * decay_n, mask=valid, other=0.0) > -16
+        z = -z
     else:
-        z = _logits(DECAY, tokens, valid, decay_n, DECAYS)
         dl *= -tl.sigmoid(z)
-        open_enough = z < 16
     # Nothing but rounding errors comes through a decay below 2^-23.
-    dl = tl.where(counts & open_enough, dl, 0.0)
+    dl = tl.where(counts & (z < 16), dl, 0.0)
     if DECAYS == "head":  # z = -w
         tl.store(GRAD + part, -tl.sum(dl, 0))
     else:
-        address = GRAD + c * decay_c + b * decay_b + h + tokens * decay_n
-        tl.store(address, dl.to(GRAD.dtype.element_ty), mask=valid)
+        tl.store(GRAD + own + tokens * decay_n, dl.to(GRAD.dtype.element_ty), mask=valid)
 
 
 @triton.jit

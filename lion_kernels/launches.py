@@ -1,9 +1,5 @@
-"""Launches of a call, recorded for each layout of its tensors and then repeated.
-
-Triton's own way to a launch looks at every argument, which takes longer than small kernels run.
-What it finds depends on shapes, dtypes, alignment and options alone: later calls put the addresses
-of their tensors into the arguments that were recorded.
-"""
+"""Launches of a call, recorded for each layout of its tensors, and then repeated with other
+addresses in their arguments ("Host time" in `docs/kernels.md`)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,9 +67,7 @@ class Launches:
         cls, schedule: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
     ) -> None:
         """Launches what `schedule(cls(tensors, options))` does; `tensors` are made contiguous.
-
-        Nothing if the first one is empty: kernels of heads would read what it has no memory for.
-        """
+        Nothing if the first is empty: kernels of heads would read what it has no memory for."""
         if not tensors[0].numel():
             return
         tensors = [t if t is None else t.contiguous() for t in tensors]

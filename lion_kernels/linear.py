@@ -54,8 +54,7 @@ def key_state_kernel(
         counts = common.key_mask(VALID, b * n, tokens, valid)
         k = common.load_tile(K, tokens, valid, stride_n, D)
         v = common.load_tile(K + heads * D, tokens, valid, stride_n, D)
-        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES)[0], 0.0)  # [BLOCK, D]
-        phi = phi.to(k.dtype)
+        phi = tl.where(counts[:, None], common.feature_map(k, FEATURES)[0], 0.0).to(k.dtype)
         state = common.dot(tl.trans(phi), v, state)  # [D, D]
         vector += tl.sum(phi.to(tl.float32), 0)
     common.store_state(STATES, VECTORS, bh * num_chunks + chunk, state / CHUNK, vector / CHUNK, D)
@@ -67,20 +66,15 @@ def mix_fwd_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """OUT `[B, N, H, D]` and 1 / r `[B, H, N]`; OUT_SCALE, if not normalised, makes means sums."""
+    """OUT `[B, N, H, D]` and 1 / r `[B, H, N]`; if not normalised, `out_scale` makes sums."""
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
-    Q = QKV + row
-    dtype = QKV.dtype.element_ty
     state, vector = _mean_state(STATES, VECTORS, bh * num_chunks, num_chunks, D)
-    state = state.to(dtype)
+    state = state.to(QKV.dtype.element_ty)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
         _, tokens, valid = common.tile(0, n, first, None, BLOCK)
-        q = (
-            common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
-            * D**-0.5
-        )
-        q = q.to(dtype)
+        q = common.load_tile(QKV + row, tokens, valid, stride_n, D)
+        q = (common.feature_map(q, FEATURES)[0] * D**-0.5).to(q.dtype)
         out = common.dot(q, state)  # [BLOCK, D]
         if NORMALISE:
             inv_denom = 1 / (tl.sum(q.to(tl.float32) * vector[None, :], 1) + eps)
@@ -101,8 +95,6 @@ def mix_bwd_dq_kernel(
     """dq into DQKV, and T and u of each chunk. For the rounding residual, see `chunks.py`."""
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
-    dtype = QKV.dtype.element_ty
-    Q, DQ = QKV + row, DQKV + row
     state, vector = _mean_state(STATES, VECTORS, bh * num_chunks, num_chunks, D)
     query_state, query_vector = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n), BLOCK):
@@ -110,10 +102,10 @@ def mix_bwd_dq_kernel(
         do = common.load_tile(DO + own, tokens, valid, heads * D, D)
         delta = common.load_delta(do, OUT + own, tokens, valid, heads * D, NORMALISE)
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
-        q = common.load_tile(Q, tokens, valid, stride_n, D)
+        q = common.load_tile(QKV + row, tokens, valid, stride_n, D)
         q, slope = common.feature_map(q, FEATURES)
         scaled = q * tl.where(valid, inv_denom * D**-0.5, 0.0)[:, None]  # q_i / r_i, [BLOCK, D]
-        query_state = common.dot(tl.trans(scaled.to(dtype)), do, query_state)  # [D, D]
+        query_state = common.dot(tl.trans(scaled.to(do.dtype)), do, query_state)  # [D, D]
         query_vector += tl.sum(scaled * delta[:, None], 0)
         dq = _dot_state(do, state) - delta[:, None] * vector[None, :]  # [BLOCK, D]
         if NORMALISE and FEATURES != "none":
@@ -121,10 +113,9 @@ def mix_bwd_dq_kernel(
             dq -= (residual / tl.sum(q, 1))[:, None]
         dq *= (inv_denom * D**-0.5 * out_scale)[:, None]
         dq = common.feature_map_grad(q, slope, dq, FEATURES)
-        common.store_tile(DQ, tokens, valid, stride_n, dq, D)
-    query_state, query_vector = query_state / CHUNK, query_vector / CHUNK
-    index = bh * num_chunks + chunk
-    common.store_state(QUERY_STATES, QUERY_VECTORS, index, query_state, query_vector, D)
+        common.store_tile(DQKV + row, tokens, valid, stride_n, dq, D)
+    state, vector = query_state / CHUNK, query_vector / CHUNK
+    common.store_state(QUERY_STATES, QUERY_VECTORS, bh * num_chunks + chunk, state, vector, D)
 
 
 @triton.jit

@@ -68,9 +68,7 @@ class Call(Launches):
         """Where curve `c` has its decays, or their gradients, in tensors like these."""
         return qkv[..., (3 * self.dim + c) * self.heads :] if decay is None else decay[c]
 
-    def launch(
-        self, kernel: triton.JITFunction, grid: tuple[int, ...], options: tuning.Options, **own: Any
-    ) -> None:
+    def launch(self, kernel: triton.JITFunction, grid: tuple, options: dict, **own: Any) -> None:
         """The kernel takes from `values` what is not its `own`; `options` go before them."""
         own = {**options, **own}
         shared = {name: self.values[name] for name in kernel.arg_names if name not in own}
@@ -112,10 +110,8 @@ def _enter_states(call: Call, num_states: int) -> None:
         shape = (*call.chunks, num_states, call.dim)
         entering = call.empty(*shape, call.dim, dtype=call.qkv.dtype)
         call.values.update(STATES=entering, VECTORS=call.empty(*shape), NUM_STATES=num_states)
-    for of_queries in range(num_states // 2):
-        call.launch(
-            states.chunk_state_kernel, call.chunks, call.plan.state, OF_QUERIES=of_queries > 0
-        )
+    for of_queries in (False, True)[: num_states // 2]:
+        call.launch(states.chunk_state_kernel, call.chunks, call.plan.state, OF_QUERIES=of_queries)
     part = min(call.dim**2, 1024)
     grid = (call.sequences, num_states, call.dim**2 // part + 1)
     call.launch(states.state_passing_kernel, grid, {}, PART=part, GROUP=4)

@@ -1,10 +1,9 @@
 """LION along several curves: all pairs of tokens under the mean of the curves' masks.
 
-Tokens stay in their order, SUMS are by token, and curves share the products of pairs, which pays up
-to some hundred tokens. Features come from PHI_K and, in the backward pass, as q' from PHI_Q, both
-`[B, N, H, D]`. Where decays are alike in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]`
-has the sum of a head's masks, symmetric, once for all images, and a logit's gradient comes from
-sums of g_ij t_ij, where t_ij is the exponent of a pair's mask (names as in `chunks.py`).
+Tokens stay in their order, SUMS are by token, and curves share the products of pairs. Features come
+from PHI_K and, in the backward pass, as q' from PHI_Q, both `[B, N, H, D]`. Where decays are alike
+in all tokens and images (LION-D), TABLE `[H, SIZE, SIZE]` has the sum of a head's masks, symmetric,
+and a logit's gradient comes from sums of g_ij t_ij, t_ij the exponent of a pair's mask.
 """
 
 import triton
@@ -21,8 +20,7 @@ def key_feature_kernel(
 ):  # fmt: skip
     """phi of the keys, zero where none count: `[B, N, H, D]`."""
     part, bh, b, h, row, own = common.place(tl.cdiv(n, BLOCK), heads, n, stride_n, D)
-    tokens = part * BLOCK + tl.arange(0, BLOCK)
-    valid = tokens < n
+    _, tokens, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
     counts = common.key_mask(VALID, b * n, tokens, valid)
     k = common.load_tile(QKV + row + heads * D, tokens, valid, stride_n, D)
     phi = tl.where(counts[:, None], common.feature_map(k, FEATURES)[0], 0.0)
@@ -58,8 +56,7 @@ def mix_fwd_kernel(
     Q, V = QKV + row, QKV + row + 2 * heads * D
     PHI_K, OUT = PHI_K + own, OUT + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
-    rows = part * BLOCK + tl.arange(0, BLOCK)
-    valid = rows < n
+    rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
     ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)[0]
@@ -92,10 +89,7 @@ def mix_bwd_dq_kernel(
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, q' into PHI_Q, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
-    earlier keys and with others, or, where there is a TABLE, of g_ij t_ij.
-
-    PLACES `[C, N]` has each token's step on the curves. For the rounding residual, see `chunks.py`.
-    """
+    keys earlier by PLACES `[C, SIZE]` and with others, or, with a TABLE, of g_ij t_ij."""
     SIDES: tl.constexpr = 2 if TABLE is None else 1
     num_parts = tl.cdiv(n, BLOCK)
     part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
@@ -104,8 +98,7 @@ def mix_bwd_dq_kernel(
     Q, V = QKV + row, QKV + row + 2 * heads * D
     OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
-    rows = part * BLOCK + tl.arange(0, BLOCK)
-    valid = rows < n
+    rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
     ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
@@ -163,16 +156,14 @@ def mix_bwd_dkv_kernel(
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV, and, where there is no TABLE, each curve's sums of g_ij by key: with
-    later queries, and with others. Products are keys by queries.
-    """
+    later queries, and with others. Products are keys by queries."""
     num_parts = tl.cdiv(n, BLOCK)
     part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
     K, DK = QKV + row + heads * D, DQKV + row + heads * D
     DO, PHI_Q, PHI_K, DELTA = DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
-    rows = part * BLOCK + tl.arange(0, BLOCK)
-    valid = rows < n
+    rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
     xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
     ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
     places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)

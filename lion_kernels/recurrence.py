@@ -1,9 +1,8 @@
 """LION as a recurrence, for inference: the custom operator `lion::recurrence` stores no states.
 
 A program has a head of an image, or some columns of its values, and walks with one state over the
-blocks of tokens: along each curve first forwards, then backwards, and then it adds the pairs inside
-the blocks. States fade and are read as in `states.py`. Between the walks OUT is the mean of the
-values so far, which float16 has room for, and DENOM its denominator.
+blocks of tokens: along each curve forwards, then backwards, and adds the pairs inside the blocks.
+Between the walks OUT is the mean of the values so far, and DENOM its denominator.
 """
 
 from typing import Any
@@ -25,10 +24,8 @@ def recurrence_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
     DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """OUT `[B, N, H, D]` of QKV `[B, N, 3, H, D]`, and DENOM `[B, H, parts, N]`.
-
-    `eps` is the share of one walk; `scale` that of one curve.
-    """
+    """OUT `[B, N, H, D]` of QKV `[B, N, 3, H, D]`, and DENOM `[B, H, parts, N]`; `eps` is the share
+    of one walk, `scale` that of one curve."""
     bh, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = bh // heads, bh % heads
     dtype = QKV.dtype.element_ty
@@ -44,10 +41,7 @@ def recurrence_kernel(
             state = tl.zeros((D, COLUMNS), tl.float32)
             vector = tl.zeros((D,), tl.float32)
             for i in range(0, blocks):
-                if backwards == 0:
-                    steps = i * BLOCK + tl.arange(0, BLOCK)
-                else:
-                    steps = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+                steps = (blocks - 1 - i if backwards else i) * BLOCK + tl.arange(0, BLOCK)
                 valid = steps < n
                 tokens, counts, x, y = decay_cumsum(
                     DECAY + c * decay_c + b * decay_b + h, CURVE, VALID, DOCUMENTS, c * n, b * n,

@@ -103,9 +103,8 @@ def backward_kernel(
     dstate = tl.zeros((STATES, WIDTH), tl.float32)  # of the state after the chunk
     for i in range(0, chunks):
         m = chunks - 1 - i
-        steps, valid, x, b, sums, total = _chunk(
-            X, DECAY, B, m * CHUNK, n, heads, WIDTH, STATES, CHUNK
-        )
+        first = m * CHUNK
+        steps, valid, x, b, sums, total = _chunk(X, DECAY, B, first, n, heads, WIDTH, STATES, CHUNK)
         dy = common.load_tile(DY, steps, valid, heads * WIDTH, WIDTH)
         c = common.load_tile(C, steps, valid, STATES, STATES)
         before = tl.load(SCRATCH + m * STATES * WIDTH)
@@ -149,11 +148,9 @@ def semiseparable_backward(
     inputs = _inputs(x, log_decay, b, c)
     dx, ddecay = (torch.empty_like(inputs[name]) for name in ("X", "DECAY"))
     db, dc = (x.new_empty(images, heads, n, b.shape[2]) for _ in range(2))
-    chunks = triton.cdiv(n, inputs["CHUNK"])
-    backward_kernel[(images * heads,)](
-        **inputs, DY=grad.contiguous(), DX=dx, DDECAY=ddecay, DB=db, DC=dc,
-        SCRATCH=x.new_empty(images, heads, chunks, b.shape[2], width),
-    )  # fmt: skip
+    scratch = x.new_empty(images, heads, triton.cdiv(n, inputs["CHUNK"]), b.shape[2], width)
+    outputs = {"DX": dx, "DDECAY": ddecay, "DB": db, "DC": dc, "SCRATCH": scratch}
+    backward_kernel[(images * heads,)](**inputs, DY=grad.contiguous(), **outputs)
     return dx, ddecay, db.sum(1), dc.sum(1)
 
 
@@ -178,9 +175,8 @@ def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict[str, Any
     """What both launches have in common."""
     _, n, heads, width = x.shape
     large = max(width, b.shape[2]) > 64 or x.dtype == torch.float32  # for the registers
-    tensors = dict(zip(("X", "DECAY", "B", "C"), (x, log_decay, b, c), strict=True))
     return {
-        **{name: tensor.contiguous() for name, tensor in tensors.items()},
-        "n": n, "heads": heads, "WIDTH": width, "STATES": b.shape[2],
+        "X": x.contiguous(), "DECAY": log_decay.contiguous(), "B": b.contiguous(),
+        "C": c.contiguous(), "n": n, "heads": heads, "WIDTH": width, "STATES": b.shape[2],
         "CHUNK": CHUNK // 2 if large else CHUNK, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip

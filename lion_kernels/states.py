@@ -19,11 +19,8 @@ def chunk_state_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_STATES: tl.constexpr,
     OF_QUERIES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk adds to its states, `[B, H, chunks, NUM_STATES, D, D]`.
-
-    They are those of keys for later (0) and earlier (1) chunks; OF_QUERIES adds those of queries
-    for later (2) and earlier (3) ones.
-    """
+    """What each chunk adds to its states, `[B, H, chunks, NUM_STATES, D, D]`, of keys for later (0)
+    and earlier (1) chunks, or, OF_QUERIES, of queries for later (2) and earlier (3) ones."""
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     Q = QKV + row
@@ -42,19 +39,18 @@ def chunk_state_kernel(
             weight = common.load_delta(b_tile, OUT + own, tokens, valid, heads * D, NORMALISE)
             inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
             factor = inv_denom * (curve_weight * D**-0.5)
-            to_later, to_earlier = tl.exp2(total - y), tl.exp2(x)
+            x, y = y, x
         else:
             a = common.load_tile(Q + heads * D, tokens, valid, stride_n, D)
             b_tile = common.load_tile(Q + 2 * heads * D, tokens, valid, stride_n, D)
             weight = tl.full((BLOCK,), 1.0, tl.float32)
             counts = common.key_mask(VALID, b * n, tokens, valid)
             factor = tl.where(counts, 1.0, 0.0)
-            to_later, to_earlier = tl.exp2(total - x), tl.exp2(y)
         phi = common.feature_map(a, FEATURES)[0] * factor[:, None]  # [BLOCK, D]
-        scaled = (phi * to_later[:, None]).to(dtype)
+        scaled = (phi * tl.exp2(total - x)[:, None]).to(dtype)
         later = common.dot(tl.trans(scaled), b_tile, later)  # [D, D]
         later_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
-        scaled = (phi * to_earlier[:, None]).to(dtype)
+        scaled = (phi * tl.exp2(y)[:, None]).to(dtype)
         earlier = common.dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
         earlier_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
     index = (bh * num_chunks + chunk) * NUM_STATES + (2 if OF_QUERIES else 0)
@@ -90,11 +86,8 @@ def state_passing_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr,
     NUM_STATES: tl.constexpr,
 ):  # fmt: skip
-    """Replaces what each chunk adds by the state that enters it, in place.
-
-    Then 0 and 2 come from earlier chunks, 1 and 3 from later ones. A program has a PART of one
-    state; the last one has the vectors.
-    """
+    """Replaces what each chunk adds by the state that enters it, in place: 0 and 2 from earlier
+    chunks, 1 and 3 from later ones. A program has a PART of a state; the last one the vectors."""
     num_chunks = tl.cdiv(n, CHUNK)
     bh, kind, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     SUMS += bh // heads * sums_b + bh % heads * num_chunks * NUM_VECTORS * CHUNK

@@ -1,8 +1,5 @@
-"""How a call is cut: the algorithm, tokens per chunk and tile, and launch options.
-
-Measured on an H100 (80 GB, torch 2.11, triton 3.6), bfloat16, 12 heads of width 64; see
-`docs/kernels.md` for the figures and for how to tune another card.
-"""
+"""How a call is cut: the algorithm, tokens per chunk and tile, and launch options, as measured on
+an H100; "Launch options" in `docs/kernels.md` has figures, and how to tune another card."""
 
 from dataclasses import dataclass, field
 
@@ -18,12 +15,9 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """`forward` and `backward` are "linear" (`linear.py`), "pairs" (`pairs.py`) or "chunks"
-    (`chunks.py`); a forward pass by chunks before a backward one by pairs goes along all curves.
-
-    A sequence has chunks of `chunk` tokens in tiles of `block`; the dictionaries are launch options
-    of kernels.
-    """
+    """`forward` and `backward` are files, "linear", "pairs" or "chunks"; by chunks before by pairs
+    goes along all curves at once. A sequence has chunks of `chunk` tokens in tiles of `block`; the
+    dictionaries are launch options of kernels."""
 
     forward: str
     backward: str
@@ -50,24 +44,18 @@ def make_plan(n: int, dim: int, itemsize: int, num_curves: int, no_decay: bool) 
     if no_decay:
         tiles = {**warps, "num_stages": 2, "BLOCK": block}
         fwd, dkv = {**tiles, **four}, {**tiles, **three}
-        return Plan("linear", "linear", 512, block, fwd=fwd, dq=tiles, dkv=dkv, state=fwd)
+        return Plan("linear", "linear", 512, block, fwd, tiles, dkv, fwd)
+    # Whole tiles, and a last one of a power of 2, at least 16.
+    rest = n % block
+    filled = n - rest + (max(16, triton.next_power_of_2(rest)) if rest else 0)
     tiles = {**warps, "BLOCK_N": 32}
     resident, streamed = {**warps, **three}, {**tiles, **three}
     one_chunk = n <= (block if not half else LONGEST_CHUNK if dim <= 64 else CHUNK)
     if num_curves > 1 and n <= (LONGEST_PAIRS if half else block):
         forward, fwd = ("chunks", resident) if one_chunk else ("pairs", {**tiles, **four})
-        return Plan(forward, "pairs", _whole_tiles(n, block), block, fwd, streamed, streamed)
+        return Plan(forward, "pairs", filled, block, fwd, streamed, streamed)
     if one_chunk:
-        chunk = _whole_tiles(n, block)
-        return Plan("chunks", "chunks", chunk, block, fwd=resident, dq=resident, dkv=streamed)
+        return Plan("chunks", "chunks", filled, block, resident, resident, streamed)
     chunk = CHUNK if half else block
-    return Plan(
-        "chunks", "chunks", chunk, block, fwd=resident, dq=warps,
-        dkv={**warps, "BLOCK_N": block}, state={**resident, "BLOCK": chunk},
-    )  # fmt: skip
-
-
-def _whole_tiles(n: int, block: int) -> int:
-    """`n` filled up to whole tiles and one of a power of 2, at least 16."""
-    rest = n % block
-    return n - rest + (max(16, triton.next_power_of_2(rest)) if rest else 0)
+    dkv, state = {**warps, "BLOCK_N": block}, {**resident, "BLOCK": chunk}
+    return Plan("chunks", "chunks", chunk, block, resident, warps, dkv, state)
