@@ -82,8 +82,7 @@ def mix_fwd_kernel(
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
         inside, tokens, valid = common.tile(start, size, i * BLOCK, CURVE, BLOCK)
-        xs = common.rows_of(SUMS, sums_c, inside, NUM_CURVES)
-        ys = common.rows_of(SUMS + SIZE, sums_c, inside, NUM_CURVES)
+        xs, ys, _ = common.sums_of(SUMS, inside, sums_c, SIZE, NUM_CURVES)
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
         q = (q * D**-0.5).to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
@@ -98,9 +97,8 @@ def mix_fwd_kernel(
             denom += tl.sum(q.to(tl.float32) * tl.load(VECTORS + D), 1) * fade
         for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
             if NUM_CURVES > 1:
-                columns = t * BLOCK + tl.arange(0, keys[t].shape[0])
-                sums = (SUMS, TABLE, sums_c, h * SIZE + inside, xs, ys)
-                mask = common.sum_of_masks(sums, columns, SIZE, NUM_CURVES)
+                rows, columns = h * SIZE + inside, t * BLOCK + tl.arange(0, keys[t].shape[0])
+                mask = common.sum_of_masks(SUMS, TABLE, rows, columns, xs, ys, sums_c, SIZE)
             else:
                 mask = _mask_tile(SUMS, xs[0], ys[0], i, t, keys[t].shape[0], SIZE, BLOCK)
             w = common.dot(q, tl.trans(keys[t])) * mask  # [BLOCK, C]

@@ -156,27 +156,27 @@ def decay_mask(x_i, y_i, x_j, y_j):
 
 
 @triton.jit
-def rows_of(TABLE, stride, rows, NUM_CURVES: tl.constexpr):
-    """For each curve, what a table has of some rows, `[R]`."""
-    values = ()
+def sums_of(SUMS, rows, stride, SIZE: tl.constexpr, NUM_CURVES: tl.constexpr):
+    """x, y and, where SUMS are by token, places `[R]` of some rows: of each a tuple by curve."""
+    xs, ys, places = (), (), ()
     for c in tl.static_range(NUM_CURVES):
-        values += (tl.load(TABLE + c * stride + rows),)
-    return values
+        xs += (tl.load(SUMS + c * stride + rows),)
+        ys += (tl.load(SUMS + c * stride + SIZE + rows),)
+        places += (tl.load(SUMS + c * stride + 2 * SIZE + rows),)
+    return xs, ys, places
 
 
 @triton.jit
-def sum_of_masks(sums, columns, SIZE: tl.constexpr, NUM_CURVES: tl.constexpr):
-    """M `[R, C]` of queries, or of keys, and columns of their partners, summed over the curves.
+def sum_of_masks(SUMS, TABLE, rows, columns, xs, ys, stride, SIZE: tl.constexpr):
+    """M `[R, C]` of queries, of x and y by curve, and columns of keys, summed over the curves.
 
-    `sums` are SUMS, their stride by curve, and x and y of the rows for each curve; where there is a
-    TABLE `[H * SIZE, SIZE]`, which is symmetric, it is read at `rows`.
+    Where there is a TABLE `[H * SIZE, SIZE]`, which is symmetric, it is read at `rows`.
     """
-    SUMS, TABLE, sums_c, rows, xs, ys = sums
     if TABLE is not None:
         return tl.load(TABLE + rows[:, None] * SIZE + columns).to(tl.float32)
     mask = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for c in tl.static_range(NUM_CURVES):
-        x_j = tl.load(SUMS + c * sums_c + columns)
-        y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
+    for c in tl.static_range(len(xs)):
+        x_j = tl.load(SUMS + c * stride + columns)
+        y_j = tl.load(SUMS + c * stride + SIZE + columns)
         mask += decay_mask(xs[c][:, None], ys[c][:, None], x_j[None, :], y_j[None, :])
     return mask

@@ -56,6 +56,7 @@ class Call(Launches):
             "CHUNK": self.plan.chunk, "BLOCK": self.plan.block, "SIZE": self.plan.size,
             "tiles": self.plan.size // self.plan.block,
             "FEATURES": features, "NORMALISE": normalise, "DO": None,
+            "BY_TOKEN": self.plan.backward == "pairs",
         }  # fmt: skip
         self.values.update(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False))
 
@@ -76,19 +77,16 @@ class Call(Launches):
 
     def sum_decays(self) -> None:
         """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; if
-        they are by token, also PLACES `[C, size]`, each token's step on the curves, and TABLE."""
-        b, size, by_token = self.qkv.shape[0], self.plan.size, self.plan.backward == "pairs"
+        they are by token, also TABLE."""
+        b, size = self.qkv.shape[0], self.plan.size
         shape = (self.num_curves, 1 if self.alike else b, self.heads, self.num_chunks)
         sums = self.empty(*shape, decay.NUM_VECTORS.value, size)
-        places = self.empty(self.num_curves, size, dtype=torch.int32) if by_token else None
-        self.launch(
-            decay.decay_cumsum_kernel, (math.prod(shape),), {"num_warps": 1},
-            SUMS=sums, PLACES=places, images=shape[1],
-        )  # fmt: skip
+        own = {"SUMS": sums, "images": shape[1]}
+        self.launch(decay.decay_cumsum_kernel, (math.prod(shape),), {"num_warps": 1}, **own)
         sums = sums.expand(-1, b, -1, -1, -1, -1)
         strides = {"sums_c": sums.stride(0), "sums_b": sums.stride(1)}
-        self.values.update(SUMS=sums, PLACES=places, BY_TOKEN=by_token, **strides)
-        if by_token and self.alike:
+        self.values.update(SUMS=sums, **strides)
+        if self.values["BY_TOKEN"] and self.alike:
             self.values["TABLE"] = self.empty(self.heads, size, size, dtype=self.qkv.dtype)
             self.launch(pairs.mask_table_kernel, (self.heads * size // self.plan.block,), {})
 

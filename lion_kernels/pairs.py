@@ -35,12 +35,10 @@ def mask_table_kernel(
     part, h, _, _, _, _ = common.place(SIZE // BLOCK, heads)
     SUMS += h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
-    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    xs, ys, _ = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
     for start in range(0, SIZE, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        sums = (SUMS, None, sums_c, rows, xs, ys)
-        mask = common.sum_of_masks(sums, columns, SIZE, NUM_CURVES)
+        mask = common.sum_of_masks(SUMS, None, rows, columns, xs, ys, sums_c, SIZE)
         address = TABLE + (h * SIZE + rows[:, None]) * SIZE + columns
         tl.store(address, mask.to(TABLE.dtype.element_ty))
 
@@ -57,8 +55,7 @@ def mix_fwd_kernel(
     PHI_K, OUT = PHI_K + own, OUT + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
+    xs, ys, _ = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
     q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)[0]
     q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
     out = tl.zeros((BLOCK, D), tl.float32)
@@ -69,8 +66,7 @@ def mix_fwd_kernel(
         k = common.load_tile(PHI_K, columns, columns < n, heads * D, D)
         v = common.load_tile(V, columns, columns < n, stride_n, D)
         w = common.dot(q, tl.trans(k))  # [BLOCK, BLOCK_N]
-        sums = (SUMS, TABLE, sums_c, h * SIZE + rows, xs, ys)
-        w *= common.sum_of_masks(sums, columns, SIZE, NUM_CURVES)
+        w *= common.sum_of_masks(SUMS, TABLE, h * SIZE + rows, columns, xs, ys, sums_c, SIZE)
         rounded = common.round_to(w, v.dtype)
         denom += tl.sum(w, 1)
         rounding += tl.sum(rounded - w, 1)
@@ -83,13 +79,13 @@ def mix_fwd_kernel(
 
 @triton.jit
 def mix_bwd_dq_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, q' into PHI_Q, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
-    keys earlier by PLACES `[C, SIZE]` and with others, or, with a TABLE, of g_ij t_ij."""
+    keys earlier on it and with others, or, where there is a TABLE, of g_ij t_ij."""
     SIDES: tl.constexpr = 2 if TABLE is None else 1
     num_parts = tl.cdiv(n, BLOCK)
     part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
@@ -99,9 +95,7 @@ def mix_bwd_dq_kernel(
     OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    xs, ys, places = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
     do = common.load_tile(DO, rows, valid, heads * D, D)
     delta = common.load_delta(do, OUT, rows, valid, heads * D, NORMALISE)
     tl.store(DELTA + bh * n + rows, delta, mask=valid)
@@ -127,7 +121,7 @@ def mix_bwd_dq_kernel(
             m = tl.exp2(t)
             mask += m
             if TABLE is None:
-                place = tl.load(PLACES + c * SIZE + columns)[None, :]
+                place = tl.load(SUMS + c * sums_c + 2 * SIZE + columns)[None, :]
                 earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
                 added += (sums[2 * c] + earlier, sums[2 * c + 1] + tl.sum(g * m, 1))
             else:
@@ -150,7 +144,7 @@ def mix_bwd_dq_kernel(
 
 @triton.jit
 def mix_bwd_dkv_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, VALID, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
@@ -164,9 +158,7 @@ def mix_bwd_dkv_kernel(
     DO, PHI_Q, PHI_K, DELTA = DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs = common.rows_of(SUMS, sums_c, rows, NUM_CURVES)
-    ys = common.rows_of(SUMS + SIZE, sums_c, rows, NUM_CURVES)
-    places = common.rows_of(PLACES, SIZE, rows, NUM_CURVES)
+    xs, ys, places = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
     k = common.load_tile(PHI_K, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
     v = common.load_tile(K + heads * D, rows, valid, stride_n, D)
     dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
@@ -186,7 +178,7 @@ def mix_bwd_dkv_kernel(
             for c in tl.static_range(NUM_CURVES):
                 x_i = tl.load(SUMS + c * sums_c + columns)
                 y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
-                place = tl.load(PLACES + c * SIZE + columns)[None, :]
+                place = tl.load(SUMS + c * sums_c + 2 * SIZE + columns)[None, :]
                 m = common.decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
                 mask += m
                 later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
@@ -194,8 +186,7 @@ def mix_bwd_dkv_kernel(
                 added += (sums[2 * c] + later, sums[2 * c + 1] + others)
             sums = added
         else:
-            of_rows = (SUMS, TABLE, sums_c, h * SIZE + rows, xs, ys)
-            mask = common.sum_of_masks(of_rows, columns, SIZE, NUM_CURVES)
+            mask = common.sum_of_masks(SUMS, TABLE, h * SIZE + rows, columns, xs, ys, sums_c, SIZE)
         dv = common.dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
         dk = common.dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
     if TABLE is None:

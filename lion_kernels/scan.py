@@ -1,12 +1,9 @@
 """Vim's selective scan for GPUs: the custom operator `lion::selective_scan` and its gradient.
 
 A program has a block of channels of one image and walks the tokens in chunks. What belongs to a
-token of the chunk stays in registers, one vector over the channels for each token; the states, of
-which no two meet, take turns. The forward pass stores the states after each chunk, from which the
-backward pass computes those inside again.
+token stays in registers, one vector over the channels for each; the states, of which no two meet,
+take turns. The backward pass computes states again from those that the forward pass stored.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -17,14 +14,14 @@ from torch.nn import functional as F
 from lion_kernels import common
 from lion_kernels.registry import operator
 
-CHUNK = 8  # tokens
-BLOCK = 64  # channels of a program, which is one warp: its sums over channels cross no other
+CHUNK = tl.constexpr(8)  # tokens
+BLOCK = tl.constexpr(64)  # channels of a program, one warp: its sums over channels cross no other
 
 
 @triton.jit
-def _tokens(pointer, first, n, stride, inside, CHUNK: tl.constexpr, factors=None):
-    """For each token of a chunk the vector over the channels, float32, times what `factors` has
-    for it, if given; 0 beyond the last token."""
+def _tokens(pointer, first, n, stride, inside, factors=None):
+    """For each token of a chunk the vector over the channels, float32, times that of `factors`, if
+    given; 0 beyond the last token."""
     vectors = ()
     for t in tl.static_range(CHUNK):
         valid = inside & (first + t < n)
@@ -34,7 +31,7 @@ def _tokens(pointer, first, n, stride, inside, CHUNK: tl.constexpr, factors=None
 
 
 @triton.jit
-def _scalars(pointer, CHUNK: tl.constexpr):
+def _scalars(pointer):
     """For each token of a chunk its number."""
     numbers = ()
     for t in tl.static_range(CHUNK):
@@ -43,10 +40,7 @@ def _scalars(pointer, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
-    X, DELTA, A, B, C, STATES, Y, n, channels, states, kept,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def forward_kernel(X, DELTA, A, B, C, STATES, Y, n, channels, states, kept):
     """Y `[B, N, C]` and, of the last `kept` chunks, the STATES `[B, kept, S, C]` after each."""
     image = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -62,13 +56,13 @@ def forward_kernel(
         first = m * CHUNK
         before = STATES + (m - 1) % kept * states * channels
         after = STATES + m % kept * states * channels
-        deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
-        inputs = _tokens(X, first, n, channels, inside, CHUNK, deltas)
+        deltas = _tokens(DELTA, first, n, channels, inside)
+        inputs = _tokens(X, first, n, channels, inside, deltas)
         outputs = (zero,) * CHUNK
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0) * common.LOG2_E
-            b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
-            c = _scalars(C + s * chunks * CHUNK + first, CHUNK)
+            b = _scalars(B + s * chunks * CHUNK + first)
+            c = _scalars(C + s * chunks * CHUNK + first)
             state = tl.load(before + s * channels, mask=inside & (m > 0), other=0.0)
             sums = ()
             for t in tl.static_range(CHUNK):
@@ -84,8 +78,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    X, DELTA, A, B, C, STATES, DY, DX, DDELTA, DA, DB, DC, DSTATE, n, channels, states,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    X, DELTA, A, B, C, STATES, DY, DX, DDELTA, DA, DB, DC, DSTATE, n, channels, states
 ):  # fmt: skip
     """DX, DDELTA `[B, N, C]`; DA `[B, S, C]` and DB, DC by block of channels, to be summed."""
     image = tl.program_id(1).to(tl.int64)
@@ -105,14 +98,14 @@ def backward_kernel(
     for i in range(0, chunks):
         m = chunks - 1 - i
         first = m * CHUNK
-        deltas = _tokens(DELTA, first, n, channels, inside, CHUNK)
-        inputs = _tokens(X, first, n, channels, inside, CHUNK, deltas)
-        grads = _tokens(DY, first, n, channels, inside, CHUNK)
+        deltas = _tokens(DELTA, first, n, channels, inside)
+        inputs = _tokens(X, first, n, channels, inside, deltas)
+        grads = _tokens(DY, first, n, channels, inside)
         dinputs, ddeltas = (zero,) * CHUNK, (zero,) * CHUNK
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0)
-            b = _scalars(B + s * chunks * CHUNK + first, CHUNK)
-            c = _scalars(C + s * chunks * CHUNK + first, CHUNK)
+            b = _scalars(B + s * chunks * CHUNK + first)
+            c = _scalars(C + s * chunks * CHUNK + first)
             before = STATES + ((m - 1) * states + s) * channels
             state = tl.load(before, mask=inside & (m > 0), other=0.0)
             decays, decayed = (), ()  # and what each token leaves of the state before it
@@ -138,7 +131,7 @@ def backward_kernel(
             dinputs, ddeltas = dinput_sums, ddelta_sums
             tl.store(DSTATE + s * channels, dstate, mask=inside)
             tl.store(DA + s * channels, da, mask=inside)
-        xs = _tokens(X, first, n, channels, inside, CHUNK)
+        xs = _tokens(X, first, n, channels, inside)
         for t in tl.static_range(CHUNK):
             valid = inside & (first + t < n)
             row = (first + t) * channels
@@ -171,20 +164,18 @@ def scan_backward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the five inputs, in their dtypes."""
-    inputs = _inputs(x, delta, a, b, c)
+    grid, inputs = _launch(x, delta, a, b, c)
     dx, ddelta = (torch.empty_like(inputs[name]) for name in ("X", "DELTA"))
     da, dstate = (inputs["A"].new_empty(x.shape[0], *a.mT.shape) for _ in range(2))
-    db, dc = (inputs["B"].new_empty(_grid(x)[0], *inputs["B"].shape) for _ in range(2))
-    backward_kernel[_grid(x)](
-        **inputs, STATES=states, DY=grad.contiguous(), DX=dx, DDELTA=ddelta, DA=da, DB=db, DC=dc,
-        DSTATE=dstate,
-    )  # fmt: skip
+    db, dc = (inputs["B"].new_empty(grid[0], *inputs["B"].shape) for _ in range(2))
+    outputs = {"DX": dx, "DDELTA": ddelta, "DA": da, "DB": db, "DC": dc, "DSTATE": dstate}
+    backward_kernel[grid](**inputs, STATES=states, DY=grad.contiguous(), **outputs)
     db, dc = (t.sum(0).mT[:, : x.shape[1]].to(b.dtype) for t in (db, dc))
     return dx, ddelta, da.sum(0).mT.to(a.dtype), db, dc
 
 
 def _like_outputs(x, delta, a, b, c, keep):
-    chunks = triton.cdiv(x.shape[1], CHUNK) if keep else 1
+    chunks = triton.cdiv(x.shape[1], CHUNK.value) if keep else 1
     states = x.new_empty(x.shape[0], chunks, *a.mT.shape, dtype=torch.float32)
     return x.new_empty(x.shape), states
 
@@ -193,25 +184,19 @@ def _like_outputs(x, delta, a, b, c, keep):
 def scan_operator(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and the states after each chunk, `[B, M, S, C]` (M = 1, for scratch, unless `keep`).
-
-    `keep` is needed for gradients.
-    """
+    """Outputs, and the states after each chunk, `[B, M, S, C]`, which gradients need; M is 1, for
+    scratch, unless `keep`."""
     y, states = _like_outputs(x, delta, a, b, c, keep)
-    forward_kernel[_grid(x)](**_inputs(x, delta, a, b, c), STATES=states, Y=y, kept=states.shape[1])
+    grid, inputs = _launch(x, delta, a, b, c)
+    forward_kernel[grid](**inputs, STATES=states, Y=y, kept=states.shape[1])
     return y, states
 
 
-def _inputs(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Any]:
+def _launch(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[tuple, dict]:
     """What both launches have in common: A `[S, C]`, B and C `[B, S, M * CHUNK]`, whole chunks."""
-    padded = (F.pad(t, (0, 0, 0, -t.shape[1] % CHUNK)) for t in (b, c))
+    padded = (F.pad(t, (0, 0, 0, -t.shape[1] % CHUNK.value)) for t in (b, c))
     a, b, c = (t.float().mT.contiguous() for t in (a, *padded))
-    return {
-        "X": x.contiguous(), "DELTA": delta.contiguous(), "A": a, "B": b, "C": c,
-        "n": x.shape[1], "channels": x.shape[2], "states": len(a), "CHUNK": CHUNK, "BLOCK": BLOCK,
-        "num_warps": 1,
-    }  # fmt: skip
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.shape[2], BLOCK), x.shape[0]
+    tensors = {"X": x.contiguous(), "DELTA": delta.contiguous(), "A": a, "B": b, "C": c}
+    sizes = {"n": x.shape[1], "channels": x.shape[2], "states": len(a)}
+    grid = (triton.cdiv(x.shape[2], BLOCK.value), x.shape[0])
+    return grid, {**tensors, **sizes, "num_warps": 1}
