@@ -82,7 +82,7 @@ def mix_fwd_kernel(
         total = tl.load(SUMS + SIZE + CHUNK - 1)
     for i in range(0, tl.cdiv(size, BLOCK)):
         inside, tokens, valid = common.tile(start, size, i * BLOCK, CURVE, BLOCK)
-        xs, ys, _ = common.sums_of(SUMS, inside, sums_c, SIZE, NUM_CURVES)
+        xs, ys, _ = common.sums_of(SUMS, None, inside, sums_c, SIZE, NUM_CURVES)
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
         q = (q * D**-0.5).to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)

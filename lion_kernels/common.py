@@ -156,13 +156,14 @@ def decay_mask(x_i, y_i, x_j, y_j):
 
 
 @triton.jit
-def sums_of(SUMS, rows, stride, SIZE: tl.constexpr, NUM_CURVES: tl.constexpr):
-    """x, y and, where SUMS are by token, places `[R]` of some rows: of each a tuple by curve."""
+def sums_of(SUMS, PLACES, rows, stride, SIZE: tl.constexpr, NUM_CURVES: tl.constexpr):
+    """x, y and, where PLACES are given, steps `[R]` of some rows: of each a tuple by curve."""
     xs, ys, places = (), (), ()
     for c in tl.static_range(NUM_CURVES):
         xs += (tl.load(SUMS + c * stride + rows),)
         ys += (tl.load(SUMS + c * stride + SIZE + rows),)
-        places += (tl.load(SUMS + c * stride + 2 * SIZE + rows),)
+        if PLACES is not None:
+            places += (tl.load(PLACES + c * SIZE + rows),)
     return xs, ys, places
 
 

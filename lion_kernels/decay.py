@@ -58,12 +58,12 @@ def decay_cumsum(
 
 @triton.jit
 def decay_cumsum_kernel(
-    DECAY, CURVE, VALID, DOCUMENTS, SUMS, n, images, heads, prefix, decay_c, decay_b, decay_n,
+    DECAY, CURVE, VALID, DOCUMENTS, SUMS, PLACES, n, images, heads, prefix,
+    decay_c, decay_b, decay_n,
     CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or BY_TOKEN, with each one's step
-    on the curve in the place of factors. After the last token the sums stay."""
+    """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or by token, if there is PLACES
+    `[C, SIZE]` for each token's step on the curves. After the last token the sums stay."""
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, cbh, cb, h, _, _ = common.place(num_chunks, heads)
     c, b = cb // images, cb % images
@@ -75,12 +75,13 @@ def decay_cumsum_kernel(
         DECAY, CURVE, VALID, DOCUMENTS, c * n, b * n, steps, valid, prefix, decay_n, DECAYS
     )
     SUMS += (cbh * num_chunks + chunk) * NUM_VECTORS * SIZE
-    places = tl.where(valid, tokens, inside) if BY_TOKEN else inside
+    places = inside if PLACES is None else tl.where(valid, tokens, inside)
     stored = inside < SIZE
     tl.store(SUMS + places, x, mask=stored)
     tl.store(SUMS + SIZE + places, y, mask=stored)
-    if BY_TOKEN:
-        tl.store(SUMS + 2 * SIZE + places, inside.to(tl.float32), mask=stored)
+    if PLACES is not None:
+        once = cbh % (images * heads) == 0
+        tl.store(PLACES + c * SIZE + places, inside, mask=stored & once)
     else:
         tl.debug_barrier()  # other threads stored what this one loads
         first = inside // BLOCK * BLOCK

@@ -43,6 +43,7 @@ class Call(Launches):
             kind, strides = "head", (heads, 0, 0)
         else:
             kind, strides = "logs", (b * n * heads, n * heads, heads)
+        self.by_token = self.plan.backward == "pairs"
         self.alike = kind in ("head", "none") and valid is None and documents is None
         # Arguments of kernels by name; it grows by results.
         self.values = {
@@ -55,8 +56,8 @@ class Call(Launches):
             "NUM_CURVES": num_curves, "curve_weight": 1 / num_curves, "eps": eps,
             "CHUNK": self.plan.chunk, "BLOCK": self.plan.block, "SIZE": self.plan.size,
             "tiles": self.plan.size // self.plan.block,
-            "FEATURES": features, "NORMALISE": normalise, "DO": None,
-            "BY_TOKEN": self.plan.backward == "pairs",
+            "FEATURES": features, "NORMALISE": normalise, "DO": None, "PLACES": None,
+            "BY_TOKEN": self.by_token,
         }  # fmt: skip
         self.values.update(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False))
 
@@ -77,16 +78,17 @@ class Call(Launches):
 
     def sum_decays(self) -> None:
         """SUMS `[C, B, H, chunks, NUM_VECTORS, size]`, a stride of 0 where images are alike; if
-        they are by token, also TABLE."""
+        they are by token, also PLACES `[C, size]`, each token's step on the curves, and TABLE."""
         b, size = self.qkv.shape[0], self.plan.size
         shape = (self.num_curves, 1 if self.alike else b, self.heads, self.num_chunks)
         sums = self.empty(*shape, decay.NUM_VECTORS.value, size)
+        if self.by_token:
+            self.values["PLACES"] = self.empty(self.num_curves, size, dtype=torch.int32)
         own = {"SUMS": sums, "images": shape[1]}
         self.launch(decay.decay_cumsum_kernel, (math.prod(shape),), {"num_warps": 1}, **own)
         sums = sums.expand(-1, b, -1, -1, -1, -1)
-        strides = {"sums_c": sums.stride(0), "sums_b": sums.stride(1)}
-        self.values.update(SUMS=sums, **strides)
-        if self.values["BY_TOKEN"] and self.alike:
+        self.values.update(SUMS=sums, sums_c=sums.stride(0), sums_b=sums.stride(1))
+        if self.by_token and self.alike:
             self.values["TABLE"] = self.empty(self.heads, size, size, dtype=self.qkv.dtype)
             self.launch(pairs.mask_table_kernel, (self.heads * size // self.plan.block,), {})
 
@@ -150,7 +152,7 @@ def _forward(call: Call) -> None:
         call.values.update(PHI_K=call.like_out())
         call.launch(pairs.key_feature_kernel, call.tiles, {})
         call.launch(pairs.mix_fwd_kernel, call.tiles, call.plan.fwd)
-    elif call.values["BY_TOKEN"]:  # along all curves at once
+    elif call.by_token:  # along all curves at once
         call.launch(chunks.mix_fwd_kernel, call.chunks, call.plan.fwd, CURVE=None, ADD=False)
     else:
         for _ in call.along_curves():

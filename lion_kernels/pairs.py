@@ -35,7 +35,7 @@ def mask_table_kernel(
     part, h, _, _, _, _ = common.place(SIZE // BLOCK, heads)
     SUMS += h * NUM_VECTORS * SIZE
     rows = part * BLOCK + tl.arange(0, BLOCK)
-    xs, ys, _ = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
+    xs, ys, _ = common.sums_of(SUMS, None, rows, sums_c, SIZE, NUM_CURVES)
     for start in range(0, SIZE, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = common.sum_of_masks(SUMS, None, rows, columns, xs, ys, sums_c, SIZE)
@@ -55,7 +55,7 @@ def mix_fwd_kernel(
     PHI_K, OUT = PHI_K + own, OUT + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs, ys, _ = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
+    xs, ys, _ = common.sums_of(SUMS, None, rows, sums_c, SIZE, NUM_CURVES)
     q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)[0]
     q = (q * (D**-0.5 / NUM_CURVES)).to(QKV.dtype.element_ty)  # [BLOCK, D]
     out = tl.zeros((BLOCK, D), tl.float32)
@@ -79,7 +79,7 @@ def mix_fwd_kernel(
 
 @triton.jit
 def mix_bwd_dq_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b, eps,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
@@ -95,7 +95,7 @@ def mix_bwd_dq_kernel(
     OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs, ys, places = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
+    xs, ys, places = common.sums_of(SUMS, PLACES, rows, sums_c, SIZE, NUM_CURVES)
     do = common.load_tile(DO, rows, valid, heads * D, D)
     delta = common.load_delta(do, OUT, rows, valid, heads * D, NORMALISE)
     tl.store(DELTA + bh * n + rows, delta, mask=valid)
@@ -121,7 +121,7 @@ def mix_bwd_dq_kernel(
             m = tl.exp2(t)
             mask += m
             if TABLE is None:
-                place = tl.load(SUMS + c * sums_c + 2 * SIZE + columns)[None, :]
+                place = tl.load(PLACES + c * SIZE + columns)[None, :]
                 earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
                 added += (sums[2 * c] + earlier, sums[2 * c + 1] + tl.sum(g * m, 1))
             else:
@@ -144,7 +144,7 @@ def mix_bwd_dq_kernel(
 
 @triton.jit
 def mix_bwd_dkv_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, VALID, DO, DELTA, DQKV, DLOG_MASK,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
     n, heads, stride_n, sums_c, sums_b,
     D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
@@ -158,7 +158,7 @@ def mix_bwd_dkv_kernel(
     DO, PHI_Q, PHI_K, DELTA = DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs, ys, places = common.sums_of(SUMS, rows, sums_c, SIZE, NUM_CURVES)
+    xs, ys, places = common.sums_of(SUMS, PLACES, rows, sums_c, SIZE, NUM_CURVES)
     k = common.load_tile(PHI_K, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
     v = common.load_tile(K + heads * D, rows, valid, stride_n, D)
     dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
@@ -178,7 +178,7 @@ def mix_bwd_dkv_kernel(
             for c in tl.static_range(NUM_CURVES):
                 x_i = tl.load(SUMS + c * sums_c + columns)
                 y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
-                place = tl.load(SUMS + c * sums_c + 2 * SIZE + columns)[None, :]
+                place = tl.load(PLACES + c * SIZE + columns)[None, :]
                 m = common.decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
                 mask += m
                 later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
