@@ -29,22 +29,11 @@ def padded_gates(count: int) -> int:
 
 
 def mix(
-    projected: Tensor,
-    decay: Tensor | None = None,
-    curves: Tensor | None = None,
-    valid: Tensor | None = None,
-    documents: Tensor | None = None,
-    *,
-    heads: int,
-    dim: int,
-    scans: int = 1,
-    prefix: int = 0,
-    lit: bool = False,
-    features: str = "silu",
-    normalise: bool = True,
-    eps: float = 1e-6,
-    recurrent: bool = False,
-) -> Tensor:
+    projected: Tensor, decay: Tensor | None = None, curves: Tensor | None = None,
+    valid: Tensor | None = None, documents: Tensor | None = None, *,
+    heads: int, dim: int, scans: int = 1, prefix: int = 0, lit: bool = False,
+    features: str = "silu", normalise: bool = True, eps: float = 1e-6, recurrent: bool = False,
+) -> Tensor:  # fmt: skip
     """`num / (den + eps)` of LION (arXiv 2502.16249), or `num` alone if not `normalise`.
 
     The feature map and the scale `D**-0.5` of the queries are applied inside. Sums are float32; the

@@ -1,8 +1,9 @@
-"""LION along one curve: pairs inside a chunk of tokens, and the states of the other chunks.
+"""LION along one curve: pairs inside a chunk of tokens, and the states that chunks hand on.
 
-A short sequence is one chunk; otherwise STATES carry the others in (`states.py`). Names, formulas
-and what is resident are in "Definition", "Gradients" and "Algorithms" of `docs/kernels.md`; q' is
-scale phi(q) / r there, and g_ij the gradient of log M_ij, of which gates need sums.
+A short sequence is one chunk. Names, formulas and what is resident are in "Definition", "Gradients"
+and "Algorithms" of `docs/kernels.md`; q' is scale phi(q) / r there, and g_ij the gradient of log
+M_ij, of which gates need sums. Beside each state `[D, D]` of keys goes a vector `[D]`, the same sum
+with 1 in the place of values; q' and dO have them likewise, with delta, and x and y exchanged.
 """
 
 import triton
@@ -58,14 +59,10 @@ def mix_fwd_kernel(
     QKV, SUMS, TABLE, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM,
     n, heads, stride_n, sums_c, sums_b, eps, curve_weight,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
-    FEATURES: tl.constexpr, NORMALISE: tl.constexpr, ADD: tl.constexpr,
+    FEATURES: tl.constexpr, NORMALISE: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`.
-
-    ADD adds a curve to the mean of others that is there, each with its denominators. A sequence
-    that is one chunk can go along NUM_CURVES at once, in token order; for TABLE see `pairs.py`.
-    """
-    SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
+    """OUT `[B, N, H, D]` and 1 / r `[B, H, N]` of QKV `[B, N, 3, H, D]`. ADD adds a curve to those
+    that are there. One chunk can go along NUM_CURVES at once, with TABLE as in `pairs.py`."""
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     dtype = QKV.dtype.element_ty
@@ -95,7 +92,7 @@ def mix_fwd_kernel(
             fade = tl.exp2(total - ys[0])
             out += common.dot(q, later) * fade[:, None]
             denom += tl.sum(q.to(tl.float32) * tl.load(VECTORS + D), 1) * fade
-        for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
+        for t in tl.static_range(SIZE // BLOCK):
             if NUM_CURVES > 1:
                 rows, columns = h * SIZE + inside, t * BLOCK + tl.arange(0, keys[t].shape[0])
                 mask = common.sum_of_masks(SUMS, TABLE, rows, columns, xs, ys, sums_c, SIZE)
@@ -122,15 +119,13 @@ def mix_fwd_kernel(
 
 @triton.jit
 def mix_bwd_dq_kernel(
-    QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM, DO, PHI_Q, PHI_K, DELTA,
-    DQ_RESIDUAL, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, eps, curve_weight,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr,
+    QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM, DO, PHI_Q, PHI_K, DELTA, DQ_RESIDUAL,
+    DQKV, DLOG_MASK, n, heads, stride_n, sums_b, eps, curve_weight, D: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+    ADD: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, sums of g_ij by query, and what `mix_bwd_dkv_kernel` reads: DELTA `[B, H, N]`,
     q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`. "Residual of dq" is that over all curves."""
-    SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
     dtype = QKV.dtype.element_ty
@@ -167,7 +162,7 @@ def mix_bwd_dq_kernel(
             tl.store(DLOG_MASK + 5 * SIZE + inside, of_later, mask=valid)
             dq = common.dot(do, tl.trans(earlier))
             dq = (dq - delta[:, None] * tl.load(VECTORS)) * tl.exp2(x_i)[:, None]
-        for t in tl.static_range((CHUNK + BLOCK - 1) // BLOCK):
+        for t in tl.static_range(SIZE // BLOCK):
             mask = _mask_tile(SUMS, x_i, y_i, i, t, keys[t].shape[0], SIZE, BLOCK)
             dw = common.dot(do, tl.trans(values[t]))
             dw = (dw - delta[:, None]) * mask  # [BLOCK, C]
@@ -202,11 +197,8 @@ def _dkv_tile(
     dk, dv, keys, queries, row, edge, start,
     SIDE: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Adds BLOCK_N queries, of the steps from `start` on, to dk and dv of a tile of keys.
-
-    SIDE tells whether they are "before", "in" or "after" the keys' tile. Returns also the sums of
-    g_ij of queries in it up to each key.
-    """
+    """Adds BLOCK_N queries, from `start` on, to dk and dv of a tile of keys that they are "before",
+    "in" or "after". Returns also the sums of g_ij of queries in it up to each key."""
     k, v, x_j, y_j, own = keys
     PHI_Q, DO, DELTA, CURVE, SUMS, stride_o, end = queries
     D: tl.constexpr = k.shape[1]
@@ -236,10 +228,9 @@ def _dkv_tile(
 
 @triton.jit
 def mix_bwd_dkv_kernel(
-    QKV, SUMS, CURVE, VALID, STATES, VECTORS, DO, PHI_Q, PHI_K, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_b, tiles,
-    D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr,
+    QKV, SUMS, CURVE, VALID, STATES, VECTORS, DO, PHI_Q, PHI_K, DELTA, DQKV, DLOG_MASK, n, heads,
+    stride_n, sums_b, tiles, D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV, and sums of g_ij by key. Products are keys by queries. A chunk
     has `tiles` of keys: as a constant, that number made threads spill."""
@@ -299,3 +290,91 @@ def mix_bwd_dkv_kernel(
         dv += common.load_tile(DV, tokens, valid, stride_n, D).to(tl.float32)
     common.store_tile(DK, tokens, valid, stride_n, dk, D)
     common.store_tile(DV, tokens, valid, stride_n, dv, D)
+
+
+@triton.jit
+def chunk_state_kernel(
+    QKV, SUMS, CURVE, VALID, OUT, INV_DENOM, DO, STATES, VECTORS, n, heads, stride_n, sums_b,
+    curve_weight,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_STATES: tl.constexpr,
+    OF_QUERIES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to its states, `[B, H, chunks, NUM_STATES, D, D]`, of keys for later (0)
+    and earlier (1) chunks, or, OF_QUERIES, of queries for later (2) and earlier (3) ones."""
+    num_chunks = tl.cdiv(n, CHUNK)
+    chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
+    Q = QKV + row
+    dtype = QKV.dtype.element_ty
+    SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * CHUNK
+    later, earlier = tl.zeros((D, D), tl.float32), tl.zeros((D, D), tl.float32)
+    later_vector, earlier_vector = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
+    total = tl.load(SUMS + 2 * CHUNK - 1)
+    start, size = chunk * CHUNK, tl.minimum(CHUNK, n - chunk * CHUNK)
+    for first in range(0, size, BLOCK):
+        inside, tokens, valid = common.tile(start, size, first, CURVE, BLOCK)
+        x, y = tl.load(SUMS + inside), tl.load(SUMS + CHUNK + inside)
+        if OF_QUERIES:
+            a = common.load_tile(Q, tokens, valid, stride_n, D)
+            b_tile = common.load_tile(DO + own, tokens, valid, heads * D, D)
+            weight = common.load_delta(b_tile, OUT + own, tokens, valid, heads * D, NORMALISE)
+            inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
+            factor = inv_denom * (curve_weight * D**-0.5)
+            x, y = y, x
+        else:
+            a = common.load_tile(Q + heads * D, tokens, valid, stride_n, D)
+            b_tile = common.load_tile(Q + 2 * heads * D, tokens, valid, stride_n, D)
+            weight = tl.full((BLOCK,), 1.0, tl.float32)
+            counts = common.key_mask(VALID, b * n, tokens, valid)
+            factor = tl.where(counts, 1.0, 0.0)
+        phi = common.feature_map(a, FEATURES)[0] * factor[:, None]  # [BLOCK, D]
+        scaled = (phi * tl.exp2(total - x)[:, None]).to(dtype)
+        later = common.dot(tl.trans(scaled), b_tile, later)  # [D, D]
+        later_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
+        scaled = (phi * tl.exp2(y)[:, None]).to(dtype)
+        earlier = common.dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
+        earlier_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
+    index = (bh * num_chunks + chunk) * NUM_STATES + (2 if OF_QUERIES else 0)
+    common.store_state(STATES, VECTORS, index, later, later_vector, D)
+    common.store_state(STATES, VECTORS, index + 1, earlier, earlier_vector, D)
+
+
+@triton.jit
+def _pass_on(
+    STATES, TOTALS, num_chunks, kind, elements, LENGTH: tl.constexpr, NUM_STATES: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Some elements of states of a LENGTH; a GROUP of chunks is loaded at once."""
+    state = tl.zeros_like(elements).to(tl.float32)
+    for first in range(0, num_chunks, GROUP):
+        places, added, fades = (), (), ()
+        for t in tl.static_range(GROUP):
+            there = first + t < num_chunks
+            chunk = tl.where(kind % 2 == 1, num_chunks - 1 - first - t, first + t)
+            total = tl.load(TOTALS + chunk * NUM_VECTORS * CHUNK, mask=there, other=0.0)
+            fades += (tl.exp2(total),)
+            places += (STATES + (chunk * NUM_STATES + kind) * LENGTH + elements,)
+            added += (tl.load(places[t], mask=there, other=0.0),)
+        for t in tl.static_range(GROUP):
+            entering = state.to(STATES.dtype.element_ty)
+            tl.store(places[t], entering, mask=first + t < num_chunks)
+            state = state * fades[t] + added[t].to(tl.float32)
+
+
+@triton.jit
+def state_passing_kernel(
+    STATES, VECTORS, SUMS, n, heads, sums_b, D: tl.constexpr, CHUNK: tl.constexpr,
+    PART: tl.constexpr, GROUP: tl.constexpr, NUM_STATES: tl.constexpr,
+):  # fmt: skip
+    """Replaces what each chunk adds by the state that enters it, in place: 0 and 2 from earlier
+    chunks, 1 and 3 from later ones. A program has a PART of a state; the last one the vectors."""
+    num_chunks = tl.cdiv(n, CHUNK)
+    bh, kind, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    SUMS += bh // heads * sums_b + bh % heads * num_chunks * NUM_VECTORS * CHUNK
+    TOTALS = SUMS + 2 * CHUNK - 1  # y of each chunk's last step
+    if part == tl.num_programs(2) - 1:
+        VECTORS += bh * num_chunks * NUM_STATES * D
+        _pass_on(VECTORS, TOTALS, num_chunks, kind, tl.arange(0, D), D, NUM_STATES, CHUNK, GROUP)
+    else:
+        STATES += bh * num_chunks * NUM_STATES * D * D
+        elements = part * PART + tl.arange(0, PART)
+        _pass_on(STATES, TOTALS, num_chunks, kind, elements, D * D, NUM_STATES, CHUNK, GROUP)

@@ -11,11 +11,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def place(num_parts, heads, n=0, stride_n=0, D: tl.constexpr = 1):
-    """Which part of which sequence a program has, whose, an image's and a head's, and where the
-    head's columns begin in the image's rows of QKV and of OUT.
-
-    Only the grid's first dimension may be long.
-    """
+    """Which part of which sequence a program has, of which image and head, and where the head's
+    columns begin in the image's rows of QKV and of OUT. The grid's first dimension may be long."""
     pid = tl.program_id(0)
     bh = (pid // num_parts).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -40,10 +37,8 @@ def round_to(w, dtype):
 
 @triton.jit
 def feature_map(t, FEATURES: tl.constexpr):
-    """phi of rows `[R, D]`, in float32, and the slope that the gradient below needs.
-
-    phi is elu + 1, silu + 0.5 normalised over D, or the rows themselves.
-    """
+    """phi of rows `[R, D]`, float32: elu + 1, silu + 0.5 normalised over D, or the rows themselves;
+    and the slope that the gradient below needs."""
     FAST: tl.constexpr = t.dtype == tl.bfloat16 and not INTERPRETED
     t = t.to(tl.float32)
     slope = tl.full(t.shape, 1.0, tl.float32)
@@ -75,10 +70,8 @@ def feature_map_grad(phi, slope, grad, FEATURES: tl.constexpr):
 
 @triton.jit
 def back_to_rows(pointer, rows, valid, stride, grad, D: tl.constexpr, FEATURES: tl.constexpr):
-    """Gradient of rows that `load_tile` finds, from that of phi.
-
-    They are loaded again, as registers are few; not rounded, as the gradient along phi cancels.
-    """
+    """Gradient of rows that `load_tile` finds, from that of phi. These are loaded again: registers
+    are few, and phi must not be rounded, as the gradient along it cancels."""
     phi, slope = feature_map(load_tile(pointer, rows, valid, stride, D), FEATURES)
     return feature_map_grad(phi, slope, grad, FEATURES)
 
@@ -132,10 +125,8 @@ def token_at(CURVE, steps, valid, start=0):
 
 @triton.jit
 def tile(start, size, first, CURVE, ROWS: tl.constexpr):
-    """ROWS steps inside a chunk from `first` on, their tokens, and which of them are there.
-
-    The chunk has `size` tokens, from the step `start` of the curve on.
-    """
+    """ROWS steps from `first` on inside a chunk of `size` steps, which is at `start` on the curve;
+    their tokens, and which of them are there."""
     inside = first + tl.arange(0, ROWS)
     valid = inside < size
     return inside, token_at(CURVE, start + inside, valid), valid
@@ -169,10 +160,8 @@ def sums_of(SUMS, PLACES, rows, stride, SIZE: tl.constexpr, NUM_CURVES: tl.const
 
 @triton.jit
 def sum_of_masks(SUMS, TABLE, rows, columns, xs, ys, stride, SIZE: tl.constexpr):
-    """M `[R, C]` of queries, of x and y by curve, and columns of keys, summed over the curves.
-
-    Where there is a TABLE `[H * SIZE, SIZE]`, which is symmetric, it is read at `rows`.
-    """
+    """M `[R, C]` of queries, of x and y by curve, and columns of keys, summed over the curves; from
+    the TABLE `[H * SIZE, SIZE]`, if there is one, which is symmetric, at `rows`."""
     if TABLE is not None:
         return tl.load(TABLE + rows[:, None] * SIZE + columns).to(tl.float32)
     mask = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)

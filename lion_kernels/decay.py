@@ -58,9 +58,8 @@ def decay_cumsum(
 
 @triton.jit
 def decay_cumsum_kernel(
-    DECAY, CURVE, VALID, DOCUMENTS, SUMS, PLACES, n, images, heads, prefix,
-    decay_c, decay_b, decay_n,
-    CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
+    DECAY, CURVE, VALID, DOCUMENTS, SUMS, PLACES, n, images, heads, prefix, decay_c, decay_b,
+    decay_n, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """SUMS `[C, images, H, chunks, NUM_VECTORS, SIZE]`, by step; or by token, if there is PLACES
     `[C, SIZE]` for each token's step on the curves. After the last token the sums stay."""
@@ -94,19 +93,14 @@ def decay_cumsum_kernel(
 
 @triton.jit
 def gate_bwd_kernel(
-    DLOG_MASK, SUMS, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
+    DLOG_MASK, SUMS, PLACES, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
     n, heads, prefix, sums_b, decay_c, decay_b, decay_n,
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, DECAYS: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk.
 
-    DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has the sums (0) to (5) of g_ij
-    that "Gradients" in `docs/kernels.md` explains, and with them a step's log decay has
-
-        dl_s = sum_(t>s) dx_t + sum_(t>=s) dy_t + sum_(t<=s) (4)_t + sum_(t<s) (5)_t
-
-    and the pairs around the chunk, whose states enter it from either side.
+    DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has the sums (0) to (5) of g_ij in
+    "Gradients" of `docs/kernels.md`. Pairs around the chunk come from the states that enter it.
     """
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, _, _ = common.place(num_chunks, heads)
@@ -116,7 +110,7 @@ def gate_bwd_kernel(
     if CURVE is not None:
         CURVE += c * n
     inside, tokens, valid = common.tile(start, size, 0, CURVE, triton.next_power_of_2(SIZE))
-    DLOG_MASK += part * 6 * SIZE + (tokens if BY_TOKEN else inside)
+    DLOG_MASK += part * 6 * SIZE + (inside if PLACES is None else tokens)
     dx = tl.load(DLOG_MASK, mask=valid, other=0.0)
     dx -= tl.load(DLOG_MASK + 2 * SIZE, mask=valid, other=0.0)
     dy = tl.load(DLOG_MASK + 3 * SIZE, mask=valid, other=0.0)

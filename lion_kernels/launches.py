@@ -63,9 +63,7 @@ class Launches:
         return partial(_repeat, steps, places[-1])
 
     @classmethod
-    def run(
-        cls, schedule: Callable, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
-    ) -> None:
+    def run(cls, schedule: Callable, tensors: Sequence, options: tuple[Any, ...]) -> None:
         """Launches what `schedule(cls(tensors, options))` does; `tensors` are made contiguous.
         Nothing if the first is empty: kernels of heads would read what it has no memory for."""
         if not tensors[0].numel():

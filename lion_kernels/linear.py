@@ -62,9 +62,8 @@ def key_state_kernel(
 
 @triton.jit
 def mix_fwd_kernel(
-    QKV, STATES, VECTORS, OUT, INV_DENOM, n, heads, stride_n, eps, out_scale,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    QKV, STATES, VECTORS, OUT, INV_DENOM, n, heads, stride_n, eps, out_scale, D: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` and 1 / r `[B, H, N]`; if not normalised, `out_scale` makes sums."""
     num_chunks = tl.cdiv(n, CHUNK)
@@ -87,10 +86,9 @@ def mix_fwd_kernel(
 
 @triton.jit
 def mix_bwd_dq_kernel(
-    QKV, STATES, VECTORS, OUT, INV_DENOM, DO, QUERY_STATES, QUERY_VECTORS, DQKV,
-    n, heads, stride_n, eps, out_scale,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    QKV, STATES, VECTORS, OUT, INV_DENOM, DO, QUERY_STATES, QUERY_VECTORS, DQKV, n, heads, stride_n,
+    eps, out_scale, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, and T and u of each chunk. For the rounding residual, see `chunks.py`."""
     num_chunks = tl.cdiv(n, CHUNK)

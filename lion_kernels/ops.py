@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lion_kernels import chunks, decay, linear, pairs, states, tuning
+from lion_kernels import chunks, decay, linear, pairs, tuning
 from lion_kernels.launches import Launches
 from lion_kernels.registry import operator
 
@@ -57,7 +57,6 @@ class Call(Launches):
             "CHUNK": self.plan.chunk, "BLOCK": self.plan.block, "SIZE": self.plan.size,
             "tiles": self.plan.size // self.plan.block,
             "FEATURES": features, "NORMALISE": normalise, "DO": None, "PLACES": None,
-            "BY_TOKEN": self.by_token,
         }  # fmt: skip
         self.values.update(zip(("OUT", "INV_DENOM", "DO", "DQKV", "DDECAY"), results, strict=False))
 
@@ -111,10 +110,10 @@ def _enter_states(call: Call, num_states: int) -> None:
         entering = call.empty(*shape, call.dim, dtype=call.qkv.dtype)
         call.values.update(STATES=entering, VECTORS=call.empty(*shape), NUM_STATES=num_states)
     for of_queries in (False, True)[: num_states // 2]:
-        call.launch(states.chunk_state_kernel, call.chunks, call.plan.state, OF_QUERIES=of_queries)
+        call.launch(chunks.chunk_state_kernel, call.chunks, call.plan.state, OF_QUERIES=of_queries)
     part = min(call.dim**2, 1024)
     grid = (call.sequences, num_states, call.dim**2 // part + 1)
-    call.launch(states.state_passing_kernel, grid, {}, PART=part, GROUP=4)
+    call.launch(chunks.state_passing_kernel, grid, {}, PART=part, GROUP=4)
 
 
 def _sum_keys(call: Call) -> None:
@@ -188,14 +187,12 @@ def _backward(call: Call) -> None:
             call.launch(chunks.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
             _gate_gradients(call, parts, c, 1)
     if call.values["DECAYS"] == "head":
-        # For LION-D along several curves from sums of g_ij t_ij by query.
-        length, stride = call.num_chunks, call.num_chunks
-        if call.values["TABLE"] is not None:
-            parts, length, stride = call.values["DLOG_MASK"], rows[1], 6 * call.plan.size
-        call.launch(
-            decay.head_bwd_kernel, (call.num_curves * call.heads,), {},
-            PARTS=parts, images=call.qkv.shape[0], length=length, stride=stride,
-        )  # fmt: skip
+        own = {"PARTS": parts, "length": call.num_chunks, "stride": call.num_chunks}
+        if call.values["TABLE"] is not None:  # sums of g_ij t_ij by query
+            parts, stride = call.values["DLOG_MASK"], 6 * call.plan.size
+            own = {"PARTS": parts, "length": rows[1], "stride": stride}
+        grid = (call.num_curves * call.heads,)
+        call.launch(decay.head_bwd_kernel, grid, {}, images=call.qkv.shape[0], **own)
 
 
 def like_outputs(projected: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -144,9 +144,8 @@ def mix_bwd_dq_kernel(
 
 @triton.jit
 def mix_bwd_dkv_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_c, sums_b,
-    D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK, n, heads, stride_n,
+    sums_c, sums_b, D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into DQKV, and, where there is no TABLE, each curve's sums of g_ij by key: with

@@ -19,10 +19,9 @@ from lion_kernels.registry import operator
 
 @triton.jit
 def recurrence_kernel(
-    QKV, DECAY, CURVE, VALID, DOCUMENTS, OUT, DENOM, n, heads, prefix, stride_n,
-    decay_c, decay_b, decay_n, eps, scale,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, NUM_CURVES: tl.constexpr,
-    DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
+    QKV, DECAY, CURVE, VALID, DOCUMENTS, OUT, DENOM, n, heads, prefix, stride_n, decay_c, decay_b,
+    decay_n, eps, scale, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_CURVES: tl.constexpr, DECAYS: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """OUT `[B, N, H, D]` of QKV `[B, N, 3, H, D]`, and DENOM `[B, H, parts, N]`; `eps` is the share
     of one walk, `scale` that of one curve."""

@@ -56,7 +56,10 @@ def operator(
 
         @wraps(function)
         def call(*arguments):
-            return (direct if _is_eager(arguments[0]) else dispatched)(*arguments)
+            # Eager: nothing but autograd looks at the call, no compiler, mode or subclass.
+            eager = type(arguments[0]) in (Tensor, torch.nn.Parameter)
+            eager = eager and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+            return (direct if eager else dispatched)(*arguments)
 
         call.dispatched = dispatched
         return call
@@ -76,9 +79,3 @@ def _on_the_tensors_device(function: Callable) -> Callable:
             return function(*arguments)
 
     return call
-
-
-def _is_eager(tensor: Tensor) -> bool:
-    """Whether nothing but autograd looks at calls: no compiler, mode or subclass."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
