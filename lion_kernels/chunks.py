@@ -180,14 +180,13 @@ def mix_bwd_dq_kernel(
             dq += part
             along += of_later
         if NORMALISE and FEATURES != "none":
-            residual = along
             if ADD:
-                residual += tl.load(DQ_RESIDUAL + bh * n + tokens, mask=valid, other=0.0)
+                along += tl.load(DQ_RESIDUAL + bh * n + tokens, mask=valid, other=0.0)
             if LAST:
-                residual -= eps * delta * inv_denom
-                dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
+                along -= eps * delta * inv_denom
+                dq -= (along / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
             else:
-                tl.store(DQ_RESIDUAL + bh * n + tokens, residual, mask=valid)
+                tl.store(DQ_RESIDUAL + bh * n + tokens, along, mask=valid)
         dq = common.back_to_rows(Q, tokens, valid, stride_n, dq * factor[:, None], D, FEATURES)
         common.store_tile(DQ, tokens, valid, stride_n, dq, D, ADD)
 

@@ -3,9 +3,9 @@
 With phi and the denominator r_i as in `chunks.py`, q_i = phi(q_i) / sqrt(D) and means over tokens,
 for sums of them would overflow in float16,
 
-    S = 1/N sum_j phi(k_j) v_j^T    z = 1/N sum_j phi(k_j)    r_i = q_i . z + eps / N
-    out_i = q_i S / r_i
+    S = 1/N sum_j phi(k_j) v_j^T        z = 1/N sum_j phi(k_j)
     T = 1/N sum_i (q_i / r_i) dO_i^T    u = 1/N sum_i (q_i / r_i) delta_i
+    r_i = q_i . z + eps / N             out_i = q_i S / r_i
     d q_i = (S dO_i - delta_i z) / r_i    d phi(k_j) = T v_j - u    dv_j = phi(k_j) T
 
 Programs have a CHUNK of the tokens; they leave means over it, which the next kernel averages.

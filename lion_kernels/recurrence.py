@@ -47,10 +47,8 @@ def recurrence_kernel(
                     steps, valid, prefix, decay_n, DECAYS,
                 )  # fmt: skip
                 total = tl.min(y, 0)
-                if backwards == 0:
-                    reached, left = tl.exp2(x), tl.exp2(total - x)
-                else:
-                    reached, left = tl.exp2(total - y), tl.exp2(y)
+                reached = tl.exp2(total - y if backwards else x)
+                left = tl.exp2(y if backwards else total - x)
                 # Warps may share a row. Barriers of the products part its loads from its stores.
                 again = valid & ((c > 0) | (backwards == 1))
                 before = common.load_tile(OUT, tokens, again, heads * D, COLUMNS)

@@ -9,8 +9,6 @@ registers. With the running sums s of the log2 decays inside a chunk and their t
 where every exponent is at most 0.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -168,7 +166,7 @@ def semiseparable_product(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) ->
     return y
 
 
-def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict[str, Any]:
+def _inputs(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor) -> dict:
     """What both launches have in common."""
     _, n, heads, width = x.shape
     large = max(width, b.shape[2]) > 64 or x.dtype == torch.float32  # for the registers

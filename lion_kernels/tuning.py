@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 
 import triton
 
-Options = dict[str, int]
-
 # Tokens up to which one chunk, or all pairs along several curves at once, are faster than states.
 LONGEST_CHUNK = 320
 LONGEST_PAIRS = 640
@@ -23,10 +21,10 @@ class Plan:
     backward: str
     chunk: int
     block: int
-    fwd: Options = field(default_factory=dict)
-    dq: Options = field(default_factory=dict)
-    dkv: Options = field(default_factory=dict)
-    state: Options = field(default_factory=dict)
+    fwd: dict[str, int] = field(default_factory=dict)
+    dq: dict[str, int] = field(default_factory=dict)
+    dkv: dict[str, int] = field(default_factory=dict)
+    state: dict[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
