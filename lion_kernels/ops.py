@@ -174,8 +174,8 @@ def _backward(call: Call) -> None:
     if call.plan.backward == "pairs":
         call.values["DLOG_MASK"] = call.empty(*parts.shape, 6, call.plan.size)
         call.launch(pairs.key_feature_kernel, call.tiles, {})
-        call.launch(pairs.mix_bwd_dq_kernel, call.tiles, call.plan.dq)
-        call.launch(pairs.mix_bwd_dkv_kernel, call.tiles, call.plan.dkv)
+        call.launch(pairs.mix_bwd_kernel, call.tiles, call.plan.dq, KEYS=False)
+        call.launch(pairs.mix_bwd_kernel, call.tiles, call.plan.dkv, KEYS=True)
         if call.values["TABLE"] is None:
             _gate_gradients(call, parts, 0, call.num_curves)
     else:

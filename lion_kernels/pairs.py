@@ -78,122 +78,106 @@ def mix_fwd_kernel(
 
 
 @triton.jit
-def mix_bwd_dq_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
-    n, heads, stride_n, sums_c, sums_b, eps,
-    D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
-):  # fmt: skip
-    """dq into DQKV, q' into PHI_Q, DELTA `[B, H, N]`, and each curve's sums by query: of g_ij with
-    keys earlier on it and with others, or, where there is a TABLE, of g_ij t_ij."""
-    SIDES: tl.constexpr = 2 if TABLE is None else 1
-    num_parts = tl.cdiv(n, BLOCK)
-    part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
-    images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
-    dtype = QKV.dtype.element_ty
-    Q, V = QKV + row, QKV + row + 2 * heads * D
-    OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
-    SUMS += b * sums_b + h * NUM_VECTORS * SIZE
-    rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
-    xs, ys, places = common.sums_of(SUMS, PLACES, rows, sums_c, SIZE, NUM_CURVES)
-    do = common.load_tile(DO, rows, valid, heads * D, D)
-    delta = common.load_delta(do, OUT, rows, valid, heads * D, NORMALISE)
-    tl.store(DELTA + bh * n + rows, delta, mask=valid)
-    inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
-    factor = inv_denom * (D**-0.5 / NUM_CURVES)
-    q = common.feature_map(common.load_tile(Q, rows, valid, stride_n, D), FEATURES)[0]
-    q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
-    common.store_tile(PHI_Q, rows, valid, heads * D, q, D)
-    dq = tl.zeros((BLOCK, D), tl.float32)
-    sums = (tl.zeros((BLOCK,), tl.float32),) * (SIDES * NUM_CURVES)
-    for start in range(0, n, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k = common.load_tile(PHI_K, columns, columns < n, heads * D, D)
-        v = common.load_tile(V, columns, columns < n, stride_n, D)
-        dw = common.dot(do, tl.trans(v)) - delta[:, None]
-        g = common.dot(q, tl.trans(k)) * dw  # [BLOCK, BLOCK_N]
-        mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
-        added = ()
-        for c in tl.static_range(NUM_CURVES):
-            x_j = tl.load(SUMS + c * sums_c + columns)
-            y_j = tl.load(SUMS + c * sums_c + SIZE + columns)
-            t = tl.minimum(xs[c][:, None] - x_j[None, :], y_j[None, :] - ys[c][:, None])
-            m = tl.exp2(t)
-            mask += m
-            if TABLE is None:
-                place = tl.load(PLACES + c * SIZE + columns)[None, :]
-                earlier = tl.sum(tl.where(place < places[c][:, None], g * m, 0.0), 1)
-                added += (sums[2 * c] + earlier, sums[2 * c + 1] + tl.sum(g * m, 1))
-            else:
-                added += (sums[c] + tl.sum(g * (m * t), 1),)
-        sums = added
-        if TABLE is not None:
-            mask = common.round_to(mask, dtype)
-        dq = common.dot((dw * mask).to(dtype), k, dq)  # [BLOCK, D]
-    for c in tl.static_range(NUM_CURVES):
-        of_curve = DLOG_MASK + (c * images * heads + bh) * 6 * SIZE + rows
-        tl.store(of_curve, sums[SIDES * c], mask=valid)
-        if TABLE is None:
-            tl.store(of_curve + SIZE, sums[2 * c + 1] - sums[2 * c], mask=valid)
-    if NORMALISE and FEATURES != "none":
-        residual = tl.sum(q.to(tl.float32) * dq, 1) - eps * delta * inv_denom
-        dq -= (residual / tl.maximum(tl.sum(q.to(tl.float32), 1), 1e-30))[:, None]
-    dq = common.back_to_rows(Q, rows, valid, stride_n, dq * factor[:, None], D, FEATURES)
-    common.store_tile(DQKV + row, rows, valid, stride_n, dq, D)
+def _masks(
+    of_rows, columns, g, sums, SIZE: tl.constexpr, EXPONENTS: tl.constexpr, KEYS: tl.constexpr
+):
+    """M `[BLOCK, BLOCK_N]` summed over the curves, and `sums` with what g_ij adds to them."""
+    SUMS, PLACES, xs, ys, places, stride = of_rows
+    mask, added = tl.zeros(g.shape, tl.float32), ()
+    for c in tl.static_range(len(xs)):
+        x_j = tl.load(SUMS + c * stride + (SIZE if KEYS else 0) + columns)
+        y_j = tl.load(SUMS + c * stride + (0 if KEYS else SIZE) + columns)
+        t = tl.minimum(xs[c][:, None] - x_j[None, :], y_j[None, :] - ys[c][:, None])
+        m = tl.exp2(t)
+        mask += m
+        if not EXPONENTS:
+            place = tl.load(PLACES + c * SIZE + columns)[None, :]
+            apart = place > places[c][:, None] if KEYS else place < places[c][:, None]
+            others = tl.sum(tl.where(apart, 0.0, g * m) if KEYS else g * m, 1)
+            added += (
+                sums[2 * c] + tl.sum(tl.where(apart, g * m, 0.0), 1),
+                sums[2 * c + 1] + others,
+            )
+        else:
+            added += (sums[2 * c] + tl.sum(g * (m * t), 1), sums[2 * c + 1])
+    return mask, added
 
 
 @triton.jit
-def mix_bwd_dkv_kernel(
-    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, DO, DELTA, DQKV, DLOG_MASK, n, heads, stride_n,
-    sums_c, sums_b, D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr,
+def mix_bwd_kernel(
+    QKV, PHI_Q, PHI_K, SUMS, TABLE, PLACES, VALID, OUT, INV_DENOM, DO, DELTA, DQKV, DLOG_MASK,
+    n, heads, stride_n, sums_c, sums_b, eps,
+    D: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_CURVES: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv into DQKV, and, where there is no TABLE, each curve's sums of g_ij by key: with
-    later queries, and with others. Products are keys by queries."""
+    """dq into DQKV, q' into PHI_Q and DELTA `[B, H, N]`; or, of KEYS, dk and dv from these.
+
+    Rows are queries, phi being q' and v dO, or keys; columns are their partners, and M of keys by
+    queries has x and y exchanged. Where there is no TABLE, each curve has sums of g_ij by row, with
+    earlier keys, or later queries, and with others; with a TABLE, by query those of g_ij t_ij.
+    """
     num_parts = tl.cdiv(n, BLOCK)
     part, bh, b, h, row, own = common.place(num_parts, heads, n, stride_n, D)
     images = tl.num_programs(0).to(tl.int64) // (num_parts * heads)
-    K, DK = QKV + row + heads * D, DQKV + row + heads * D
-    DO, PHI_Q, PHI_K, DELTA = DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
+    V = QKV + row + 2 * heads * D
+    OUT, DO, PHI_Q, PHI_K, DELTA = OUT + own, DO + own, PHI_Q + own, PHI_K + own, DELTA + bh * n
     SUMS += b * sums_b + h * NUM_VECTORS * SIZE
     rows, _, valid = common.tile(0, n, part * BLOCK, None, BLOCK)
     xs, ys, places = common.sums_of(SUMS, PLACES, rows, sums_c, SIZE, NUM_CURVES)
-    k = common.load_tile(PHI_K, rows, valid, heads * D, D)  # phi(k), [BLOCK, D]
-    v = common.load_tile(K + heads * D, rows, valid, stride_n, D)
-    dk, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    if KEYS:
+        xs, ys = ys, xs
+        phi = common.load_tile(PHI_K, rows, valid, heads * D, D)  # [BLOCK, D]
+        v = common.load_tile(V, rows, valid, stride_n, D)
+    else:
+        v = common.load_tile(DO, rows, valid, heads * D, D)
+        delta = common.load_delta(v, OUT, rows, valid, heads * D, NORMALISE)
+        tl.store(DELTA + rows, delta, mask=valid)
+        inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
+        factor = inv_denom * (D**-0.5 / NUM_CURVES)
+        phi = common.feature_map(common.load_tile(QKV + row, rows, valid, stride_n, D), FEATURES)[0]
+        phi = (phi * factor[:, None]).to(v.dtype)  # [BLOCK, D]
+        common.store_tile(PHI_Q, rows, valid, heads * D, phi, D)
+    dphi, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     sums = (tl.zeros((BLOCK,), tl.float32),) * (2 * NUM_CURVES)
     for start in range(0, n, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         there = columns < n
-        q = common.load_tile(PHI_Q, columns, there, heads * D, D)  # q', [BLOCK_N, D]
-        do = common.load_tile(DO, columns, there, heads * D, D)
-        delta = tl.load(DELTA + columns, mask=there, other=0.0)
-        w = common.dot(k, tl.trans(q))  # [BLOCK, BLOCK_N]
-        dw = common.dot(v, tl.trans(do)) - delta[None, :]  # [BLOCK, BLOCK_N]
-        if TABLE is None:
-            g = w * dw
-            mask = tl.zeros((BLOCK, BLOCK_N), tl.float32)
-            added = ()
-            for c in tl.static_range(NUM_CURVES):
-                x_i = tl.load(SUMS + c * sums_c + columns)
-                y_i = tl.load(SUMS + c * sums_c + SIZE + columns)
-                place = tl.load(PLACES + c * SIZE + columns)[None, :]
-                m = common.decay_mask(x_i[None, :], y_i[None, :], xs[c][:, None], ys[c][:, None])
-                mask += m
-                later = tl.sum(tl.where(place > places[c][:, None], g * m, 0.0), 1)
-                others = tl.sum(tl.where(place <= places[c][:, None], g * m, 0.0), 1)
-                added += (sums[2 * c] + later, sums[2 * c + 1] + others)
-            sums = added
+        if KEYS:
+            phi_j = common.load_tile(PHI_Q, columns, there, heads * D, D)  # [BLOCK_N, D]
+            v_j = common.load_tile(DO, columns, there, heads * D, D)
+            minus = tl.load(DELTA + columns, mask=there, other=0.0)[None, :]
         else:
+            phi_j = common.load_tile(PHI_K, columns, there, heads * D, D)  # [BLOCK_N, D]
+            v_j = common.load_tile(V, columns, there, stride_n, D)
+            minus = delta[:, None]
+        w = common.dot(phi, tl.trans(phi_j))  # [BLOCK, BLOCK_N]
+        dw = common.dot(v, tl.trans(v_j)) - minus  # [BLOCK, BLOCK_N]
+        if KEYS and TABLE is not None:
             mask = common.sum_of_masks(SUMS, TABLE, h * SIZE + rows, columns, xs, ys, sums_c, SIZE)
-        dv = common.dot((w * mask).to(k.dtype), do, dv)  # [BLOCK, D]
-        dk = common.dot((dw * mask).to(k.dtype), q, dk)  # [BLOCK, D]
-    if TABLE is None:
-        for c in tl.static_range(NUM_CURVES):
-            of_curve = DLOG_MASK + ((c * images * heads + bh) * 6 + 2) * SIZE + rows
+        else:
+            of_rows = (SUMS, PLACES, xs, ys, places, sums_c)
+            mask, sums = _masks(of_rows, columns, w * dw, sums, SIZE, TABLE is not None, KEYS)
+            if TABLE is not None:
+                mask = common.round_to(mask, v.dtype)
+        if KEYS:
+            dv = common.dot((w * mask).to(v.dtype), v_j, dv)  # [BLOCK, D]
+        dphi = common.dot((dw * mask).to(v.dtype), phi_j, dphi)  # [BLOCK, D]
+    for c in tl.static_range(NUM_CURVES):
+        of_curve = DLOG_MASK + ((c * images * heads + bh) * 6 + (2 if KEYS else 0)) * SIZE + rows
+        if TABLE is None or not KEYS:
             tl.store(of_curve, sums[2 * c], mask=valid)
-            tl.store(of_curve + SIZE, sums[2 * c + 1], mask=valid)
-    counts = common.key_mask(VALID, b * n, rows, valid)
-    dk = common.back_to_rows(K, rows, valid, stride_n, dk, D, FEATURES)
-    common.store_tile(DK, rows, valid, stride_n, tl.where(counts[:, None], dk, 0.0), D)
-    common.store_tile(DK + heads * D, rows, valid, stride_n, dv, D)
+        if TABLE is None:
+            others = sums[2 * c + 1] if KEYS else sums[2 * c + 1] - sums[2 * c]
+            tl.store(of_curve + SIZE, others, mask=valid)
+    if KEYS:
+        row += heads * D
+        common.store_tile(DQKV + row + heads * D, rows, valid, stride_n, dv, D)
+    else:
+        if NORMALISE and FEATURES != "none":
+            residual = tl.sum(phi.to(tl.float32) * dphi, 1) - eps * delta * inv_denom
+            dphi -= (residual / tl.maximum(tl.sum(phi.to(tl.float32), 1), 1e-30))[:, None]
+        dphi *= factor[:, None]
+    dphi = common.back_to_rows(QKV + row, rows, valid, stride_n, dphi, D, FEATURES)
+    if KEYS:
+        dphi = tl.where(common.key_mask(VALID, b * n, rows, valid)[:, None], dphi, 0.0)
+    common.store_tile(DQKV + row, rows, valid, stride_n, dphi, D)
