@@ -354,8 +354,7 @@ def _pass_on(
             places += (STATES + (chunk * NUM_STATES + kind) * LENGTH + elements,)
             added += (tl.load(places[t], mask=there, other=0.0),)
         for t in tl.static_range(GROUP):
-            entering = state.to(STATES.dtype.element_ty)
-            tl.store(places[t], entering, mask=first + t < num_chunks)
+            tl.store(places[t], state, mask=first + t < num_chunks)
             state = state * fades[t] + added[t].to(tl.float32)
 
 

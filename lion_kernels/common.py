@@ -88,8 +88,7 @@ def store_tile(pointer, rows, valid, stride, value, D: tl.constexpr, ADD: tl.con
     """ADD adds to what is there."""
     if ADD:
         value += load_tile(pointer, rows, valid, stride, D).to(tl.float32)
-    address = pointer + rows[:, None] * stride + tl.arange(0, D)
-    tl.store(address, value.to(pointer.dtype.element_ty), mask=valid[:, None])
+    tl.store(pointer + rows[:, None] * stride + tl.arange(0, D), value, mask=valid[:, None])
 
 
 @triton.jit
@@ -110,8 +109,7 @@ def load_state(pointer, D: tl.constexpr):
 @triton.jit
 def store_state(STATES, VECTORS, index, state, vector, D: tl.constexpr):
     dims = tl.arange(0, D)
-    address = STATES + index * D * D + dims[:, None] * D + dims
-    tl.store(address, state.to(STATES.dtype.element_ty))
+    tl.store(STATES + index * D * D + dims[:, None] * D + dims, state)
     tl.store(VECTORS + index * D + dims, vector)
 
 

@@ -162,6 +162,5 @@ def head_bwd_kernel(PARTS, DECAY, TABLE, DDECAY, images, heads, length, stride):
     if TABLE is not None:
         z = -tl.load(DECAY + pid)
         log_decay = _log_decay(z) * common.LOG2_E
-        # Nothing but rounding errors comes through a decay below 2^-23.
         dw *= tl.where((z < 16) & (log_decay < 0), tl.sigmoid(z) / log_decay, 0.0)
     tl.store(DDECAY + pid, dw.to(DDECAY.dtype.element_ty))

@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 
 from lion_kernels import chunks, decay, linear, pairs, tuning
-from lion_kernels.launches import Launches
-from lion_kernels.registry import operator
+from lion_kernels.launches import Launches, operator
 
 # Of every operator of the mixer, as in `lion_kernels.mix`: tensors, then options.
 ARGUMENTS = (
@@ -35,14 +34,10 @@ class Call(Launches):
         self.num_chunks, self.sequences = triton.cdiv(n, self.plan.chunk), b * heads
         self.chunks = (self.sequences * self.num_chunks,)  # as a grid: programs of one each
         self.tiles = (self.chunks[0] * (self.plan.size // self.plan.block),)
-        if lit:
-            kind, strides = "none", (0, 0, 0)
-        elif self.decay is None:
-            kind, strides = "gates", (heads, n * width, width)
-        elif self.decay.dim() == 2:
-            kind, strides = "head", (heads, 0, 0)
-        else:
-            kind, strides = "logs", (b * n * heads, n * heads, heads)
+        rank = 0 if self.decay is None else self.decay.dim()
+        kind = "none" if lit else {0: "gates", 2: "head", 4: "logs"}[rank]
+        strides = {"gates": (heads, n * width, width), "logs": (b * n * heads, n * heads, heads)}
+        strides = strides.get(kind, (heads, 0, 0))
         self.by_token = self.plan.backward == "pairs"
         self.alike = kind in ("head", "none") and valid is None and documents is None
         # Arguments of kernels by name; it grows by results.
@@ -128,8 +123,7 @@ def _sum_keys(call: Call) -> None:
 
 
 def _gate_gradients(call: Call, parts: Tensor, c: int, curves: int) -> None:
-    """Gradients of the gates or logs of `curves` curves from `c` on, or the `parts` of those of the
-    heads' logits."""
+    """Gradients of gates, or logs, of `curves` curves from `c` on, or `parts` of those of heads."""
     if call.values["DECAYS"] == "none":
         return
     into = {"gates": None, "head": parts, "logs": call.values["DDECAY"]}[call.values["DECAYS"]]

@@ -39,8 +39,7 @@ def mask_table_kernel(
     for start in range(0, SIZE, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = common.sum_of_masks(SUMS, None, rows, columns, xs, ys, sums_c, SIZE)
-        address = TABLE + (h * SIZE + rows[:, None]) * SIZE + columns
-        tl.store(address, mask.to(TABLE.dtype.element_ty))
+        tl.store(TABLE + (h * SIZE + rows[:, None]) * SIZE + columns, mask)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
+from lion_kernels.launches import operator
 from lion_kernels.ops import ARGUMENTS, NUM_TENSORS, Call, like_outputs, mix_operator
-from lion_kernels.registry import operator
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lion_kernels import common
-from lion_kernels.registry import operator
+from lion_kernels.launches import operator
 
 CHUNK = tl.constexpr(8)  # tokens
 BLOCK = tl.constexpr(64)  # channels of a program, one warp: its sums over channels cross no other
@@ -51,14 +51,13 @@ def forward_kernel(X, DELTA, A, B, C, STATES, Y, n, channels, states, kept):
     numbers = image * states * chunks * CHUNK
     B, C = B + numbers, C + numbers
     STATES += image * kept * states * channels + column
-    zero = tl.zeros((BLOCK,), tl.float32)
     for m in range(0, chunks):
         first = m * CHUNK
         before = STATES + (m - 1) % kept * states * channels
         after = STATES + m % kept * states * channels
         deltas = _tokens(DELTA, first, n, channels, inside)
         inputs = _tokens(X, first, n, channels, inside, deltas)
-        outputs = (zero,) * CHUNK
+        outputs = (tl.zeros((BLOCK,), tl.float32),) * CHUNK
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0) * common.LOG2_E
             b = _scalars(B + s * chunks * CHUNK + first)
@@ -71,8 +70,7 @@ def forward_kernel(X, DELTA, A, B, C, STATES, Y, n, channels, states, kept):
             outputs = sums
             tl.store(after + s * channels, state, mask=inside)
         for t in tl.static_range(CHUNK):
-            y = outputs[t].to(Y.dtype.element_ty)
-            tl.store(Y + (first + t) * channels, y, mask=inside & (first + t < n))
+            tl.store(Y + (first + t) * channels, outputs[t], mask=inside & (first + t < n))
         tl.debug_barrier()  # the next chunk loads states that other threads may have stored
 
 
@@ -135,10 +133,8 @@ def backward_kernel(
         for t in tl.static_range(CHUNK):
             valid = inside & (first + t < n)
             row = (first + t) * channels
-            dx = dinputs[t] * deltas[t]
-            ddelta = ddeltas[t] + dinputs[t] * xs[t]
-            tl.store(DX + row, dx.to(DX.dtype.element_ty), mask=valid)
-            tl.store(DDELTA + row, ddelta.to(DDELTA.dtype.element_ty), mask=valid)
+            tl.store(DX + row, dinputs[t] * deltas[t], mask=valid)
+            tl.store(DDELTA + row, ddeltas[t] + dinputs[t] * xs[t], mask=valid)
         tl.debug_barrier()  # as in the forward pass, for the gradient of the state
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lion_kernels import common
 from lion_kernels.decay import decay_cumsum
-from lion_kernels.registry import operator
+from lion_kernels.launches import operator
 
 CHUNK = 64
 

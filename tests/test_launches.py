@@ -11,7 +11,7 @@ from kernel_cases import DEVICE, call, gpu, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from lion_kernels import launches, registry, tuning
+from lion_kernels import launches, tuning
 from scripts.bench.host_time import host_time
 
 
@@ -215,7 +215,7 @@ def test_launches_are_on_the_device_of_the_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", device)
-    found = registry._on_the_tensors_device(lambda tensor, option: (list(entered), option))
+    found = launches._on_the_tensors_device(lambda tensor, option: (list(entered), option))
     for name, inside in (("cpu", []), ("cuda:0", []), ("cuda:1", [torch.device("cuda:1")])):
         assert found(SimpleNamespace(device=torch.device(name)), 7) == (inside, 7)
     assert not entered
