@@ -83,8 +83,7 @@ def mix_fwd_kernel(
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
         q = (q * D**-0.5).to(dtype)  # [BLOCK, D]
         out = tl.zeros((BLOCK, D), tl.float32)
-        denom = tl.zeros((BLOCK,), tl.float32)
-        rounding = tl.zeros((BLOCK,), tl.float32)
+        denom, rounding = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         if STATES is not None:
             fade = tl.exp2(xs[0])
             out = common.dot(q, earlier) * fade[:, None]
@@ -318,18 +317,19 @@ def chunk_state_kernel(
             weight = common.load_delta(b_tile, OUT + own, tokens, valid, heads * D, NORMALISE)
             inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
             factor = inv_denom * (curve_weight * D**-0.5)
-            x, y = y, x
+            to_later, to_earlier = tl.exp2(total - y), tl.exp2(x)
         else:
             a = common.load_tile(Q + heads * D, tokens, valid, stride_n, D)
             b_tile = common.load_tile(Q + 2 * heads * D, tokens, valid, stride_n, D)
             weight = tl.full((BLOCK,), 1.0, tl.float32)
             counts = common.key_mask(VALID, b * n, tokens, valid)
             factor = tl.where(counts, 1.0, 0.0)
+            to_later, to_earlier = tl.exp2(total - x), tl.exp2(y)
         phi = common.feature_map(a, FEATURES)[0] * factor[:, None]  # [BLOCK, D]
-        scaled = (phi * tl.exp2(total - x)[:, None]).to(dtype)
+        scaled = (phi * to_later[:, None]).to(dtype)
         later = common.dot(tl.trans(scaled), b_tile, later)  # [D, D]
         later_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
-        scaled = (phi * tl.exp2(y)[:, None]).to(dtype)
+        scaled = (phi * to_earlier[:, None]).to(dtype)
         earlier = common.dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
         earlier_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
     index = (bh * num_chunks + chunk) * NUM_STATES + (2 if OF_QUERIES else 0)

@@ -1,6 +1,5 @@
-"""Kernels as operators of PyTorch, `lion::...`, for `torch.compile` and export; and their launches,
-recorded for each layout of a call's tensors and then repeated ("Host time" in `docs/kernels.md`).
-"""
+"""Kernels as operators of PyTorch, `lion::...`, for `torch.compile` and export, and their launches,
+recorded for each layout of tensors and then repeated ("Host time" in `docs/kernels.md`)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps

@@ -194,5 +194,4 @@ def _launch(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[
     a, b, c = (t.float().mT.contiguous() for t in (a, *padded))
     tensors = {"X": x.contiguous(), "DELTA": delta.contiguous(), "A": a, "B": b, "C": c}
     sizes = {"n": x.shape[1], "channels": x.shape[2], "states": len(a)}
-    grid = (triton.cdiv(x.shape[2], BLOCK.value), x.shape[0])
-    return grid, {**tensors, **sizes, "num_warps": 1}
+    return (triton.cdiv(x.shape[2], BLOCK.value), x.shape[0]), {**tensors, **sizes, "num_warps": 1}

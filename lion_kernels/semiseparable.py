@@ -61,12 +61,13 @@ def forward_kernel(
     image, own = pid // heads, pid // heads * n * heads + pid % heads
     X, Y, DECAY = X + own * WIDTH, Y + own * WIDTH, DECAY + own
     B, C = B + image * n * STATES, C + image * n * STATES
+    order = tl.arange(0, CHUNK)
     state = tl.zeros((STATES, WIDTH), tl.float32)
     for first in range(0, n, CHUNK):
         steps, valid, x, b, sums, total = _chunk(X, DECAY, B, first, n, heads, WIDTH, STATES, CHUNK)
         c = common.load_tile(C, steps, valid, STATES, STATES)
         weights = _dot(c, tl.trans(b))  # [CHUNK, CHUNK]
-        weights *= _between(sums[:, None], sums[None, :], steps[:, None] >= steps[None, :])
+        weights *= _between(sums[:, None], sums[None, :], order[:, None] >= order[None, :])
         y = _dot(c, state.to(x.dtype)) * tl.exp2(sums)[:, None]  # [CHUNK, WIDTH]
         y += _dot(weights.to(x.dtype), x)
         common.store_tile(Y, steps, valid, heads * WIDTH, y, WIDTH)
@@ -89,6 +90,7 @@ def backward_kernel(
     SCRATCH += pid * chunks * STATES * WIDTH
     SCRATCH += tl.arange(0, STATES)[:, None] * WIDTH + tl.arange(0, WIDTH)
     dtype = X.dtype.element_ty
+    order = tl.arange(0, CHUNK)
     state = tl.zeros((STATES, WIDTH), tl.float32)
     for m in range(0, chunks):  # the states before each chunk, as in the forward pass
         tl.store(SCRATCH + m * STATES * WIDTH, state.to(dtype))
@@ -107,14 +109,14 @@ def backward_kernel(
         reached = tl.exp2(sums)[:, None]
         left = tl.exp2(total - sums)[:, None]
         # Rows are queries, columns keys.
-        decay = _between(sums[:, None], sums[None, :], steps[:, None] >= steps[None, :])
+        decay = _between(sums[:, None], sums[None, :], order[:, None] >= order[None, :])
         pairs = _dot(dy, tl.trans(x)) * decay  # [CHUNK, CHUNK]
         dc = _dot(dy, tl.trans(before)) * reached  # [CHUNK, STATES]
         ends = tl.sum(c * dc, 1)
         dc += _dot(pairs.to(dtype), b)
         common.store_tile(DC, steps, valid, STATES, dc, STATES)
         # Rows are keys, columns queries: a transposed product as an operand is miscompiled.
-        decay = _between(sums[None, :], sums[:, None], steps[:, None] <= steps[None, :])
+        decay = _between(sums[None, :], sums[:, None], order[:, None] <= order[None, :])
         weights = _dot(b, tl.trans(c)) * decay  # [CHUNK, CHUNK]
         dx = _dot(b, after) * left  # [CHUNK, WIDTH]
         dx += _dot(weights.to(dtype), dy)
