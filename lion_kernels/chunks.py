@@ -121,13 +121,13 @@ def mix_bwd_dq_kernel(
     QKV, SUMS, CURVE, VALID, STATES, VECTORS, OUT, INV_DENOM, DO, PHI_Q, PHI_K, DELTA, DQ_RESIDUAL,
     DQKV, DLOG_MASK, n, heads, stride_n, sums_b, eps, curve_weight, D: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr, NORMALISE: tl.constexpr,
-    ADD: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr,
+    ADD: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """dq into DQKV, sums of g_ij by query, and what `mix_bwd_dkv_kernel` reads: DELTA `[B, H, N]`,
     q' and phi(k) in PHI_Q and PHI_K `[B, N, H, D]`. "Residual of dq" is that over all curves."""
+    SIZE: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK * BLOCK
     num_chunks = tl.cdiv(n, CHUNK)
     chunk, bh, b, h, row, own = common.place(num_chunks, heads, n, stride_n, D)
-    dtype = QKV.dtype.element_ty
     Q, DQ = QKV + row, DQKV + row
     SUMS += b * sums_b + (h * num_chunks + chunk) * NUM_VECTORS * SIZE
     OUT, DO, PHI_Q, PHI_K = OUT + own, DO + own, PHI_Q + own, PHI_K + own
@@ -150,7 +150,7 @@ def mix_bwd_dq_kernel(
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
         factor = inv_denom * (curve_weight * D**-0.5)
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
-        q = (q * factor[:, None]).to(dtype)  # q', [BLOCK, D]
+        q = (q * factor[:, None]).to(do.dtype)  # q', [BLOCK, D]
         common.store_tile(PHI_Q, tokens, valid, heads * D, q, D)
         dq = tl.zeros((BLOCK, D), tl.float32)
         of_earlier = tl.zeros((BLOCK,), tl.float32)
@@ -167,11 +167,11 @@ def mix_bwd_dq_kernel(
             dw = (dw - delta[:, None]) * mask  # [BLOCK, C]
             if t == i:
                 before = tl.arange(0, BLOCK)[:, None] > tl.arange(0, dw.shape[1])[None, :]
-                dw_before = tl.where(before, dw, 0.0).to(dtype)
+                dw_before = tl.where(before, dw, 0.0).to(do.dtype)
                 dq = common.dot(dw_before, keys[t], dq)
                 of_earlier = tl.sum(q.to(tl.float32) * dq, 1)
                 dw = tl.where(before, 0.0, dw)
-            dq = common.dot(dw.to(dtype), keys[t], dq)  # [BLOCK, D]
+            dq = common.dot(dw.to(do.dtype), keys[t], dq)  # [BLOCK, D]
         along = tl.sum(q.to(tl.float32) * dq, 1)
         tl.store(DLOG_MASK + inside, of_earlier, mask=valid)
         tl.store(DLOG_MASK + SIZE + inside, along - of_earlier, mask=valid)
