@@ -230,7 +230,10 @@ class World:
         if self.size == 1:
             return model
         parameters = [p for p in model.parameters() if p.requires_grad]
-        wrapped = DistributedDataParallel(model)  # without device_ids, which would want inputs
+        # Whole numbers, such as curves, stay alike; statistics of batches have to be made so.
+        differ = any(buffer.is_floating_point() for buffer in model.buffers())
+        # Without device_ids, which would want inputs.
+        wrapped = DistributedDataParallel(model, broadcast_buffers=differ)
         model.forward = lambda: sum(p.sum() for p in parameters)
         wrapped().backward()
         del model.forward

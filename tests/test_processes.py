@@ -36,7 +36,7 @@ import processes
 from commands import run_command
 from errors import UserError
 from mlm import pretrain
-from processes import Peers, init_distributed, meet
+from processes import Peers, World, init_distributed, meet
 
 HOST = re.escape(socket.gethostname())
 
@@ -461,3 +461,19 @@ def test_a_new_start_rounds_sums_over_three_ranks_alike(tmp_path):
     runs = [torch.load(ranks.folder / f"runs{rank}.pth") for rank in range(3)]
     assert same(runs[0], runs[1]) and same(runs[0], runs[2])
     assert same(*runs[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "sent"), [(torch.nn.BatchNorm1d(3), True), (torch.nn.Linear(3, 3), False)]
+)
+def test_buffers_are_sent_where_batches_change_them(layer, sent, monkeypatch):
+    layer.register_buffer("curves", torch.arange(3))
+    made = []
+
+    def wrap(model, **options):
+        made.append(options)
+        return model
+
+    monkeypatch.setattr(processes, "DistributedDataParallel", wrap)
+    World(size=2).distributed(layer)
+    assert made == [{"broadcast_buffers": sent}]
