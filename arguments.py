@@ -363,6 +363,8 @@ def check_training(args: argparse.Namespace) -> None:
     if args.distillation_type != "none":
         if args.cosub:
             raise UserError("--cosub and --distillation-type exclude each other: choose one.")
+        if not args.train_mode:
+            raise UserError("--no-train-mode has no distillation: leave one of them out.")
         if not args.teacher_path:
             raise UserError(
                 f"--distillation-type {args.distillation_type} needs --teacher-path: a checkpoint "

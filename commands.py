@@ -123,4 +123,5 @@ def run_command(
             sys.exit(2)
         except FloatingPointError as error:
             tell(str(error))
+            peers.fail(1)
             sys.exit(1)

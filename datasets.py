@@ -128,13 +128,16 @@ class Split(Subset):
                 "fewer."
             )
         order = np.random.default_rng(0).permutation(len(dataset))
-        chosen = np.sort(order[:count] if held_out else order[count:]).tolist()
-        super().__init__(cast(data.Dataset, dataset), chosen)
+        chosen = np.sort(order[:count] if held_out else order[count:])
+        super().__init__(cast(data.Dataset, dataset), cast(Sequence[int], chosen))
         self.classes = dataset.classes
 
 
 class ImageList(data.Dataset):
-    """Images from a list of (path, label)."""
+    """Images from a list of (path, label).
+
+    It is kept in three objects: counting references to many would have every worker copy them.
+    """
 
     def __init__(
         self,
@@ -142,17 +145,25 @@ class ImageList(data.Dataset):
         classes: Sequence[str],
         transform: Transform | None = None,
     ) -> None:
-        self.samples = samples
+        names = [os.fsencode(path) for path, _ in samples]
+        self._names = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+        self._labels = np.array([label for _, label in samples])
         self.classes = classes
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
+        path, label = self.sample(index)
         image = load_image(path)
         return (self.transform(image) if self.transform else image), label
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._labels)
+
+    def sample(self, index: int) -> tuple[str, int]:
+        """The path and the label of an image."""
+        name = self._names[self._ends[index] : self._ends[index + 1]]
+        return os.fsdecode(name), int(self._labels[index])
 
 
 class IdxImages(data.Dataset):

@@ -119,7 +119,8 @@ class EpochMeans:
         self.means["lr"].update(lr)
         for loss, norm in readings:
             self.means["loss"].update(loss)
-            self.means["grad_norm"].update(norm)
+            if math.isfinite(norm):  # else a GradScaler skipped the step
+                self.means["grad_norm"].update(norm)
             self.last = {"lr": lr, "loss": loss, "grad_norm": norm}
 
     def states(self) -> list[dict[str, tuple[float, int]]]:
@@ -200,8 +201,7 @@ def train_one_epoch(
         position.step += 1
     progress.close()
     speeds = progress.lap(position.step, "images")
-    if position.step == steps > progress.start and world.size > 1:
-        distribute_bn(model, world.size)  # each process has averages of its own batches
+    speeds["data_share"] = max(world.gather(speeds["data_share"]))  # all wait for the slowest
     position.meters = means.states()
     if take_step.stopping:
         raise Interrupted
@@ -257,6 +257,8 @@ def evaluate(
     Interrupted when `stop` was signalled to any, and FloatingPointError if the loss is not finite.
     """
     model.eval()
+    if world.size > 1:
+        distribute_bn(model, world.size)  # each process has averages of its own batches
     # loss, top-1, top-5, images, stopped
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     per_step = math.ceil(images / max(len(loader), 1))

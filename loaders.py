@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from augment import build_eval_transform, build_train_transform
 from cached_images import CachedLoader
@@ -94,7 +94,8 @@ class SeededDataset(Dataset):
 class DeviceLoader(DataLoader):
     """Batches of images and labels, of which the images are moved to `device` and made floats.
 
-    The workers write bytes, and the training process copies them: a quarter as much.
+    The workers write bytes, and the training process copies them: a quarter as much. They lie as
+    Pillow has them, `[B, H, W, 3]`, until they are on the device.
 
     Args:
         device: of the images; labels stay on the CPU.
@@ -111,6 +112,7 @@ class DeviceLoader(DataLoader):
         transform: Callable[[Tensor], Tensor],
         **options: Any,
     ) -> None:
+        options["collate_fn"] = _as_pillow_has_them
         super().__init__(*args, **options)
         self.device = device
         self.transform = transform
@@ -131,7 +133,15 @@ class DeviceLoader(DataLoader):
         self._started = None
         if self.device.type == "cuda":
             batches = copied_ahead(batches, self.device)
-        return ((self.transform(images), labels) for images, labels in batches)
+        return (
+            (self.transform(images.permute(0, 3, 1, 2).contiguous()), labels)
+            for images, labels in batches
+        )
+
+
+def _as_pillow_has_them(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+    """A batch of images `[3, H, W]` that are views of `[H, W, 3]`, which are quick to join."""
+    return default_collate([(image.permute(1, 2, 0), label) for image, label in samples])
 
 
 def copied_ahead(
@@ -194,15 +204,27 @@ class ImageLoading:
         return Split(dataset, self.holdout, held_out=not train) if self.holdout else dataset
 
     def batches(
-        self, dataset: Any, batch_size: int, *, device: torch.device, **options: Any
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        device: torch.device,
+        ahead: int = 2,
+        **options: Any,
     ) -> DeviceLoader | CachedLoader:
-        """A loader with the `options` of its class."""
+        """A loader with the `options` of its class; its workers are `ahead` by so many batches."""
         options |= {"device": device, **worker_options(self.num_workers)}
         if self.cached:
             return CachedLoader(dataset, batch_size, **options)
-        pin_memory = self.pin_memory and device.type == "cuda"
-        return DeviceLoader(dataset, batch_size, persistent_workers=options["num_workers"] > 0,
-                            pin_memory=pin_memory, **options)  # fmt: skip
+        working = options["num_workers"] > 0
+        return DeviceLoader(
+            dataset,
+            batch_size,
+            persistent_workers=working,
+            prefetch_factor=ahead if working else None,
+            pin_memory=self.pin_memory and device.type == "cuda",
+            **options,
+        )
 
     def compiled(self, transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return compile_augmentation(transform, self.compiler) if self.compiler else transform
@@ -264,7 +286,8 @@ def build_eval_loader(
     found = loading.find(world, train=False, transform=_eval_transform(images))
     sampler = ShardSampler(len(found), num_replicas=world.size, rank=world.rank)
     normalize = build_normalization(mean=images.mean, std=images.std, device=world.device)
-    return loading.batches(found, int(1.5 * loading.batch_size), sampler=sampler,
+    # What these workers load at the start of a run fills memory through its first epoch.
+    return loading.batches(found, int(1.5 * loading.batch_size), ahead=1, sampler=sampler,
                            transform=normalize, device=world.device)  # fmt: skip
 
 

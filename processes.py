@@ -213,11 +213,15 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block before the others do (to download, for instance)."""
-        if not self.is_main:
+        """The main process runs the block first, then one of every node, then the others.
+
+        So what is downloaded is there for the rest of the node, whether nodes share a disk or not.
+        """
+        turn = 0 if self.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+        for _ in range(turn):
             self.peers.gather(None)
         yield
-        if self.is_main:
+        for _ in range(turn, 2):
             self.peers.gather(None)
 
     def distributed(self, model: nn.Module) -> nn.Module:

@@ -116,12 +116,14 @@ def push_to_hf_hub(trained: Pretrained, name: str) -> str:
 def save_weights(trained: Pretrained, path: str | Path, *, half: bool = False) -> None:
     """Writes a checkpoint without the state of a training, of use to every command.
 
-    Weights are the model's; `half` stores them in float16, at half the size. Raises RuntimeError if
-    it cannot be written.
+    Weights are the model's; `half` stores them in float16, at half the size. Raises UserError if
+    they do not fit into that, and RuntimeError if the file cannot be written.
     """
     weights = trained.model.state_dict()
     if half:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        if beyond := [k for k, v in weights.items() if v.isinf().any()]:
+            raise UserError(f"{beyond[0]} has values beyond float16's 65,504: leave --half out.")
     saved = trained.saved
     content = {"model": weights, "data_config": trained.images.state()}
     content |= {"classes": trained.classes} if trained.classes else {}

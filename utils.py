@@ -62,7 +62,8 @@ def fingerprint(dataset: Any) -> str:
     """
     if isinstance(dataset, Subset):
         dataset = dataset.dataset
-    samples = getattr(dataset, "samples", [])
+    known = hasattr(dataset, "sample")
+    samples = [dataset.sample(index) for index in range(len(dataset))] if known else []
     where = len(os.path.commonprefix([path for path, _ in samples]))  # noqa: RUF071 (characters)
     lines = [f"{path[where:]}\t{label}" for path, label in samples]
     text = "\n".join([*map(str, dataset.classes), str(len(dataset)), *lines])

@@ -20,13 +20,22 @@ PATIENCE = 600.0  # seconds for a batch: what a worker that hangs would make a r
 
 
 def worker_options(count: int) -> dict[str, Any]:
-    """Of a DataLoader with `count` workers, but at most one per CPU core.
+    """Of a DataLoader with `count` workers, but at most one for each CPU core of this process.
 
-    A worker that hangs ends the run with a RuntimeError, so that it can be started again.
+    Processes of a node share the cores that they may use. A worker that hangs ends the run with a
+    RuntimeError, so that it can be started again.
     """
-    workers = min(count, os.cpu_count() or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(count, max(1, usable_cores() // processes))
     timeout = PATIENCE if workers else 0
     return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": timeout}
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which schedulers and containers limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

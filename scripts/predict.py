@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     open_streams()
     options = parse(arguments)
     found: dict[Path, list[Prediction] | OSError] = {}
-    stopped = []
+    stopped, code = [], 1
     try:
         for file, result in predict(
             options.trained,
@@ -138,12 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=options.device,
         ):
             found[file] = result
-    except KeyboardInterrupt:  # what is done is kept
-        stopped = [f"stopped after {len(found)} of {len(options.files)} images"]
+    except (KeyboardInterrupt, UserError) as error:  # what is done is kept
+        reason = [str(error)] if isinstance(error, UserError) else []
+        stopped = [*reason, f"stopped after {len(found)} of {len(options.files)} images"]
+        code = 1 if reason else 130
     predictions = {file: p for file, p in found.items() if not isinstance(p, OSError)}
     problems = stopped + [str(p) for p in found.values() if isinstance(p, OSError)]
     if not predictions:
-        _leave(130 if stopped else 2, problems)
+        _leave(code if stopped else 2, problems)
     write = as_json if options.output and options.output.suffix == ".json" else as_csv
     if options.output:
         try:
@@ -154,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print(write(predictions), end="")
     if problems:
-        _leave(130 if stopped else 1, problems)
+        _leave(code, problems)
 
 
 def _leave(code: int, problems: Sequence[str]) -> None:

@@ -156,7 +156,7 @@ def test_held_out_images_are_not_trained_on(data_path):
     )
     args.holdout, args.seed = 20, 5
     again = main.image_loading(args).find(world, train=False)
-    assert again.indices == held.indices != list(range(20))
+    assert again.indices.tolist() == held.indices.tolist() != list(range(20))
 
 
 def test_holding_out_everything_is_refused(run, data_path):

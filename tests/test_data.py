@@ -395,7 +395,7 @@ def test_batches_are_transformed_on_the_device(device, image_folder):
         pin_memory=device == "cuda",
     )  # fmt: skip
     for (batch, labels), keys in zip(loader, loader.batch_sampler, strict=True):
-        assert batch.device.type == device
+        assert batch.device.type == device and batch.is_contiguous()
         assert batch.cpu().equal(-torch.stack([dataset[key][0] for key in keys]))
         assert labels.tolist() == [dataset[key][1] for key in keys]
 
@@ -541,6 +541,25 @@ def test_what_workers_load_at_their_start_is_used():
         labels = [label for _, batch in loader for label in batch.tolist()]
         assert labels == [3, 1, 2, 0, 4]
         assert images.loaded.tolist() == [count] * 5
+
+
+@pytest.mark.parametrize(("processes", "most"), [(None, 12), (1, 12), (4, 3), (16, 1)])
+def test_processes_of_a_node_share_its_cores(processes, most, monkeypatch):
+    monkeypatch.setattr(workers, "usable_cores", lambda: 12)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    counts = [workers.worker_options(count)["num_workers"] for count in (0, 1, 100)]
+    assert counts == [0, 1, most]
+
+
+def test_samples_are_no_objects_of_their_own(image_folder):
+    """Reading a list in a worker would copy it, as it counts references."""
+    images, _ = build_dataset("IMNET", image_folder, train=True)
+    path, label = images.sample(len(images) - 1)
+    assert Path(path).is_file() and images[len(images) - 1][1] == label
+    kinds = {type(value) for name, value in vars(images).items() if name.startswith("_")}
+    assert kinds == {bytes, np.ndarray}
 
 
 @pytest.mark.slow

@@ -262,6 +262,7 @@ def test_a_hard_teacher_is_followed(data_path, tmp_path, run):
         (("--teacher-path", "x.pth", "--teacher-model", "no_net"), "no teacher model 'no_net'"),
         (("--teacher-path", "timm:"), "not trained on these 3 classes"),
         (("--teacher-path", "x.pth", "--cosub"), "exclude each other"),
+        (("--teacher-path", "x.pth", "--no-train-mode"), "--no-train-mode has no distillation"),
         (("--teacher-path", "x.pth", "--model", "vit_tiny_patch16_224"), "no distilled variant"),
         (("--teacher-path", "x.pth", "--model", "lion_softmax_tiny_patch16_224"), "no distilled"),
     ],

@@ -124,6 +124,10 @@ def everything_on_two_ranks(rank: int, folder: Path) -> None:
         score(small_model(), 21, world, stop=StopAt(1 if rank else math.inf))
     except Interrupted:
         found["evaluation stopped"] = True
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(CLASSES), nn.BatchNorm1d(CLASSES))
+    model(images(2)[0] + rank)  # statistics of its own, as a moving average has
+    score(model, 21, world)
+    found["statistics"] = model[2].running_mean
     torch.save(found, folder / f"found{rank}.pth")
 
 
@@ -174,6 +178,10 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(found):
 
 def test_a_signal_to_one_rank_stops_the_evaluation_of_both(found):
     assert [part.get("evaluation stopped") for part in found] == [True, True]
+
+
+def test_ranks_score_the_same_statistics_of_batches(found):
+    assert found[0]["statistics"].abs().sum() > 0 and same(*(f["statistics"] for f in found))
 
 
 def test_evaluation_counts_every_image_once_over_ranks(found):

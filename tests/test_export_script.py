@@ -157,6 +157,14 @@ def test_weights_alone(call, trained, tmp_path):
     assert call("checkpoint", tmp_path / "half.pth", "--half").code == 0
     small = checkpoint.load(tmp_path / "half.pth")
     assert {v.dtype for v in small["model"].values()} == {torch.float16}
+    large = checkpoint.load(trained)
+    large["model"]["head.bias"][0] = 70_000.0
+    checkpoint.save(large, tmp_path / "large.pth")
+    ended = call(
+        "checkpoint", tmp_path / "no.pth", "--half", "--checkpoint", tmp_path / "large.pth"
+    )
+    assert ended.code == 1 and "head.bias has values beyond float16's 65,504" in ended.err
+    assert not (tmp_path / "no.pth").exists()
     assert call("safetensors", tmp_path / "folder", "--use-ema").code == 0
     average = checkpoint.load(trained)["model_ema"]
     assert same(dict(checkpoint.load(tmp_path / "folder")["model"]), dict(average))

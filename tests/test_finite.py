@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import checkpoint
 import main
 import optimizer_step
-from engine import Position
+from engine import EpochMeans, Position
 from journal import Journal, to_json, write_scores
 from mlm import glue, pretrain
 from mlm.shards import load_tokenizer
@@ -139,6 +139,13 @@ def test_means_are_those_of_all_steps_wherever_they_are_looked_at(calls, monkeyp
     assert position.meters[0]["loss"][1] == 13
     if not calls:
         assert position.meters[0]["loss"][0] == each["loss"] * 13
+
+
+def test_a_norm_that_is_not_finite_is_no_part_of_the_mean():
+    means = EpochMeans(Position(), CPU)
+    means.update(0.1, [(2.0, 3.0), (4.0, math.inf)])
+    assert means.over_processes() == {"lr": 0.1, "loss": 3.0, "grad_norm": 3.0}
+    assert means.last["grad_norm"] == math.inf
 
 
 # Loss scaling

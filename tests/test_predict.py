@@ -15,6 +15,7 @@ from PIL import Image
 
 import pretrained
 from datasets import build_dataset
+from errors import UserError
 from pretrained import readable
 from scripts import predict
 
@@ -76,7 +77,8 @@ def test_classes_are_those_of_an_evaluation(call, trained, data_path, tmp_path):
     dataset, _ = build_dataset("IMNET", data_path, train=False)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.images.mean, found.images.std))
     assert len(records) == len(dataset) == 21
-    for record, (image, _), (path, _) in zip(records, dataset, dataset.samples, strict=True):
+    samples = map(dataset.sample, range(len(dataset)))
+    for record, (image, _), (path, _) in zip(records, dataset, samples, strict=True):
         assert record["image"] == str(path)
         small = image.resize((16, 16), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
@@ -161,19 +163,27 @@ def test_bad_input(arguments, message, call, data_path, tmp_path):
     assert ended.out == ""
 
 
-def test_what_is_done_at_ctrl_c_is_written(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (UserError("No memory is left"), 1, "error: No memory is left\n"),
+    ],
+    ids=["Ctrl-C", "memory"],
+)
+def test_what_is_done_before_an_end_is_written(error, code, reason, call, tmp_path, monkeypatch):
     for name in "abc":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
 
     def load(path):
         if path.name == "c.png":
-            raise KeyboardInterrupt
+            raise error
         return Image.open(path).convert("RGB")
 
     monkeypatch.setattr(predict, "load_image", load)
     ended = call(tmp_path, "--batch-size", "1", "--top", "1", "--output", tmp_path / "p.csv")
-    assert ended.code == 130 and ended.err == "error: stopped after 2 of 3 images\n"
+    assert ended.code == code and ended.err == f"{reason}error: stopped after 2 of 3 images\n"
     images = [row["image"] for row in csv.DictReader((tmp_path / "p.csv").open())]
     assert images == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     ended = call(tmp_path / "c.png", "--output", tmp_path / "none.csv")
-    assert ended.code == 130 and not (tmp_path / "none.csv").exists()
+    assert ended.code == code and not (tmp_path / "none.csv").exists()

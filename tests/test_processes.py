@@ -111,8 +111,9 @@ def failing(rank: int, folder: Path, where: str, meanwhile: str) -> None:
     processes.PATIENCE = 1.5 if meanwhile in ("build", "work") else 100
 
     def at(place: str, peers: Peers) -> None:
-        if rank == 1 and place == where:
-            raise (ValueError if where == "work" else UserError)("this one alone")
+        if rank == 1 and where.startswith(place):
+            kinds = {"build": UserError, "work": ValueError, "work, finite": FloatingPointError}
+            raise kinds[where]("this one alone")
         if rank == 0 and place == meanwhile:
             time.sleep(100)  # as in a collective operation of NCCL
 
@@ -147,6 +148,12 @@ def test_an_error_of_one_rank_in_its_work_ends_all(meanwhile, tmp_path):
     assert ranks.errors(1).startswith("Traceback")
     last = ranks.errors(1).splitlines()[-1]
     assert re.fullmatch(rf"command: error: rank 1 on {HOST}: ValueError\('this one alone'\)", last)
+
+
+def test_what_one_rank_finds_not_finite_ends_all(tmp_path):
+    ranks = Ranks(tmp_path, "work, finite", "work", function=failing)
+    assert ranks.wait() == [1, 1], ranks.errors(1)
+    assert ranks.errors(1) == "command: error: this one alone\n"
 
 
 def without_data(rank: int, folder: Path, command: str, data: Path) -> None:
@@ -429,6 +436,22 @@ def test_pretraining_with_another_checkpoint(corpus, ending, tmp_path):
     steps = rf"\(rank 0 on {HOST}: 2; rank 1 on {HOST}: 1\)"
     message = rf"The processes differ in their step {steps}, their weights \(.*\): give them"
     assert re.search(message, ranks.errors()), ranks.errors()
+
+
+def in_turns(rank: int, folder: Path) -> None:
+    """Two nodes of two processes each."""
+    world = World(rank, 4, torch.device("cpu"), meet(rendezvous(folder)))
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    with world.main_first():
+        time.sleep(0.1 if rank % 2 == 0 else 0)
+        with (folder / "order").open("a") as order:
+            order.write(f"{rank} ")
+
+
+def test_the_main_process_is_first_and_then_one_of_each_node(tmp_path):
+    ranks = Ranks(tmp_path, size=4, function=in_turns)
+    assert ranks.wait() == [0] * 4, ranks.errors()
+    assert (ranks.folder / "order").read_text() in ("0 2 1 3 ", "0 2 3 1 ")
 
 
 # Sums over processes
