@@ -134,13 +134,13 @@ def check_evaluation(saved: dict[str, Any], now: dict[str, Any], source: str) ->
 def check_holdout(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
     """Raises UserError if images that are held out now were trained on."""
     if known := _known_holdout(saved, now["holdout"], source):
-        raise UserError(f"{known}: give the one of its training, or none.")
+        raise UserError(f"{known}: hold out no more than that.")
 
 
 def _known_holdout(saved: dict[str, Any], holdout: int, source: str) -> str:
-    """What is wrong with a --holdout, if anything."""
+    """What is wrong with a --holdout, if anything: fewer images are among those that were more."""
     trained = saved.get("holdout")
-    if not holdout or trained in (None, holdout):
+    if trained is None or holdout <= trained:
         return ""
     return (
         f"{source} was trained with --holdout {trained}, so it knows images that --holdout "

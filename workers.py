@@ -25,7 +25,8 @@ def worker_options(count: int) -> dict[str, Any]:
     Processes of a node share the cores that they may use. A worker that hangs ends the run with a
     RuntimeError, so that it can be started again.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launched = os.environ.get("LOCAL_WORLD_SIZE", "")  # by torchrun
+    processes = max(int(launched), 1) if launched.isdecimal() else 1
     workers = min(count, max(1, usable_cores() // processes))
     timeout = PATIENCE if workers else 0
     return {"num_workers": workers, "worker_init_fn": ignore_signals, "timeout": timeout}

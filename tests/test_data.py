@@ -543,12 +543,12 @@ def test_what_workers_load_at_their_start_is_used():
         assert images.loaded.tolist() == [count] * 5
 
 
-@pytest.mark.parametrize(("processes", "most"), [(None, 12), (1, 12), (4, 3), (16, 1)])
+@pytest.mark.parametrize(
+    ("processes", "most"), [("", 12), ("1", 12), ("4", 3), ("16", 1), ("0", 12), ("x", 12)]
+)
 def test_processes_of_a_node_share_its_cores(processes, most, monkeypatch):
     monkeypatch.setattr(workers, "usable_cores", lambda: 12)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if processes:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     counts = [workers.worker_options(count)["num_workers"] for count in (0, 1, 100)]
     assert counts == [0, 1, most]
 

@@ -155,9 +155,9 @@ def test_held_out_images_that_were_trained_on_are_not_scored(places, run, data_p
     arguments = (*TINY, "--data-path", data_path)
     assert run(*arguments, "--holdout", "20", "--output_dir", tmp_path).code == 0
     resume = ("--eval", "--resume", tmp_path / "checkpoint.pth")
-    for holdout in ("20", "0"):
+    for holdout in ("20", "5", "0"):
         assert run(*arguments, *resume, "--holdout", holdout).code == 0
-    message = "was trained with --holdout 20, so it knows images that --holdout 21 holds out: give"
+    message = "was trained with --holdout 20, so it knows images that --holdout 21 holds out: hold"
     refused(run(*arguments, *resume, "--holdout", "21"), message)
 
 
