@@ -30,7 +30,7 @@ from processes import init_distributed
 from scripts.bench import cases as bench
 from scripts.bench import loops, paper, report
 from scripts.bench.cases import Case, Preset
-from scripts.bench.measure import measure_groups
+from scripts.bench.measure import measure
 
 CONFIGS = [str(bench.ROOT / "mlm" / "configs" / f"{name}-base.yaml")
            for name in ("bert", "lion-lit", "lion-d", "lion-s", "hydra")]  # fmt: skip
@@ -117,26 +117,20 @@ def choose_cases(options: argparse.Namespace, preset: Preset, device: torch.devi
     """What the options ask for. ValueError for what there is not."""
     on_cpu = device.type == "cpu"
     card = cpu_name() if on_cpu else torch.cuda.get_device_name(device)
-    compiled = ["" if how == "none" else how for how in options.compile]
     cases = []
-    for part in options.parts or preset.chosen:
+    for part in options.parts or preset.chosen or preset.parts:
         if part not in preset.parts:
             raise UserError(f"the preset has no part {part}: choose of {', '.join(preset.parts)}")
         default = "bfloat16" if part in ("mixer", bench.INFERENCE) else "amp"
         precision = options.precision or ("float32" if on_cpu else default)
-        blank = Case(device.type, card, precision, chunk_size=options.chunk_size)
-        given = (part, preset.parts[part], blank)
-        common = {"sizes": options.sizes, "processes": options.processes,
-                  "compiled": compiled if part != "mixer" else [""]}  # fmt: skip
-        if part in (bench.TEXT, "pretrain"):
-            from scripts.bench.text import text_cases  # its libraries take seconds to import
-
-            cases += text_cases(*given, options.configs, **common)
-        else:
-            cases += bench.make_cases(
-                *given, models=options.models, formats=options.formats, backends=options.backends,
-                scales=options.scales or ["tiny" if on_cpu else "base"], **common,
-            )  # fmt: skip
+        cases += bench.make_cases(
+            part, preset.parts[part],
+            Case(device.type, card, precision, chunk_size=options.chunk_size),
+            models=options.models, formats=options.formats, backends=options.backends,
+            configs=options.configs, scales=options.scales or ["tiny" if on_cpu else "base"],
+            sizes=options.sizes, processes=options.processes,
+            compiled=["" if how == "none" else how for how in options.compile],
+        )  # fmt: skip
     return cases
 
 
@@ -157,7 +151,8 @@ def measured(
                                     options.extra)  # fmt: skip
             groups = loops.measure_loops(cases, setting, deadline)
         else:
-            groups = measure_groups(cases, repeats, seconds, deadline)
+            together = bench.split(cases, lambda case: case.group).values()
+            groups = (measure(group, repeats, seconds, deadline) for group in together)
         for group in groups:
             done += group
             last, passed = group[-1], time.perf_counter() - start

@@ -196,13 +196,18 @@ def test_fastest_softmax_is_the_base():
     assert "| LION-S♮, Chunk | 1000.00, 0.50 |" in report.summary(cases)
 
 
+def a_step(case):
+    return steps.Step(case, run=None, context=None, held=0)
+
+
 def record_turns(monkeypatch, seconds):
     """Turns take what `seconds` gives for a case and how often it has run; the cases that ran."""
     ran = []
 
-    def begin(case, step):
-        ran.append(case.form)
-        return lambda: seconds(case.form, ran.count(case.form))
+    def begin(step):
+        form = step.case.form
+        ran.append(form)
+        return lambda: seconds(form, ran.count(form))
 
     monkeypatch.setattr(measure, "begin", begin)
     return ran
@@ -211,7 +216,7 @@ def record_turns(monkeypatch, seconds):
 def test_each_round_runs_the_cases_that_have_time_left(monkeypatch):
     slow, fast = make_case(form="Attention", seconds=8.0), make_case(seconds=1.0)
     ran = record_turns(monkeypatch, lambda name, n: 8.0 if name == "Attention" else float(n))
-    measure.take_turns([measure.Turns(case, None) for case in (slow, fast)], 3, budget=17)
+    measure.take_turns([a_step(case) for case in (slow, fast)], 3, budget=17)
     assert ran == ["Attention", "Chunk", "Attention", "Chunk", "Chunk"]
     assert (slow.seconds, slow.runs) == (8, 2)
     assert (fast.seconds, fast.runs) == (2, 3)
@@ -220,7 +225,7 @@ def test_each_round_runs_the_cases_that_have_time_left(monkeypatch):
 def test_a_case_without_time_keeps_its_first_run(monkeypatch):
     case = make_case(seconds=5.0, runs=1)
     ran = record_turns(monkeypatch, lambda *_: 1.0)
-    measure.take_turns([measure.Turns(case, None)], 3, budget=4)
+    measure.take_turns([a_step(case)], 3, budget=4)
     assert (case.seconds, case.runs, ran) == (5, 1, [])
 
 
@@ -248,7 +253,7 @@ def test_failures_are_noted(monkeypatch, no_processes, error, note):
 def test_a_case_that_fails_in_a_turn_has_no_time(monkeypatch):
     case = make_case(seconds=5.0, runs=1)
 
-    def begin(case, step):
+    def begin(step):
         if ran:
             raise TypeError("a bug")
         ran.append(case)
@@ -256,7 +261,7 @@ def test_a_case_that_fails_in_a_turn_has_no_time(monkeypatch):
 
     ran = []
     monkeypatch.setattr(measure, "begin", begin)
-    measure.take_turns([measure.Turns(case, None)], 3, budget=20)
+    measure.take_turns([a_step(case)], 3, budget=20)
     assert case.note == "failed: TypeError" and math.isnan(case.seconds)
 
 
@@ -272,7 +277,7 @@ def test_a_process_that_the_system_ends_was_out_of_memory():
 def test_memory_holds_the_gradients():
     case = make_case(TRAINING, "LION-Lit")
     weights = sum(p.nbytes for p in steps.build(case).parameters())
-    held = measure.in_new_process(measure.peak_bytes, case, 1)
+    held = measure.in_new_process(measure.peak_bytes, case)
     assert 3.9 * weights < held < 5 * weights
 
 
@@ -303,7 +308,7 @@ def test_steps_in_lower_precision(model, step, precision):
     if step in (FORWARD, INFERENCE):
         assert output.dtype == torch.bfloat16 and output.isfinite().all()
     if step == TRAINING:
-        assert prepared.held > 3 * 4 * prepared.parameters  # and AdamW's moments
+        assert prepared.held > 3 * 4 * case.parameters  # and AdamW's moments
 
 
 @pytest.mark.parametrize("model", LIONS)

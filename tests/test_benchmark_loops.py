@@ -12,7 +12,6 @@ from test_benchmark import BLANK, CONFIG, SMALL, make_case, tables_of
 from arguments import get_args_parser
 from scripts.bench import entry, loops
 from scripts.bench.cases import GRAPHS, PRETRAIN, TEXT, TRAINING, make_cases, presets
-from scripts.bench.text import text_cases
 
 
 def a_setting(folder, **values):
@@ -36,8 +35,8 @@ def test_main_runs_and_tells(tmp_path, processes):
 @pytest.mark.long
 def test_pretrain_runs_and_tells(tmp_path):
     values = [word for word in SMALL if "vocab" not in word]
-    (case,) = text_cases("pretrain", presets("cpu")["loops"].parts["pretrain"], BLANK,
-                         [CONFIG, *values], sizes=["16x2"])  # fmt: skip
+    (case,) = make_cases("pretrain", presets("cpu")["loops"].parts["pretrain"], BLANK,
+                         configs=[CONFIG, *values], sizes=["16x2"])  # fmt: skip
     result = loops.run_entry(case, a_setting(tmp_path))
     assert not result.note and result.seconds > 0 and 0 < result.busy <= 1
     step, loader = loops.with_companions([case])[1::-1]

@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.nn.attention import SDPBackend
 
@@ -45,7 +45,9 @@ OUT_OF_MEMORY = "out of memory"  # the note of a case, which pictures show
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
 MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
-OF_IMAGES = (TRAINING, INFERENCE, "main")  # parts, whose sizes are in pixels
+BARE = {MAIN: TRAINING, PRETRAIN: TEXT}  # the steps beside those of entry points
+# Parts by their sizes, in pixels and of documents.
+OF_IMAGES, OF_TEXT = (TRAINING, INFERENCE, "main"), (TEXT, "pretrain")
 # The steps of each part; those of `main` and `pretrain` are the entry points'.
 PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
          TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
@@ -101,16 +103,12 @@ class Case:
         return self.batch * self.processes * (1 if self.pixels else self.tokens) / self.seconds
 
 
-def split(cases: Iterable[Case], key: Callable[[Case], Any]) -> dict[Any, list[Case]]:
+def split(cases: Sequence[Case], key: Callable[[Case], Any]) -> dict[Any, list[Case]]:
     """The cases by a key, in the order in which they come."""
-    found = {}
-    for case in cases:
-        found.setdefault(key(case), []).append(case)
-    return found
+    return {k: [c for c in cases if key(c) == k] for k in dict.fromkeys(map(key, cases))}
 
 
-@dataclass(frozen=True)
-class Defaults:
+class Defaults(NamedTuple):
     """What a part measures if nothing else is asked for: batches of base by size, and the rest.
 
     A size is the image's side in pixels, for the mixer and text the tokens. Batches of other sizes
@@ -118,56 +116,55 @@ class Defaults:
     """
 
     batches: dict[int, int]
-    models: tuple[str, ...] = ("ViT", *LIONS)
-    backends: tuple[str, ...] = ("flash",)
-    formats: tuple[str, ...] = ("Attention",)
-    wider: dict[str, int] = field(default_factory=dict)
+    models: Sequence[str] = ("ViT", *LIONS)
+    backends: Sequence[str] = ("flash",)
+    formats: Sequence[str] = ("Attention",)
+    wider: dict[str, int] = {}
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A table: its parts, those measured if none are given, and how long each case takes."""
+class Preset(NamedTuple):
+    """A table: its parts, how long each case takes, and what is measured if no part is given."""
 
     parts: dict[str, Defaults]
-    chosen: tuple[str, ...]
     repeats: int
     seconds: float
+    chosen: Sequence[str] = ()  # nothing is all of them
 
 
 def presets(device: str) -> dict[str, Preset]:
     """The tables by name, for `cpu` or `cuda`."""
-    cuda, formats, few = device == "cuda", tuple(FORMATS), ("ViT", "LION-D", "LION-S♮")
-    wider, fused = {"tiny": 4, "small": 2}, ("flash", "cudnn", "efficient")
+    cuda, few, both = device == "cuda", ("ViT", "LION-D", "LION-S♮"), ("Attention", "Chunk")
+    wider, fused = {"tiny": 4, "small": 2} if cuda else {}, ("flash", "cudnn", "efficient")
     speed = {
         "mixer": Defaults({197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
                           backends=tuple(BACKENDS), formats=("kernels",), wider=wider),
         TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
                            fused, wider=wider),
         INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=fused,
-                            formats=formats),
+                            formats=tuple(FORMATS)),
     } if cuda else {
-        "mixer": Defaults({197: 8, 1025: 1}, few, formats=("Attention", "Chunk")),
-        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *few[1:]), formats=("Attention", "Chunk")),
-        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=formats),
+        "mixer": Defaults({197: 8, 1025: 1}, few, formats=both),
+        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *few[1:]), formats=both),
+        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=tuple(FORMATS)),
     }  # fmt: skip
     paper = Defaults({224: 64}, tuple(m for m in MODELS if m != NO_MIXING),
                      (EXPLICIT, "flash", "cudnn") if cuda else (EXPLICIT, "flash"))  # fmt: skip
     resolution = Defaults(dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64),
                           ("ViT", "Hydra", "Vim", "LION-D"), (DEFAULT, EXPLICIT),
-                          formats)  # fmt: skip
+                          tuple(FORMATS))  # fmt: skip
     text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, tokens=2**16,
                     backends=("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
     loops = {
-        "main": Defaults({224: 128 if cuda else 8}, few, (DEFAULT,), wider=wider if cuda else {}),
+        "main": Defaults({224: 128 if cuda else 8}, few, (DEFAULT,), wider=wider),
         "pretrain": Defaults({128: 256 if cuda else 8}, backends=(DEFAULT,), tokens=2**16),
     }
     return {
-        "speed": Preset(speed, (INFERENCE,), *((15, 3) if cuda else (10, 60))),
-        "paper": Preset({TRAINING: paper, INFERENCE: paper}, (TRAINING, INFERENCE), 10, 20),
-        "resolution": Preset({INFERENCE: resolution}, (INFERENCE,), 5, 10),
-        "text": Preset({TEXT: text}, (TEXT,), 15, 5),
-        "loops": Preset(loops, ("main",), *((15, 3) if cuda else (3, 5))),
+        "speed": Preset(speed, *((15, 3) if cuda else (10, 60)), chosen=(INFERENCE,)),
+        "paper": Preset({TRAINING: paper, INFERENCE: paper}, 10, 20),
+        "resolution": Preset({INFERENCE: resolution}, 5, 10),
+        "text": Preset({TEXT: text}, 15, 5),
+        "loops": Preset(loops, *((15, 3) if cuda else (3, 5)), chosen=("main",)),
     }
 
 
@@ -192,6 +189,8 @@ def make_groups(
     part cannot take.
     """
     chosen = [parse_size(size) for size in sizes or map(str, defaults.batches)]
+    scales = ("",) if part in OF_TEXT else scales
+    compiled = ("",) if part == "mixer" else compiled
     groups = product(scales, compiled, processes, chosen, PARTS[part])
     for scale, how, count, (size, batch), step in groups:
         pixels, tokens = (size, 1 + (size // PATCH) ** 2) if part in OF_IMAGES else (0, size)
@@ -207,13 +206,18 @@ def make_groups(
 def make_cases(
     part: str, defaults: Defaults, blank: Case, *, models: Sequence[str] | None = None,
     formats: Sequence[str] | None = None, backends: Sequence[str] | None = None,
-    **grouping: Sequence | None,
+    configs: Sequence[str] = (), **grouping: Any,
 ) -> list[Case]:  # fmt: skip
     """The cases of a part, by group; None is the default. The ViT, the base, is always there.
 
-    `grouping` is for `make_groups`. Raises UserError for a size or a model that the part cannot
-    take.
+    `configs` are for text, `grouping` for `make_groups`. Raises UserError for a size or a model
+    that the part cannot take, and for bad settings of text.
     """
+    groups = make_groups(part, defaults, blank, **grouping)
+    if part in OF_TEXT:
+        from scripts.bench.text import text_cases  # its libraries take seconds to import
+
+        return text_cases(groups, configs, defaults.backends)
     models = list(dict.fromkeys(("ViT", *(models or defaults.models))))
     backends, formats = backends or defaults.backends, formats or defaults.formats
     if part == "mixer":
@@ -223,6 +227,5 @@ def make_cases(
     if part != INFERENCE:
         formats = [f for f in formats if f != "RNN"]  # its backward holds a state for each token
     forms = {**dict.fromkeys(SOFTMAX, backends), **dict.fromkeys(LIONS, formats)}
-    return [replace(group, model=model, form=form)
-            for group in make_groups(part, defaults, blank, **grouping)
+    return [replace(group, model=model, form=form) for group in groups
             for model in models for form in forms.get(model, ("",))]  # fmt: skip

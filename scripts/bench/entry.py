@@ -11,7 +11,6 @@ import os
 import resource
 import runpy
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -64,11 +63,11 @@ def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, 
             yield
         now(cuda)
     if os.environ.get("RANK", "0") == "0":
-        with tempfile.TemporaryDirectory() as folder:
-            traced.export_chrome_trace(f"{folder}/trace.json")
-            trace = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
+        path = output.with_name("trace.json")
+        traced.export_chrome_trace(str(path))
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        busy = busy_seconds(trace) / TRACED / seconds  # tracing makes Python slower, not a GPU
+        busy = busy_seconds(json.loads(path.read_bytes())["traceEvents"]) / TRACED / seconds
+        # tracing makes Python slower, not a GPU
         facts = {"seconds": seconds, "busy": min(busy, 1.0),
                  "bytes": torch.cuda.max_memory_allocated() if cuda else resident}  # fmt: skip
         output.write_text(json.dumps(facts), encoding="utf-8")

@@ -9,19 +9,18 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from compilation import CUDA_GRAPHS
-from scripts.bench.cases import GRAPHS, MAIN, OUT_OF_MEMORY, ROOT, TEXT, TRAINING, Case
+from scripts.bench.cases import BARE, GRAPHS, MAIN, OUT_OF_MEMORY, ROOT, Case
 from scripts.bench.entry import TRACED
 from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
 from scripts.bench.report import number, or_note, rows
@@ -33,8 +32,7 @@ SMALLEST = ("model.hidden_size=16", "model.num_hidden_layers=1", "model.num_atte
             "model.intermediate_size=16")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """How entry points run: `folder` is for their data, where `data` names none."""
 
     folder: Path
@@ -55,20 +53,18 @@ def measure_loops(cases: Sequence[Case], setting: Setting, deadline: float) -> I
     """Bare steps, the entry points and their loaders alone, each in turn with its results."""
     for case in with_companions(cases):
         if time.perf_counter() > deadline:
-            case.note = OUT_OF_TIME
-        elif case.step in (TRAINING, TEXT):
-            case = in_new_process(bare, case, setting, torch.get_num_threads())
+            yield [replace(case, note=OUT_OF_TIME)]
+        elif case.step in BARE.values():
+            yield in_new_process(measure, [case], setting.repeats, setting.seconds)
         else:
-            case = run_entry(case, setting)
-        yield [case]
+            yield [run_entry(case, setting)]
 
 
 def with_companions(cases: Sequence[Case]) -> list[Case]:
     """With a bare step before each entry point, if it is new, and a loader alone by processes."""
     found, known = [], set()
     for case in cases:
-        step = TRAINING if case.step == MAIN else TEXT
-        companions = [replace(case, step=step, processes=1)]
+        companions = [replace(case, step=BARE[case.step], processes=1)]
         if case.processes not in known and not case.compiled:
             companions.insert(0, replace(case, model=LOADER, form=""))
         known.add(case.processes)
@@ -77,33 +73,26 @@ def with_companions(cases: Sequence[Case]) -> list[Case]:
     return found
 
 
-def bare(case: Case, setting: Setting, threads: int) -> Case:
-    torch.set_num_threads(threads)
-    measure([case], setting.repeats, setting.seconds)
-    return case
-
-
 def run_entry(case: Case, setting: Setting) -> Case:
     """The case with its results, or with the last line of what it said as a note."""
     arguments = (main_arguments if case.step == MAIN else pretrain_arguments)(case, setting)
-    with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
-        output = Path(folder, "steps.json")
-        entry = ("-m", "scripts.bench.entry", output, setting.warm_up, setting.steps, case.step)
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                    case.processes) if case.processes > 1 else ()  # fmt: skip
-        command = [sys.executable, *map(str, (*launcher, *entry)), *arguments, *setting.extra]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if not output.exists():
-            print(done.stderr, file=sys.stderr)
-            said = [line for line in done.stderr.splitlines() if re.search("[Ee]rror: ", line)]
-            few = f"an epoch has fewer than {setting.total} steps"
-            said = said or [f"exit code {done.returncode}" if done.returncode else few]
-            memory = "OutOfMemoryError" in done.stderr
-            return replace(case, note=OUT_OF_MEMORY if memory else f"failed: {said[0]}")
-        facts = json.loads(output.read_bytes())
+    output = setting.folder / "steps.json"
+    output.unlink(missing_ok=True)
+    entry = ("-m", "scripts.bench.entry", output, setting.warm_up, setting.steps, case.step)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                case.processes) if case.processes > 1 else ()  # fmt: skip
+    command = [sys.executable, *map(str, (*launcher, *entry)), *arguments, *setting.extra]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not output.exists():
+        print(done.stderr, file=sys.stderr)
+        said = [line for line in done.stderr.splitlines() if re.search("[Ee]rror: ", line)]
+        few = f"an epoch has fewer than {setting.total} steps"
+        said.append(f"exit code {done.returncode}" if done.returncode else few)
+        memory = "OutOfMemoryError" in done.stderr
+        return replace(case, note=OUT_OF_MEMORY if memory else f"failed: {said[0]}")
     waits = [float(share) / 100 for share in DATA_WAIT.findall(done.stdout)] or [math.nan]
     later = waits[len(waits) // 2 :]  # the first lines have the start in them
-    return replace(case, **facts, runs=1, data_wait=fmean(later))
+    return replace(case, **json.loads(output.read_bytes()), runs=1, data_wait=fmean(later))
 
 
 def main_arguments(case: Case, setting: Setting) -> list[str]:
@@ -158,14 +147,12 @@ def make_images(folder: Path, count: int, distinct: int = 64, classes: int = 10)
 
 def make_text(folder: Path, words: int = 30_517, documents: int = 2000) -> None:
     """Token shards of random words from a vocabulary of BERT's size."""
-    generator = np.random.default_rng(0)
-    folder.mkdir(parents=True)
     names = [f"w{i:x}" for i in range(words)]
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    chosen = np.random.default_rng(0).choice(names, (documents, 300))
+    folder.mkdir(parents=True)
     vocabulary, text = folder / "vocab.txt", folder / "words.txt"
-    vocabulary.write_text("\n".join((*special, *names)) + "\n")
-    chosen = generator.integers(0, words, (documents, 300))
-    text.write_text("\n\n".join(" ".join(names[i] for i in row) for row in chosen))
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *names, ""]))
+    text.write_text("\n\n".join(map(" ".join, chosen)))
     command = [sys.executable, "-m", "mlm.prepare", text, "--tokenizer", vocabulary,
                "--output", folder]  # fmt: skip
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
@@ -178,16 +165,16 @@ def loop_table(cases: Sequence[Case]) -> str:
     Python's.
     """
     key = lambda case: (case.model, case.compiled, case.tokens, case.batch)  # noqa: E731
-    bare_steps = {key(case): case.seconds for case in cases if case.step in (TRAINING, TEXT)}
+    bare_steps = {key(case): case.seconds for case in cases if case.step in BARE.values()}
     lines = []
     for case in cases:
-        name = f"bare step ({case.step})" if case.step in (TRAINING, TEXT) else case.step
+        name = f"bare step ({case.step})" if case.step in BARE.values() else case.step
         ratio = case.seconds / bare_steps.get(key(case), math.nan)
-        python = max(1 - case.busy - (0 if math.isnan(case.data_wait) else case.data_wait), 0)
-        shares = (case.data_wait, math.nan if math.isnan(case.busy) else python, case.busy)
+        python = max(1 - case.busy - np.nan_to_num(case.data_wait), 0)  # NaN if that is unknown
         results = or_note(
             case, f"{case.seconds * 1e3:.1f}", number(ratio, ".2f"), f"{case.rate:,.0f}",
-            *(number(share, ".0%") for share in shares), f"{case.bytes / 2**20:,.0f}",
+            *(number(share, ".0%") for share in (case.data_wait, python, case.busy)),
+            f"{case.bytes / 2**20:,.0f}",
         )  # fmt: skip
         how = case.compiled or "no"
         lines.append([name, case.processes, how, case.batch, case.model, *results])

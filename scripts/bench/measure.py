@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import median
 from timeit import timeit
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from scripts.bench import cases as bench
-from scripts.bench.cases import OUT_OF_MEMORY, Case, split
+from scripts.bench.cases import OUT_OF_MEMORY, Case
 from scripts.bench.steps import Step, images, prepare
 from utils import peak_memory
 from workers import end_with_parent
@@ -40,113 +40,84 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["timm", "torch.utils.tensorboard"])
 
 
-@dataclass
-class Turns:
-    """The turns that a case has taken, in seconds."""
-
-    case: Case
-    step: Step
-    taken: list[float] = field(default_factory=list)
-
-    def fits(self, budget: float) -> bool:
-        """Whether there is time for another one; the first run tells how long that takes."""
-        turn = self.taken[-1] if self.taken else self.case.seconds * self.case.iterations
-        return not self.case.note and sum(self.taken) + turn <= budget
-
-
-def measure_groups(
-    cases: Sequence[Case], repeats: int, seconds: float, deadline: float
-) -> Iterator[list[Case]]:
-    """Each group with its results; see `measure`."""
-    for group in split(cases, lambda case: case.group).values():
-        if group[0].compiled and time.perf_counter() < deadline:
-            choose_backend(group)
-        measure(group, repeats, seconds, deadline)
-        yield group
-
-
-def measure(cases: Sequence[Case], repeats: int, budget: float, deadline: float = math.inf) -> None:
-    """Fills in the results of a group of cases.
+def measure(
+    cases: Sequence[Case], repeats: int, budget: float, deadline: float = math.inf
+) -> Sequence[Case]:
+    """Fills in the results of a group of cases, which is returned.
 
     Time is the median of `repeats` turns, or of as many as fit into `budget` seconds for each case.
     Where not even one fits, it is that of the first run. No case is begun after `deadline`, as
     `time.perf_counter` counts.
     """
-    turns = []
+    if cases[0].compiled and time.perf_counter() < deadline:
+        choose_backend(cases)
+    steps = []
     for case in cases:
         if time.perf_counter() > deadline:
             case.note = case.note or OUT_OF_TIME
         if not case.note:
             with noting_failure(case):
-                turns.append(first_run(case))
-    take_turns(turns, repeats, budget)
-    turns.clear()
+                alone = in_new_process(peak_bytes, case) if case.device == "cpu" else 0
+                steps.append(first_run(case))
+                case.bytes = alone or case.bytes
+    take_turns(steps, repeats, budget)
+    steps.clear()
     images.cache_clear()
     gc.collect()
     torch.cuda.empty_cache()
     if cases[0].compiled:
         torch._dynamo.reset()
+    return cases
 
 
-def first_run(case: Case) -> Turns:
-    """After a warm-up, one run; it gives peak memory and how many iterations make a turn."""
-    on_cpu = case.device == "cpu"
-    alone = in_new_process(peak_bytes, case, torch.get_num_threads()) if on_cpu else 0
+def peak_bytes(case: Case) -> int:
+    first_run(case)
+    return case.bytes
+
+
+def first_run(case: Case) -> Step:
+    """After a warm-up, one run; it gives peak memory and how many iterations make a turn.
+
+    The warm-up is the step itself on a GPU, or where it compiles; else that of a few patches.
+    """
     step = prepare(case)
-    peak = run_once(case, step)
-    case.runs, case.bytes, case.parameters = 1, alone or peak, step.parameters
-    case.iterations = max(1, min(100, round(TURN / case.seconds)))
-    return Turns(case, step)
-
-
-def peak_bytes(case: Case, threads: int) -> int:
-    torch.set_num_threads(threads)
-    return run_once(case, prepare(case))
-
-
-def run_once(case: Case, step: Step) -> int:
-    """Fills in the time of a run, after a warm-up; returns the bytes held at its peak."""
-    warm_up(case, step)
+    few = {"batch": 1, "tokens": 5, "pixels": min(case.pixels, 2 * bench.PATCH)}
+    itself = case.device != "cpu" or case.compiled
+    begin(step if itself else prepare(replace(case, **few)))()
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)  # glibc keeps freed memory, in which a peak could hide
     with peak_memory(torch.device(case.device)) as peak:
-        case.seconds = begin(case, step)()
-    return step.held + peak.bytes
+        case.seconds = begin(step)()
+    case.runs, case.bytes = 1, step.held + peak.bytes
+    case.iterations = max(1, min(100, round(TURN / case.seconds)))
+    return step
 
 
-def warm_up(case: Case, step: Step) -> None:
-    """The step itself on a GPU, or where it compiles; else a quick one, on a few patches."""
-    if case.device == "cpu" and not case.compiled:
-        few = min(case.pixels, 2 * bench.PATCH)
-        step = prepare(replace(case, batch=1, tokens=5, pixels=few))
-    begin(case, step)()
-
-
-def take_turns(turns: Sequence[Turns], repeats: int, budget: float) -> None:
+def take_turns(steps: Sequence[Step], repeats: int, budget: float) -> None:
     for _ in range(repeats):
         begun = []
-        for turn in turns:
-            if turn.fits(budget):
-                with noting_failure(turn.case):
-                    begun.append((turn.taken, begin(turn.case, turn.step)))
-        for taken, read in begun:  # a GPU is still at work
-            taken.append(read())
-    for turn in turns:
-        if turn.taken and not turn.case.note:
-            turn.case.seconds = median(turn.taken) / turn.case.iterations
-            turn.case.runs = len(turn.taken)
+        for step in steps:
+            if step.fits(budget):
+                with noting_failure(step.case):
+                    begun.append((step, begin(step)))
+        for step, read in begun:  # a GPU is still at work
+            step.taken.append(read())
+    for step in steps:
+        if step.taken and not step.case.note:
+            step.case.seconds = median(step.taken) / step.case.iterations
+            step.case.runs = len(step.taken)
 
 
-def begin(case: Case, step: Step) -> Callable[[], float]:
+def begin(step: Step) -> Callable[[], float]:
     """Runs a turn; what is returned waits for its end and gives its seconds."""
     with step.context():
-        if case.device == "cpu":
-            taken = timeit(step.run, number=case.iterations)
+        if step.case.device == "cpu":
+            taken = timeit(step.run, number=step.case.iterations)
             return lambda: taken
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(case.iterations):
+        for _ in range(step.case.iterations):
             step.run()
         end.record()
 
@@ -158,7 +129,9 @@ def begin(case: Case, step: Step) -> Callable[[], float]:
 
 
 def in_new_process(function: Callable, *arguments: object) -> Any:
+    """What it returns there, with as many threads as here."""
     with ProcessPoolExecutor(1, mp_context=processes, initializer=end_with_parent) as fresh:
+        fresh.submit(torch.set_num_threads, torch.get_num_threads())
         return fresh.submit(function, *arguments).result()
 
 
@@ -185,9 +158,7 @@ def choose_backend(cases: Sequence[Case]) -> None:
     if len(probes) < 2 or cases[0].step not in (bench.TRAINING, bench.INFERENCE):
         return
     measure(list(probes.values()), repeats=5, budget=1)
-    working = [probe for probe in probes.values() if not probe.note]
-    fastest = min(working, key=lambda probe: probe.seconds, default=None)
+    fastest = min(probes.values(), key=lambda probe: (bool(probe.note), probe.seconds))
     for case in cases:
-        probe = probes.get(case.form)
-        if probe and probe is not fastest:
-            case.note = probe.note or ONLY_FASTEST
+        if probe := probes.get(case.form):
+            case.note = probe.note or ("" if probe is fastest else ONLY_FASTEST)

@@ -36,7 +36,8 @@ def steps_of(cases: Sequence[Case]) -> tuple[list[Case], Case, Case]:
     steps = [case for case in cases if case.step == TRAINING]
     vits = [case for case in steps if case.model == "ViT"]
     explicit = next((case for case in vits if case.form == EXPLICIT), vits[0])
-    fastest = report.bases(steps).get(explicit.group, vits[-1])
+    base = report.bases(steps)[explicit.group]
+    fastest = base if base.model else vits[-1]
     shown = (EXPLICIT, fastest.form)
     kept = [case for case in steps if case.model not in SOFTMAX or case.form in shown]
     return kept, explicit, fastest

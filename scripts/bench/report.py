@@ -54,21 +54,18 @@ def title_of(case: Case) -> str:
 
 
 def bases(cases: Sequence[Case]) -> dict[tuple, Case]:
-    """What a group is divided by: its first model, with the fastest of PyTorch's attention."""
+    """What groups are divided by: the first model, with the fastest of PyTorch's attention."""
     found = {}
     for key, group in split(cases, lambda case: case.group).items():
         usable = [c for c in group
                   if c.model == group[0].model and c.form != EXPLICIT and not c.note]  # fmt: skip
-        if usable:
-            found[key] = min(usable, key=lambda case: case.seconds)
+        found[key] = min(usable, key=lambda case: case.seconds, default=Case("", "", ""))
     return found
 
 
 def ratios(case: Case, base: dict[tuple, Case]) -> tuple[float, float]:
     """Time and peak memory in those of the group's base."""
-    other = base.get(case.group)
-    if case.note or other is None:
-        return math.nan, math.nan
+    other = base[case.group]
     return case.seconds / other.seconds, case.bytes / (other.bytes or math.nan)
 
 
@@ -105,10 +102,7 @@ def by_size(cases: Sequence[Case], title: str, cell: Callable[[Case], str]) -> s
 def summary(cases: Sequence[Case]) -> str:
     """Time and its ratio to the base: a table by size for each step, scale and way to compile."""
     base = bases(cases)
-
-    def cell(case: Case) -> str:
-        return f"{case.seconds * 1e3:.2f}, {number(ratios(case, base)[0], '.2f')}"
-
+    cell = lambda c: f"{c.seconds * 1e3:.2f}, {number(ratios(c, base)[0], '.2f')}"  # noqa: E731
     return "\n\n".join(by_size(group, f"{title}: ms, / base", cell)
                        for title, group in split(cases, title_of).items())  # fmt: skip
 
@@ -161,12 +155,13 @@ def draw_lines(
     lines = len(panels) // columns
     figure = Figure((4.4 * columns + 2.4, 3.4 * lines + 0.7), dpi=120, layout="constrained")
     legend, every = {}, [case for cases in groups.values() for case in cases]
-    for i, (title, (name, value)) in enumerate(panels):
-        axes = figure.add_subplot(lines, columns, i + 1)
-        legend |= draw_panel(axes, groups[title], value, size)
-        axes.set(ylabel=name, xlabel=size.replace("pixels", "pixels per side of the image"))
-        if name == quantities[0][0]:
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, (title, quantity) in zip(grid.flat, panels, strict=True):
+        draw_panel(axes, groups[title], quantity, size)
+        if quantity is quantities[0]:
             axes.set_title(title, loc="left", fontsize=10)
+        shown, labels = axes.get_legend_handles_labels()
+        legend |= zip(labels, shown, strict=True)
     if any(case.note == OUT_OF_MEMORY for case in every):
         cross = {"color": "0.3", "marker": "x", "markersize": 10, "linestyle": ""}
         legend["out of memory at the next size"] = Line2D([], [], **cross)
@@ -176,23 +171,21 @@ def draw_lines(
     return figure
 
 
-def draw_panel(
-    axes: Axes, cases: Sequence[Case], value: Callable[[Case], float], size: str
-) -> dict[str, Line2D]:
-    """A line for each model and form; returns them by what they show."""
-    lines = {}
+def draw_panel(axes: Axes, cases: Sequence[Case], quantity: Quantity, size: str) -> None:
+    """A line for each model and form."""
+    name, value = quantity
     for label, series in split(cases, lambda case: case.label).items():
-        shown = [case for case in series if not case.note and not math.isnan(value(case))]
-        if not shown:
-            continue
         style = {"color": COLOURS.get(series[0].model), "marker": ".",
                  **STYLES.get(series[0].form, {})}  # fmt: skip
-        points = [(getattr(case, size), value(case)) for case in shown]
-        (lines[label],) = axes.plot(*zip(*points, strict=True), **style)
-        if any(case.note == OUT_OF_MEMORY for case in series):
+        points = [(getattr(case, size), value(case)) for case in series
+                  if not case.note and not math.isnan(value(case))]  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+        if points and any(case.note == OUT_OF_MEMORY for case in series):
             axes.plot(*points[-1], "x", color=style["color"], markersize=13)
     ticks = sorted({getattr(case, size) for case in cases})
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", ylabel=name,
+             xlabel=size.replace("pixels", "pixels per side of the image"))  # fmt: skip
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, ha="right",
                     rotation_mode="anchor", fontsize=8)  # fmt: skip
     axes.xaxis.set_minor_locator(NullLocator())
@@ -202,9 +195,7 @@ def draw_panel(
     else:
         subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return lines

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import isqrt
 
@@ -31,19 +31,27 @@ Prepared = tuple[Callable[[], object], list[Tensor]]  # a step, and what is held
 
 @dataclass
 class Step:
+    """A step of a case, and the turns that it has taken, in seconds."""
+
+    case: Case
     run: Callable[[], object]
     context: Callable[[], AbstractContextManager]  # in which it runs
     held: int  # bytes between two runs
-    parameters: int
+    taken: list[float] = field(default_factory=list)
+
+    def fits(self, budget: float) -> bool:
+        """Whether there is time for another turn; the first run tells how long that takes."""
+        turn = self.taken[-1] if self.taken else self.case.seconds * self.case.iterations
+        return not self.case.note and sum(self.taken) + turn <= budget
 
 
 def prepare(case: Case) -> Step:
-    """Builds what the case needs, on its device."""
+    """Builds what the case needs, on its device, and counts its parameters."""
     forced = case.form in BACKENDS
     context = partial(sdpa_kernel, BACKENDS[case.form]) if forced else nullcontext
     run, tensors = STEPS[case.step](case)
-    parameters = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
-    return Step(run, context, sum(t.nbytes for t in tensors), parameters)
+    case.parameters = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+    return Step(case, run, context, sum(t.nbytes for t in tensors))
 
 
 # --------------------------------------------------------------------------------- the mixer alone
@@ -154,10 +162,9 @@ def build(case: Case) -> nn.Module:
     torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
     if case.compiled == "model":
         model.compile(dynamic=False)
-    elif case.compiled == "blocks":  # which are alike and compile once
-        compile_in_place(model, dynamic=False)
-    elif case.compiled == cases.GRAPHS:
-        compile_in_place(model, mode=CUDA_GRAPHS[0], dynamic=False)
+    elif case.compiled:  # by blocks, which are alike and compile once, or with CUDA graphs
+        mode = CUDA_GRAPHS[0] if case.compiled == cases.GRAPHS else None
+        compile_in_place(model, mode=mode, dynamic=False)
     return model
 
 

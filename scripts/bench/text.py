@@ -1,7 +1,7 @@
 """Steps of pre-training on random windows, each of one document, which is told."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,26 +14,26 @@ from mlm.data import IGNORED
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from mlm.pretrain import Settings, amp_dtype, build_optimizer
 from mlm.settings import check, override, read_yaml, typed
-from scripts.bench.cases import Case, Defaults, make_groups
+from scripts.bench.cases import Case
 
 
 def text_cases(
-    part: str, defaults: Defaults, blank: Case, configs: Sequence[str], **grouping: Sequence | None
+    groups: Iterable[Case], configs: Sequence[str], backends: Sequence[str]
 ) -> list[Case]:
     """Cases of configurations of mlm.pretrain; `key=value` among them counts for all.
 
-    `grouping` is for `make_groups`. Raises UserError for bad settings.
+    Raises UserError for bad settings.
     """
     values = [word for word in configs if "=" in word]
     paths = [word for word in configs if "=" not in word]
     if not paths:
         raise UserError("give at least one configuration of mlm.pretrain (--configs)")
     cases = []
-    for group, path in product(make_groups(part, defaults, blank, **grouping), paths):
+    for group, path in product(groups, paths):
         case = replace(group, model=Path(path).stem, config=shlex.join([path, *values]))
         settings, config = settings_of(case)
         dtype = amp_dtype(settings, torch.device(case.device))
-        forms = defaults.backends if config.mixer == "softmax" else ("",)
+        forms = backends if config.mixer == "softmax" else ("",)
         cases += [replace(case, precision="amp" if dtype else "float32", form=f) for f in forms]
     return cases
 
