@@ -8,7 +8,6 @@ see random images. Cases take their turns in every round. Ratios are to the fast
 PyTorch's attention.
 """
 
-import argparse
 import math
 import os
 import platform
@@ -16,6 +15,7 @@ import re
 import sys
 import tempfile
 import time
+from argparse import REMAINDER, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +44,8 @@ PICTURES = {"speed": report.draw_ratios, "text": report.draw_ratios, "paper": pa
 OWN = {"main": "loops", "pretrain": "loops", bench.TEXT: "text", bench.HOST: bench.HOST}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--preset", choices=bench.presets("cpu"), default="speed", help="default: %(default)s")
     add("--parts", nargs="+", choices=bench.PARTS, help="default: those of the preset; main and "
@@ -64,38 +64,36 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="of the CPU; several wait for other processes")
     add("--repeats", type=int, help="turns of each case, at most")
     add("--seconds", type=float, help="for each case; one run is made in any case")
-    add("--stop-after", type=float, default=math.inf, metavar="SECONDS",
-        help="nothing new is begun then")  # fmt: skip
+    add("--stop-after", type=float, default=math.inf, help="seconds: nothing is begun after them")
     add("--output", type=Path, help="folder for NAME.md, NAME.csv and NAME.png; NAME is benchmark, "
         "or that of another preset")  # fmt: skip
     add("--from-csv", type=Path, metavar="CSV", help="report what was measured before")
     add = parser.add_argument_group("language models (text, pretrain)").add_argument
-    add("--configs", nargs="+", default=CONFIGS, metavar="CONFIG",
-        help="of mlm.pretrain, with key=value for all")  # fmt: skip
+    add("--configs", nargs="+", default=CONFIGS, help="of mlm.pretrain, with key=value for all")
     add = parser.add_argument_group("entry points (main, pretrain)").add_argument
     add("--data-path", type=Path, help="ImageFolder, or folder of mlm.prepare; default: made up")
     add("--processes", nargs="+", type=int, default=[1], help="by torchrun (default: 1)")
     add("--steps", type=int, default=100, help="that are timed (default: %(default)s)")
     add("--warm-up", type=int, default=30, help="steps before (default: %(default)s)")
     add("--workers", type=int, help="of the loaders; default: the cores, divided by the processes")
-    add("--extra", nargs=argparse.REMAINDER, default=[], help="arguments for the entry point")
+    add("--extra", nargs=REMAINDER, default=[], help="arguments for the entry point")
     return parser
 
 
-def choose_preset(options: argparse.Namespace) -> str:
+def choose_preset(options: Namespace) -> str:
     """The preset that was chosen, or that of parts which are measured in a run of their own."""
     return next((OWN[part] for part in options.parts or () if part in OWN), options.preset)
 
 
-def check(options: argparse.Namespace, preset: str) -> None:
+def check(options: Namespace, preset: str) -> None:
     """Raises UserError for numbers and parts that make no sense."""
-    parts, data = options.parts or [], options.data_path
-    strangers = [part for part in parts if OWN.get(part, options.preset) != preset]
-    own = " and ".join(part for part in parts if part not in strangers)
+    parts, data, known = options.parts or [], options.data_path, bench.presets("cpu")[preset].parts
+    strangers = [part for part in parts if part not in known]
     numbers = (options.chunk_size, options.threads, options.steps, options.warm_up,
                *options.processes, 1 if options.repeats is None else options.repeats)  # fmt: skip
     mistakes = {
-        f"measure {own} in a run of their own, without {' and '.join(strangers)}": strangers,
+        f"the preset {preset} has no part {' and '.join(strangers)}: choose of {', '.join(known)}, "
+        "or measure it in a run of its own": strangers,
         "chunk size, threads, steps, warm-up, processes and repeats must be at least 1":
             min(numbers) < 1,
         "--processes is of the parts main and pretrain: leave it out":
@@ -113,14 +111,12 @@ def check(options: argparse.Namespace, preset: str) -> None:
             raise UserError(message)
 
 
-def choose_cases(options: argparse.Namespace, preset: Preset, device: torch.device) -> list[Case]:
+def choose_cases(options: Namespace, preset: Preset, device: torch.device) -> list[Case]:
     """What the options ask for. ValueError for what there is not."""
     on_cpu = device.type == "cpu"
     card = cpu_name() if on_cpu else torch.cuda.get_device_name(device)
     cases = []
     for part in options.parts or preset.chosen or preset.parts:
-        if part not in preset.parts:
-            raise UserError(f"the preset has no part {part}: choose of {', '.join(preset.parts)}")
         default = "bfloat16" if part in ("mixer", bench.INFERENCE) else "amp"
         precision = options.precision or ("float32" if on_cpu else default)
         cases += bench.make_cases(
@@ -135,7 +131,7 @@ def choose_cases(options: argparse.Namespace, preset: Preset, device: torch.devi
 
 
 def measured(
-    cases: Sequence[Case], options: argparse.Namespace, preset: Preset, stem: Path | None
+    cases: list[Case], options: Namespace, preset: Preset, stem: Path | None
 ) -> list[Case]:
     """All cases with their results, which are in the CSV as soon as there are some."""
     start, done = time.perf_counter(), []
@@ -146,9 +142,8 @@ def measured(
         if cases[0].step in (bench.MAIN, bench.PRETRAIN):
             cores = (os.cpu_count() or 1) // max(options.processes)
             workers = max(cores, 1) if options.workers is None else options.workers
-            setting = loops.Setting(Path(folder), options.data_path, options.warm_up,
-                                    options.steps, workers, repeats, seconds,
-                                    options.extra)  # fmt: skip
+            setting = loops.Setting(Path(folder), options.data_path, options.warm_up, options.steps,
+                                    workers, repeats, seconds, options.extra)  # fmt: skip
             groups = loops.measure_loops(cases, setting, deadline)
         else:
             together = bench.split(cases, lambda case: case.group).values()

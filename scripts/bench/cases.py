@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -116,9 +116,9 @@ class Defaults(NamedTuple):
     """
 
     batches: dict[int, int]
-    models: Sequence[str] = ("ViT", *LIONS)
-    backends: Sequence[str] = ("flash",)
-    formats: Sequence[str] = ("Attention",)
+    models: Iterable[str] = ("ViT", *LIONS)
+    backends: Iterable[str] = ("flash",)
+    formats: Iterable[str] = ("Attention",)
     wider: dict[str, int] = {}
     tokens: int = 0
 
@@ -138,23 +138,23 @@ def presets(device: str) -> dict[str, Preset]:
     wider, fused = {"tiny": 4, "small": 2} if cuda else {}, ("flash", "cudnn", "efficient")
     speed = {
         "mixer": Defaults({197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
-                          backends=tuple(BACKENDS), formats=("kernels",), wider=wider),
+                          backends=BACKENDS, formats=("kernels",), wider=wider),
         TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
                            fused, wider=wider),
         INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=fused,
-                            formats=tuple(FORMATS)),
+                            formats=FORMATS),
     } if cuda else {
         "mixer": Defaults({197: 8, 1025: 1}, few, formats=both),
         TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *few[1:]), formats=both),
-        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=tuple(FORMATS)),
+        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=FORMATS),
     }  # fmt: skip
-    paper = Defaults({224: 64}, tuple(m for m in MODELS if m != NO_MIXING),
-                     (EXPLICIT, "flash", "cudnn") if cuda else (EXPLICIT, "flash"))  # fmt: skip
+    paper = Defaults({224: 64}, [model for model in MODELS if model != NO_MIXING],
+                     (EXPLICIT, *fused[: 2 if cuda else 1]))  # fmt: skip
     resolution = Defaults(dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64),
                           ("ViT", "Hydra", "Vim", "LION-D"), (DEFAULT, EXPLICIT),
-                          tuple(FORMATS))  # fmt: skip
+                          FORMATS)  # fmt: skip
     text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, tokens=2**16,
-                    backends=("flash", "cudnn") if cuda else (DEFAULT,))  # fmt: skip
+                    backends=fused[:2] if cuda else (DEFAULT,))  # fmt: skip
     loops = {
         "main": Defaults({224: 128 if cuda else 8}, few, (DEFAULT,), wider=wider),
         "pretrain": Defaults({128: 256 if cuda else 8}, backends=(DEFAULT,), tokens=2**16),
@@ -165,17 +165,18 @@ def presets(device: str) -> dict[str, Preset]:
         "resolution": Preset({INFERENCE: resolution}, 5, 10),
         "text": Preset({TEXT: text}, 15, 5),
         "loops": Preset(loops, *((15, 3) if cuda else (3, 5)), chosen=("main",)),
+        HOST: Preset({HOST: Defaults({})}, 1, 0),
     }
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """`224x128` or, with a batch of 0, `224`."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not found:
+    if not re.fullmatch(r"\d+(x\d+)?", text):
         raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}")
-    if 0 in (numbers := [int(number) for number in found.groups() if number]):
+    size, *batch = map(int, text.split("x"))
+    if 0 in (size, *batch):
         raise UserError(f"a size and its batch must be at least 1, not {text!r}")
-    return numbers[0], sum(numbers[1:])
+    return size, sum(batch)
 
 
 def make_groups(
@@ -183,11 +184,7 @@ def make_groups(
     sizes: Sequence[str] | None = None, compiled: Sequence[str] = ("",),
     processes: Sequence[int] = (1,),
 ) -> Iterator[Case]:  # fmt: skip
-    """The groups of a part, as cases without a model; `sizes` None are the part's own.
-
-    `blank` has what they share: device, precision, chunk size. Raises UserError for a size that the
-    part cannot take.
-    """
+    """The groups of a part, as cases without a model; `sizes` None are the part's own."""
     chosen = [parse_size(size) for size in sizes or map(str, defaults.batches)]
     scales = ("",) if part in OF_TEXT else scales
     compiled = ("",) if part == "mixer" else compiled
@@ -210,8 +207,8 @@ def make_cases(
 ) -> list[Case]:  # fmt: skip
     """The cases of a part, by group; None is the default. The ViT, the base, is always there.
 
-    `configs` are for text, `grouping` for `make_groups`. Raises UserError for a size or a model
-    that the part cannot take, and for bad settings of text.
+    `blank` has what they share: device, precision, chunk size. `configs` are for text, `grouping`
+    for `make_groups`. Raises UserError for what the part cannot take.
     """
     groups = make_groups(part, defaults, blank, **grouping)
     if part in OF_TEXT:

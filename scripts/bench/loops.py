@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -103,15 +104,13 @@ def main_arguments(case: Case, setting: Setting) -> list[str]:
     if not data.exists():
         make_images(data, images)
     model, options = ("mean_colour", {}) if case.model == LOADER else case.in_timm
+    graphs = {"torchcompile-mode": CUDA_GRAPHS[0]} if case.compiled == GRAPHS else {}
     words = {"model": model, "data-set": "IMNET", "data-path": data, "input-size": case.pixels,
              "batch-size": case.batch, "drop-path": case.drop_path, "epochs": 1,
              "warmup-epochs": 0, "device": case.device, "num_workers": setting.workers,
-             **options}  # fmt: skip
-    if case.compiled == GRAPHS:
-        words["torchcompile-mode"] = CUDA_GRAPHS[0]
-    flags = {"--torchcompile": case.compiled, "--no-amp": case.precision == "float32"}
-    return [*(word for key, value in words.items() for word in (f"--{key}", str(value))),
-            *(flag for flag, wanted in flags.items() if wanted)]  # fmt: skip
+             **options, **graphs}  # fmt: skip
+    flags = ["--torchcompile"] * bool(case.compiled) + ["--no-amp"] * (case.precision == "float32")
+    return [*chain(*((f"--{key}", str(value)) for key, value in words.items())), *flags]
 
 
 def pretrain_arguments(case: Case, setting: Setting) -> list[str]:

@@ -7,7 +7,6 @@ measured in a process for each case.
 
 import ctypes
 import gc
-import math
 import multiprocessing
 import time
 import traceback
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf, nan
 from statistics import median
 from timeit import timeit
 from typing import Any
@@ -40,9 +40,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["timm", "torch.utils.tensorboard"])
 
 
-def measure(
-    cases: Sequence[Case], repeats: int, budget: float, deadline: float = math.inf
-) -> Sequence[Case]:
+def measure(cases: list[Case], repeats: int, budget: float, deadline: float = inf) -> list[Case]:
     """Fills in the results of a group of cases, which is returned.
 
     Time is the median of `repeats` turns, or of as many as fit into `budget` seconds for each case.
@@ -145,10 +143,10 @@ def noting_failure(case: Case) -> Iterator[None]:
         if not case.note:
             traceback.print_exc()
             case.note = f"failed: {type(error).__name__}"
-        case.seconds = math.nan
+        case.seconds = nan
 
 
-def choose_backend(cases: Sequence[Case]) -> None:
+def choose_backend(cases: list[Case]) -> None:
     """Of a compiled group, keeps the softmax cases whose backend is the fastest by the mixer alone.
 
     To compile all takes minutes.

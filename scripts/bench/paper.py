@@ -20,7 +20,6 @@ TRAINED = {
     "LION-S": {"tiny": (72.4, 2.05), "small": (74.0, 2.03), "base": (76.3, 1.46)},
     "LION-S♮": {"tiny": (73.5, 3.83), "small": (79.6, 2.72), "base": (79.9, 1.68)},
 }
-UNKNOWN = (math.nan, math.nan)
 # GB of base models for 64 images on an A100 of 80 GB; resolutions here are multiples of 16.
 PIXELS = (224, 512, 736, 1024, 1248, 2496)
 MEMORY = {
@@ -36,8 +35,7 @@ def steps_of(cases: Sequence[Case]) -> tuple[list[Case], Case, Case]:
     steps = [case for case in cases if case.step == TRAINING]
     vits = [case for case in steps if case.model == "ViT"]
     explicit = next((case for case in vits if case.form == EXPLICIT), vits[0])
-    base = report.bases(steps)[explicit.group]
-    fastest = base if base.model else vits[-1]
+    fastest = min(vits[::-1], key=lambda c: (c.form == EXPLICIT, bool(c.note), c.seconds))
     shown = (EXPLICIT, fastest.form)
     kept = [case for case in steps if case.model not in SOFTMAX or case.form in shown]
     return kept, explicit, fastest
@@ -45,14 +43,13 @@ def steps_of(cases: Sequence[Case]) -> tuple[list[Case], Case, Case]:
 
 def trained(case: Case) -> tuple[float, float]:
     """The paper's top-1 and time over the ViT's; its ViT and DeiT have no fused attention."""
-    fused = case.model in SOFTMAX and case.form != EXPLICIT
-    return TRAINED[case.model].get(case.scale, UNKNOWN) if not fused else UNKNOWN
+    known = {} if case.model in SOFTMAX and case.form != EXPLICIT else TRAINED[case.model]
+    return known.get(case.scale, (math.nan, math.nan))
 
 
 def paper_table(cases: Sequence[Case]) -> str:
     """A table for each group of training steps, with its inference."""
-    groups = split(cases, lambda case: case.group[1:])
-    return "\n\n".join(map(group_table, groups.values()))
+    return "\n\n".join(map(group_table, split(cases, lambda case: case.group[1:]).values()))
 
 
 def group_table(cases: Sequence[Case]) -> str:
@@ -88,7 +85,7 @@ def draw_paper(cases: Sequence[Case]) -> Figure:
     for i, (name, colour, values) in enumerate(bars):
         places = [j + (i - 1) * 0.27 for j in range(len(steps))]
         drawn = axes.barh(places, values, 0.27, label=name, color=colour)
-        axes.bar_label(drawn, [report.number(v, ".2f") for v in values], fontsize=7, padding=2)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks(range(len(steps)), [case.label for case in steps])
     axes.margins(y=0.01)
     axes.invert_yaxis()
@@ -104,13 +101,12 @@ def draw_paper(cases: Sequence[Case]) -> Figure:
 def resolution_table(cases: Sequence[Case]) -> str:
     """Memory, with the paper's, and time of inference by resolution."""
     memory = report.by_size(cases, "GB", lambda case: f"{case.bytes / 1e9:.2f}")
-    times = report.by_size(cases, "ms", lambda case: f"{case.seconds * 1e3:,.2f}")
     sizes = dict.fromkeys(case.pixels for case in cases)
     for label, values in MEMORY.items():
         known = dict(zip(PIXELS, values, strict=True))
         cells = (str(known.get(pixels, "")) for pixels in sizes)
         memory += f"\n| *paper, base, batch 64: {label}* | {' | '.join(cells)} |"
-    return f"{memory}\n\n{times}"
+    return memory + "\n\n" + report.by_size(cases, "ms", lambda c: f"{c.seconds * 1e3:,.2f}")
 
 
 def draw_resolution(cases: Sequence[Case]) -> Figure:

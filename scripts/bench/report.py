@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -57,9 +58,9 @@ def bases(cases: Sequence[Case]) -> dict[tuple, Case]:
     """What groups are divided by: the first model, with the fastest of PyTorch's attention."""
     found = {}
     for key, group in split(cases, lambda case: case.group).items():
-        usable = [c for c in group
-                  if c.model == group[0].model and c.form != EXPLICIT and not c.note]  # fmt: skip
-        found[key] = min(usable, key=lambda case: case.seconds, default=Case("", "", ""))
+        usable = (c for c in group if c.model == group[0].model and c.form != EXPLICIT)
+        working = (case for case in usable if not case.note)
+        found[key] = min(working, key=lambda case: case.seconds, default=Case("", "", ""))
     return found
 
 
@@ -86,16 +87,10 @@ def table(cases: Sequence[Case]) -> str:
 
 def by_size(cases: Sequence[Case], title: str, cell: Callable[[Case], str]) -> str:
     """A line for each model, a column for each size."""
-
-    def size_of(case: Case) -> str:
-        size = f"{case.pixels:,} px" if case.pixels else f"{case.tokens:,}"
-        return f" {size}, batch {case.batch}"
-
-    sizes = dict.fromkeys(map(size_of, cases))
-    lines = []
-    for label, series in split(cases, lambda case: case.label).items():
-        cells = {size_of(case): case.note or cell(case) for case in series}
-        lines.append([label, *(cells.get(size, "") for size in sizes)])
+    size_of = lambda c: f" {c.pixels or c.tokens:,}{' px' * bool(c.pixels)}, batch {c.batch}"  # noqa: E731
+    found = {(case.label, size_of(case)): case.note or cell(case) for case in cases}
+    labels, sizes = map(dict.fromkeys, zip(*found, strict=True))
+    lines = [[label, *(found.get((label, size), "") for size in sizes)] for label in labels]
     return rows([title, *sizes], lines)
 
 
@@ -116,10 +111,9 @@ def write_csv(path: Path, cases: Sequence[Case]) -> None:
 
 def read_csv(path: Path) -> list[Case]:
     """Raises UserError for what is no table of cases."""
-    kinds = Case.__annotations__
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            cases = [Case(**{name: kinds[name](text) for name, text in row.items()})
+            cases = [Case(**{name: Case.__annotations__[name](text) for name, text in row.items()})
                      for row in csv.DictReader(file)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no benchmark.csv of this script ({error})") from error
@@ -143,9 +137,7 @@ def draw_ratios(cases: Sequence[Case]) -> Figure:
     return draw_lines(split(cases, title_of), known or quantities, "tokens")
 
 
-def draw_lines(
-    groups: dict[str, Sequence[Case]], quantities: Sequence[Quantity], size: str
-) -> Figure:
+def draw_lines(groups: dict[str, list[Case]], quantities: Sequence[Quantity], size: str) -> Figure:
     """Quantities by `size`, tokens or pixels: a row of panels each, a column for each group.
 
     Those of a single group are side by side.
@@ -154,14 +146,13 @@ def draw_lines(
     columns = len(groups) if len(groups) > 1 else len(quantities)
     lines = len(panels) // columns
     figure = Figure((4.4 * columns + 2.4, 3.4 * lines + 0.7), dpi=120, layout="constrained")
-    legend, every = {}, [case for cases in groups.values() for case in cases]
+    legend, every = {}, list(chain(*groups.values()))
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, (title, quantity) in zip(grid.flat, panels, strict=True):
         draw_panel(axes, groups[title], quantity, size)
         if quantity is quantities[0]:
             axes.set_title(title, loc="left", fontsize=10)
-        shown, labels = axes.get_legend_handles_labels()
-        legend |= zip(labels, shown, strict=True)
+        legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
     if any(case.note == OUT_OF_MEMORY for case in every):
         cross = {"color": "0.3", "marker": "x", "markersize": 10, "linestyle": ""}
         legend["out of memory at the next size"] = Line2D([], [], **cross)
@@ -174,17 +165,16 @@ def draw_lines(
 def draw_panel(axes: Axes, cases: Sequence[Case], quantity: Quantity, size: str) -> None:
     """A line for each model and form."""
     name, value = quantity
-    for label, series in split(cases, lambda case: case.label).items():
-        style = {"color": COLOURS.get(series[0].model), "marker": ".",
-                 **STYLES.get(series[0].form, {})}  # fmt: skip
-        points = [(getattr(case, size), value(case)) for case in series
-                  if not case.note and not math.isnan(value(case))]  # fmt: skip
+    for label, runs in split(cases, lambda case: case.label).items():
+        style = {"color": COLOURS.get(runs[0].model), "marker": "."} | STYLES.get(runs[0].form, {})
+        shown = [case for case in runs if not case.note and not math.isnan(value(case))]
+        points = [(getattr(case, size), value(case)) for case in shown]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-        if points and any(case.note == OUT_OF_MEMORY for case in series):
+        if points and any(case.note == OUT_OF_MEMORY for case in runs):
             axes.plot(*points[-1], "x", color=style["color"], markersize=13)
     ticks = sorted({getattr(case, size) for case in cases})
-    axes.set(xscale="log", yscale="log", ylabel=name,
+    axes.set(xscale="log", yscale="log", ylabel=name, axisbelow=True,
              xlabel=size.replace("pixels", "pixels per side of the image"))  # fmt: skip
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, ha="right",
                     rotation_mode="anchor", fontsize=8)  # fmt: skip
@@ -197,5 +187,4 @@ def draw_panel(axes: Axes, cases: Sequence[Case], quantity: Quantity, size: str)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
     axes.grid(color="0.92")
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,9 +17,7 @@ from mlm.settings import check, override, read_yaml, typed
 from scripts.bench.cases import Case
 
 
-def text_cases(
-    groups: Iterable[Case], configs: Sequence[str], backends: Sequence[str]
-) -> list[Case]:
+def text_cases(groups: Iterable[Case], configs: list[str], backends: Sequence[str]) -> list[Case]:
     """Cases of configurations of mlm.pretrain; `key=value` among them counts for all.
 
     Raises UserError for bad settings.
@@ -43,8 +41,8 @@ def settings_of(case: Case) -> tuple[Settings, LionBertConfig]:
     given = {"data": "unused", **override(read_yaml(path), values), "length": case.tokens}
     settings = typed(Settings, given, path)
     settings.check()
-    options = check(LionBertConfig.__annotations__, settings.model, "the section model")
-    return settings, LionBertConfig(**{**options, "max_position_embeddings": case.tokens})
+    model = check(LionBertConfig.__annotations__, settings.model, "the section model")
+    return settings, LionBertConfig(**model | {"max_position_embeddings": case.tokens})
 
 
 def pretraining(case: Case) -> tuple[torch.optim.Optimizer, Callable[[], Tensor], list[Tensor]]:
