@@ -106,9 +106,8 @@ def check(options: Namespace, preset: str) -> None:
             preset == "paper" and parts and bench.TRAINING not in parts,
         f"--data-path {data} is no folder: choose another": data and not data.is_dir(),
     }  # fmt: skip
-    for message, made in mistakes.items():
-        if made:
-            raise UserError(message)
+    if made := [message for message, wrong in mistakes.items() if wrong]:
+        raise UserError(made[0])
 
 
 def choose_cases(options: Namespace, preset: Preset, device: torch.device) -> list[Case]:
@@ -130,9 +129,7 @@ def choose_cases(options: Namespace, preset: Preset, device: torch.device) -> li
     return cases
 
 
-def measured(
-    cases: list[Case], options: Namespace, preset: Preset, stem: Path | None
-) -> list[Case]:
+def measured(cases: list[Case], options: Namespace, preset: Preset, csv: Path | None) -> list[Case]:
     """All cases with their results, which are in the CSV as soon as there are some."""
     start, done = time.perf_counter(), []
     repeats = options.repeats or preset.repeats
@@ -153,8 +150,8 @@ def measured(
             last, passed = group[-1], time.perf_counter() - start
             print(f"{report.title_of(last)}, {last.label}, {last.tokens} tokens: done after "
                   f"{passed:.0f} s", file=sys.stderr)  # fmt: skip
-            if stem:
-                report.write_csv(stem.with_suffix(".csv"), done)
+            if csv:
+                report.write_csv(csv, done)
     return done
 
 
@@ -201,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts["figures"] = str(options.from_csv)  # of whatever versions measured them
     else:
         facts = {**provenance(), **facts, "threads": str(options.threads)}
-        cases = measured(cases, options, preset, stem)
+        cases = measured(cases, options, preset, stem and stem.with_suffix(".csv"))
     tables = [write(cases) for write in TABLES.get(name, (report.summary, report.table))]
     text = "\n\n".join(["\n".join(f"- {key}: {facts[key]}" for key in facts), *tables])
     print(text)

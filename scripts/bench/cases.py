@@ -20,9 +20,7 @@ NO_MIXING = "no mixing"  # the ViT whose tokens keep their own values: a floor f
 MODELS = {
     "ViT": ("vit", {}),
     NO_MIXING: ("vit", {}),
-    "DeiT": ("deit", {}),
-    "Hydra": ("hydra", {}),
-    "Vim": ("vim", {}),
+    **{name: (name.lower(), {}) for name in ("DeiT", "Hydra", "Vim")},
     "LION-Lit": ("lion", {"mask_type": "Lit"}),
     "LION-D": ("lion", {"mask_type": "Decay"}),
     "LION-D♮": ("lion", {"mask_type": "Decay", "order": "S"}),

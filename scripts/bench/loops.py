@@ -1,7 +1,4 @@
-"""The entry points in steady state, beside their bare steps and their loaders alone.
-
-Each runs in processes of its own for some steps, at the end of which `entry.py` reports.
-"""
+"""Entry points in steady state, run by `entry.py`, beside their bare steps and loaders alone."""
 
 import json
 import math
@@ -158,11 +155,7 @@ def make_text(folder: Path, words: int = 30_517, documents: int = 2000) -> None:
 
 
 def loop_table(cases: Sequence[Case]) -> str:
-    """Entry points and what belongs to them, with the time over that of the bare step.
-
-    The device computes in `busy` of the time; what is neither that nor waiting for data is
-    Python's.
-    """
+    """Entry points and their companions; time that neither computes nor waits is Python's."""
     key = lambda case: (case.model, case.compiled, case.tokens, case.batch)  # noqa: E731
     bare_steps = {key(case): case.seconds for case in cases if case.step in BARE.values()}
     lines = []

@@ -74,14 +74,11 @@ def peak_bytes(case: Case) -> int:
 
 
 def first_run(case: Case) -> Step:
-    """After a warm-up, one run; it gives peak memory and how many iterations make a turn.
-
-    The warm-up is the step itself on a GPU, or where it compiles; else that of a few patches.
-    """
+    """After a warm-up, one run; it gives peak memory and how many iterations make a turn."""
     step = prepare(case)
     few = {"batch": 1, "tokens": 5, "pixels": min(case.pixels, 2 * bench.PATCH)}
-    itself = case.device != "cpu" or case.compiled
-    begin(step if itself else prepare(replace(case, **few)))()
+    slow = case.device == "cpu" and not case.compiled  # it warms up on a few patches
+    begin(prepare(replace(case, **few)) if slow else step)()
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)  # glibc keeps freed memory, in which a peak could hide
@@ -147,10 +144,7 @@ def noting_failure(case: Case) -> Iterator[None]:
 
 
 def choose_backend(cases: list[Case]) -> None:
-    """Of a compiled group, keeps the softmax cases whose backend is the fastest by the mixer alone.
-
-    To compile all takes minutes.
-    """
+    """Keeps softmax cases of the backend whose mixer is the fastest; to compile takes minutes."""
     alone = {"step": bench.BACKWARD, "pixels": 0, "compiled": ""}
     probes = {case.form: replace(case, **alone) for case in cases if case.form in bench.BACKENDS}
     if len(probes) < 2 or cases[0].step not in (bench.TRAINING, bench.INFERENCE):

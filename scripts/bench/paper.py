@@ -36,8 +36,7 @@ def steps_of(cases: Sequence[Case]) -> tuple[list[Case], Case, Case]:
     vits = [case for case in steps if case.model == "ViT"]
     explicit = next((case for case in vits if case.form == EXPLICIT), vits[0])
     fastest = min(vits[::-1], key=lambda c: (c.form == EXPLICIT, bool(c.note), c.seconds))
-    shown = (EXPLICIT, fastest.form)
-    kept = [case for case in steps if case.model not in SOFTMAX or case.form in shown]
+    kept = [c for c in steps if c.model not in SOFTMAX or c.form in (EXPLICIT, fastest.form)]
     return kept, explicit, fastest
 
 

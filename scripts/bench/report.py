@@ -138,10 +138,7 @@ def draw_ratios(cases: Sequence[Case]) -> Figure:
 
 
 def draw_lines(groups: dict[str, list[Case]], quantities: Sequence[Quantity], size: str) -> Figure:
-    """Quantities by `size`, tokens or pixels: a row of panels each, a column for each group.
-
-    Those of a single group are side by side.
-    """
+    """Quantities by `size`, tokens or pixels: a row of panels each; a column for each of groups."""
     panels = [(title, quantity) for quantity in quantities for title in groups]
     columns = len(groups) if len(groups) > 1 else len(quantities)
     lines = len(panels) // columns

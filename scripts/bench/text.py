@@ -18,10 +18,7 @@ from scripts.bench.cases import Case
 
 
 def text_cases(groups: Iterable[Case], configs: list[str], backends: Sequence[str]) -> list[Case]:
-    """Cases of configurations of mlm.pretrain; `key=value` among them counts for all.
-
-    Raises UserError for bad settings.
-    """
+    """Cases of configurations of mlm.pretrain; `key=value` among them counts for all."""
     values = [word for word in configs if "=" in word]
     paths = [word for word in configs if "=" not in word]
     if not paths:
