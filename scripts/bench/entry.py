@@ -66,8 +66,8 @@ def watch(output: Path, warm_up: int, steps: int) -> Generator[None, Optimizer, 
         path = output.with_name("trace.json")
         traced.export_chrome_trace(str(path))
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        busy = busy_seconds(json.loads(path.read_bytes())["traceEvents"]) / TRACED / seconds
-        # tracing makes Python slower, not a GPU
+        trace = json.loads(path.read_bytes())["traceEvents"]
+        busy = busy_seconds(trace) / TRACED / seconds  # tracing makes Python slower, not a GPU
         facts = {"seconds": seconds, "busy": min(busy, 1.0),
                  "bytes": torch.cuda.max_memory_allocated() if cuda else resident}  # fmt: skip
         output.write_text(json.dumps(facts), encoding="utf-8")

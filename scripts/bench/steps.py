@@ -47,8 +47,7 @@ class Step:
 
 def prepare(case: Case) -> Step:
     """Builds what the case needs, on its device, and counts its parameters."""
-    forced = case.form in BACKENDS
-    context = partial(sdpa_kernel, BACKENDS[case.form]) if forced else nullcontext
+    context = partial(sdpa_kernel, BACKENDS[case.form]) if case.form in BACKENDS else nullcontext
     run, tensors = STEPS[case.step](case)
     case.parameters = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
     return Step(case, run, context, sum(t.nbytes for t in tensors))
@@ -150,9 +149,9 @@ class NoMixing(nn.Module):
 def build(case: Case) -> nn.Module:
     """With random weights, made for the size and on the device."""
     name, options = case.in_timm
-    own = {"img_size": case.pixels, "drop_path_rate": case.drop_path}
     with torch.device(case.device):
-        model = timm.create_model(name, **own, **options)
+        model = timm.create_model(name, img_size=case.pixels, drop_path_rate=case.drop_path,
+                                  **options)  # fmt: skip
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = case.form != cases.EXPLICIT
