@@ -25,7 +25,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -541,6 +541,15 @@ FEATURE_NAMES: dict[Callable[[Tensor], Tensor] | None, str] = {  # in the kernel
 }
 
 
+class Masks(NamedTuple):
+    """What the mask of a mixer's call depends on; all but the first as its `forward` takes it."""
+
+    log_decay: Tensor | None
+    attn_mask: Any
+    valid: Tensor | None = None
+    documents: Tensor | None = None
+
+
 class LionAttention(nn.Module):
     """Token mixer with the interface and parameter names of timm's attention.
 
@@ -669,7 +678,7 @@ class LionAttention(nn.Module):
         else:
             qkv = self.qkv(x)
             with torch.autocast(x.device.type, enabled=False):  # gates and sums keep float32
-                y = self._mix(qkv, self.log_decay(x), attn_mask, valid, documents)
+                y = self._mix(qkv, Masks(self.log_decay(x), attn_mask, valid, documents))
         return self.proj_drop(self.proj(self._completed(self.norm(y), x, attn_mask)))
 
     def attention_weights(self, x: Tensor, attn_mask: Any = None) -> Tensor:
@@ -683,7 +692,7 @@ class LionAttention(nn.Module):
             each_token = torch.eye(x.shape[1], dtype=q.dtype, device=q.device).expand(
                 *q.shape[:2], -1, -1
             )
-            return self._attend(q, k, each_token, self.log_decay(x), attn_mask, None, None)
+            return self._attend(q, k, each_token, Masks(self.log_decay(x), attn_mask))
 
     def _curves(self, attn_mask: Any) -> Tensor | None:
         """The curves `[C, N]` in what `forward` is given; None is token order."""
@@ -749,15 +758,8 @@ class LionAttention(nn.Module):
             recurrent=self.format == "RNN",
         )
 
-    def _mix(
-        self,
-        qkv: Tensor,
-        log_decay: Tensor | None,
-        attn_mask: Any,
-        valid: Tensor | None,
-        documents: Tensor | None,
-    ) -> Tensor:
-        y = self._attend(*self._features(qkv), log_decay, attn_mask, valid, documents)
+    def _mix(self, qkv: Tensor, masks: Masks) -> Tensor:
+        y = self._attend(*self._features(qkv), masks)
         return rearrange(y, "b h n d -> b n (h d)")
 
     def _features(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -769,26 +771,17 @@ class LionAttention(nn.Module):
         return (q * scale).to(v.dtype), k.to(v.dtype), v
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        attn_mask: Any,
-        valid: Tensor | None,
-        documents: Tensor | None,
-        *,
-        normalise: bool | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, *, normalise: bool | None = None
     ) -> Tensor:
         """`[B, H, N, E]` without kernels, of what the formats take."""
         return _mix_by_format(
             q,
             k,
             v,
-            log_decay,
-            self._curves(attn_mask),
-            valid,
-            documents,
+            masks.log_decay,
+            self._curves(masks.attn_mask),
+            masks.valid,
+            masks.documents,
             format=self.format,
             chunk_size=self.chunk_size,
             normalise=self.normalise if normalise is None else normalise,

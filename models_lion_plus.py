@@ -21,6 +21,7 @@ from models_lion import (
     LionAttention,
     LionBlock,
     LionVisionTransformer,
+    Masks,
     create_variant,
     imagenet_cfg,
 )
@@ -59,26 +60,16 @@ class LionPlusAttention(LionAttention):
         return not self.rotates and super()._has_kernel(x)
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        attn_mask: Any,
-        valid: Tensor | None,
-        documents: Tensor | None,
-        *,
-        normalise: bool | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, *, normalise: bool | None = None
     ) -> Tensor:
-        masks = (log_decay, attn_mask, valid, documents)
         if not self.rotates:
-            return super()._attend(q, k, v, *masks, normalise=normalise)
-        attend = partial(super()._attend, normalise=False)
-        angles = attn_mask.angles
-        numerator = attend(self._rotated(q, angles), self._rotated(k, angles), v, *masks)
+            return super()._attend(q, k, v, masks, normalise=normalise)
+        attend = partial(super()._attend, masks=masks, normalise=False)
+        angles = masks.attn_mask.angles
+        numerator = attend(self._rotated(q, angles), self._rotated(k, angles), v)
         if not (self.normalise if normalise is None else normalise):
             return numerator
-        denominator = attend(q, k, torch.ones_like(v[..., :1]), *masks)
+        denominator = attend(q, k, torch.ones_like(v[..., :1]))
         return numerator / (denominator + self.eps)
 
     def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from models_lion import (
     LionAttention,
     LionBlock,
     LionVisionTransformer,
+    Masks,
     create_variant,
     decay_mask,
     imagenet_cfg,
@@ -37,22 +38,14 @@ class MaskedSoftmaxAttention(LionAttention):
         return False
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        attn_mask: Any,
-        valid: Tensor | None,
-        documents: Tensor | None,
-        *,
-        normalise: bool | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, *, normalise: bool | None = None
     ) -> Tensor:
-        if valid is not None or documents is not None:
+        if masks.valid is not None or masks.documents is not None:
             raise ValueError("Masked softmax knows no padding and no documents: give neither.")
         scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
-        if log_decay is not None:
-            scores = scores + decay_mask(log_decay, self._curves(attn_mask)).log()
+        if masks.log_decay is not None:
+            curves = self._curves(masks.attn_mask)
+            scores = scores + decay_mask(masks.log_decay, curves).log()
         return scores.softmax(-1).to(v.dtype) @ v
 
 

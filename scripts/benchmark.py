@@ -9,7 +9,6 @@ PyTorch's attention.
 """
 
 import math
-import os
 import platform
 import re
 import sys
@@ -31,6 +30,7 @@ from scripts.bench import cases as bench
 from scripts.bench import loops, paper, report
 from scripts.bench.cases import Case, Preset
 from scripts.bench.measure import measure
+from workers import usable_cores
 
 CONFIGS = [str(bench.ROOT / "mlm" / "configs" / f"{name}-base.yaml")
            for name in ("bert", "lion-lit", "lion-d", "lion-s", "hydra")]  # fmt: skip
@@ -137,7 +137,7 @@ def measured(cases: list[Case], options: Namespace, preset: Preset, csv: Path | 
     deadline = start + options.stop_after
     with tempfile.TemporaryDirectory() as folder:
         if cases[0].step in (bench.MAIN, bench.PRETRAIN):
-            cores = (os.cpu_count() or 1) // max(options.processes)
+            cores = usable_cores() // max(options.processes)
             workers = max(cores, 1) if options.workers is None else options.workers
             setting = loops.Setting(Path(folder), options.data_path, options.warm_up, options.steps,
                                     workers, repeats, seconds, options.extra)  # fmt: skip

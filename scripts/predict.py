@@ -139,9 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             found[file] = result
     except (KeyboardInterrupt, UserError) as error:  # what is done is kept
-        reason = [str(error)] if isinstance(error, UserError) else []
-        stopped = [*reason, f"stopped after {len(found)} of {len(options.files)} images"]
-        code = 1 if reason else 130
+        done = f"stopped after {len(found)} of {len(options.files)} images"
+        stopped = [*map(str, error.args), done]  # Ctrl-C has none
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
     predictions = {file: p for file, p in found.items() if not isinstance(p, OSError)}
     problems = stopped + [str(p) for p in found.values() if isinstance(p, OSError)]
     if not predictions:

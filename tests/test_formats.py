@@ -151,10 +151,11 @@ def test_gates_are_not_in_half_precision(mask, dtype):
     x = torch.randn(2, 5, 16)
     for weights, tokens in ((layer, x), (layer.to(dtype), x.to(dtype))):
         found = []
-        weights._mix = lambda qkv, decay, *_, found=found: found.append(decay) or qkv[..., :16]
+        weights._mix = lambda qkv, masks, found=found: found.append(masks) or qkv[..., :16]
         with torch.autocast("cpu", dtype, enabled=tokens.dtype == torch.float32):
             weights(tokens)
-        (decay,) = found
+        decay = found.pop().log_decay
+        assert not found
         gate = weights.a_i
         logits = (
             gate.double()[:, None]

@@ -9,7 +9,7 @@ import torch
 from helpers import TINY, refused, weights
 
 import models_lion
-from models_lion import FEATURE_MAPS, FORMATS
+from models_lion import FEATURE_MAPS, FORMATS, Masks
 from models_lion_plus import PLUS, LionPlusAttention, Place
 from models_masked_softmax import MaskedSoftmaxAttention
 
@@ -102,12 +102,12 @@ def test_rotary_embedding_is_of_the_numerator_alone():
     layer, bare = model.blocks[0].attn, plain.blocks[0].attn
     x = torch.randn(2, 17, 24)
     q, k, v = (torch.rand(2, 3, 17, 8) + 0.1 for _ in range(3))
-    masks = (None, place, None, None)
+    masks = Masks(None, place)
     denominator = (q @ k.mT).sum(-1, keepdim=True)
     rotated = layer._rotated(q, place.angles)
     scores = rotated @ layer._rotated(k, place.angles).mT
     assert torch.allclose(
-        layer._attend(q, k, v, *masks), scores @ v / (denominator + 1e-6), atol=1e-5
+        layer._attend(q, k, v, masks), scores @ v / (denominator + 1e-6), atol=1e-5
     )
     assert rotated[:, :, 0].equal(q[:, :, 0])  # the class token has no place
     lengths = [t.norm(dim=-1) for t in (q, rotated)]

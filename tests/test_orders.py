@@ -12,7 +12,7 @@ from test_models import images, small_model
 import models_masked_softmax  # noqa: F401, registers models
 from curves import ORDERS, num_curves, scan_curves
 from decays import DECAY_INITS, decay_logits, start_exponents
-from models_lion import FEATURE_MAPS, FORMATS, LionAttention
+from models_lion import FEATURE_MAPS, FORMATS, LionAttention, Masks
 
 MANY = "Snakes+Diagonal+Hilbert"  # eight curves
 
@@ -45,7 +45,7 @@ def test_kernels_take_any_number_of_curves(mask, order):
     curves = scan_curves(order, (3, 4), num_prefix=1, device=DEVICE)
     with torch.no_grad():
         by_kernel = layer._mix_by_kernel(x, curves, None, None)
-        plain = layer._mix(layer.qkv(x), layer.log_decay(x), curves, None, None)
+        plain = layer._mix(layer.qkv(x), Masks(layer.log_decay(x), curves))
     assert (by_kernel - plain).norm() / plain.norm() < 1e-5
 
 

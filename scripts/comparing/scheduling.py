@@ -14,7 +14,7 @@ from files import replacing
 from processes import STOP_SIGNALS, StopSignal
 from scripts.comparing.programs import ROOT
 from scripts.comparing.recipes import ARGUMENTS, LEASES, Run
-from workers import leave_with_parent
+from workers import leave_with_parent, usable_cores
 
 # Exit codes of a run that was sent a signal: after it saved, and before there was what to save.
 STOPPED = tuple(code for number in STOP_SIGNALS for code in (128 + number, -number))
@@ -110,7 +110,7 @@ class Scheduler:
         with replacing(run.folder / ARGUMENTS) as file:
             file.write(run.description)
         device = f"cuda:{slot % self.gpus}" if self.gpus else ""
-        threads = str(max(1, (os.cpu_count() or 1) // len(self.slots)))
+        threads = str(max(1, usable_cores() // len(self.slots)))
         shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**shares, **os.environ, "PYTHONPATH": path}
