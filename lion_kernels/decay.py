@@ -94,10 +94,11 @@ def decay_cumsum_kernel(
 @triton.jit
 def gate_bwd_kernel(
     DLOG_MASK, SUMS, PLACES, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
-    n, heads, prefix, sums_b, decay_c, decay_b, decay_n,
+    n, heads, prefix, sums_b, decay_c, decay_b, decay_n, gates, room,
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk.
+    """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk. Zeros
+    behind those of all curves' `gates` fill up the rows, to `room` columns from GRAD on.
 
     DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has the sums (0) to (5) of g_ij in
     "Gradients" of `docs/kernels.md`. Pairs around the chunk come from the states that enter it.
@@ -143,6 +144,9 @@ def gate_bwd_kernel(
         tl.store(GRAD + part, -tl.sum(dl, 0))
     else:
         tl.store(GRAD + own + tokens * decay_n, dl.to(GRAD.dtype.element_ty), mask=valid)
+    if DECAYS == "gates":
+        for column in range(own - b * decay_b + gates, room, gates):
+            tl.store(GRAD + b * decay_b + column + tokens * decay_n, 0.0, mask=valid)
 
 
 @triton.jit

@@ -127,12 +127,11 @@ def _gate_gradients(call: Call, parts: Tensor, c: int, curves: int) -> None:
     if call.values["DECAYS"] == "none":
         return
     into = {"gates": None, "head": parts, "logs": call.values["DDECAY"]}[call.values["DECAYS"]]
-    call.launch(
-        decay.gate_bwd_kernel, (*call.chunks, curves),
-        {"num_warps": 1 if call.num_chunks == 1 else 4},
-        DECAY=call.of_curve(c, call.qkv, call.decay),
-        GRAD=call.of_curve(c, call.values["DQKV"], into),
-    )  # fmt: skip
+    grad = call.of_curve(c, call.values["DQKV"], into)
+    options = {"num_warps": 1 if call.num_chunks == 1 else 4}
+    own = {"DECAY": call.of_curve(c, call.qkv, call.decay), "GRAD": grad}
+    own.update(gates=call.num_curves * call.heads, room=grad.shape[-1])
+    call.launch(decay.gate_bwd_kernel, (*call.chunks, curves), options, **own)
 
 
 def _forward(call: Call) -> None:
@@ -211,10 +210,6 @@ def mix_backward(
     dqkv, ddecay = like_inputs(*arguments)
     if not dqkv.numel():
         ddecay.zero_()
-    heads, dim, num_curves, _, lit, *_ = arguments[NUM_TENSORS:]
-    written = heads * (3 * dim + (0 if lit or ddecay.numel() else num_curves))
-    if written < dqkv.shape[2]:
-        dqkv.narrow(2, written, dqkv.shape[2] - written).zero_()
     tensors = (*arguments[:NUM_TENSORS], out, inv_denom, grad, dqkv, ddecay)
     Call.run(_backward, tensors, arguments[NUM_TENSORS:])
     return dqkv, ddecay
