@@ -42,7 +42,7 @@ def mix(
 
     - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
       columns; for LION-S the logits z of its gates, `C * H` columns for decays `1 - sigmoid(z)`,
-      and what aligns the rows (`padded_gates`). H is `heads` and D, one of 16, 32, 64, 128, `dim`.
+      and less than 64 that align the rows (`padded_gates`). H is `heads`, D `dim`, of HEAD_DIMS.
     - `decay`: float32; LION-D's `[C, H]`, logits w of the decays `sigmoid(w)`; or `[C, B, N, H]`,
       logs of decays, at most 0; else None.
     - `curves`: `[C, N]`, int64; None is token order, for C = 1. C is `scans`.

@@ -14,8 +14,7 @@ NUM_VECTORS = tl.constexpr(4)  # x, y, and the factors of keys before and after 
 
 @triton.jit
 def _load(DECAY, tokens, valid, stride, DECAYS: tl.constexpr):
-    """By token "logs" of decays or z of "gates" `1 - sigmoid(z)`; or z = -w of a "head"'s
-    `sigmoid(w)`."""
+    """By token "logs" of decays, or z of "gates" `1 - sigmoid(z)`; -w of a head's `sigmoid(w)`."""
     if DECAYS == "head":
         return tl.zeros_like(tokens).to(tl.float32) - tl.load(DECAY)
     return tl.load(DECAY + tokens * stride, mask=valid, other=0.0).to(tl.float32)
@@ -94,11 +93,11 @@ def decay_cumsum_kernel(
 @triton.jit
 def gate_bwd_kernel(
     DLOG_MASK, SUMS, PLACES, STATES, VECTORS, DECAY, CURVE, VALID, GRAD,
-    n, heads, prefix, sums_b, decay_c, decay_b, decay_n, gates, room,
+    n, heads, prefix, sums_b, decay_c, decay_b, decay_n, filled, width,
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk. Zeros
-    behind those of all curves' `gates` fill up the rows, to `room` columns from GRAD on.
+    """Gradients, into GRAD, of what DECAY has, with its strides; a head's by image and chunk. Rows
+    of gates are filled up with at most 64 zeros, from column `filled` of GRAD to `width`.
 
     DLOG_MASK `[C, B, H, chunks, 6, SIZE]`, by step or by token, has the sums (0) to (5) of g_ij in
     "Gradients" of `docs/kernels.md`. Pairs around the chunk come from the states that enter it.
@@ -144,9 +143,12 @@ def gate_bwd_kernel(
         tl.store(GRAD + part, -tl.sum(dl, 0))
     else:
         tl.store(GRAD + own + tokens * decay_n, dl.to(GRAD.dtype.element_ty), mask=valid)
-    if DECAYS == "gates":
-        for column in range(own - b * decay_b + gates, room, gates):
-            tl.store(GRAD + b * decay_b + column + tokens * decay_n, 0.0, mask=valid)
+    if DECAYS == "gates":  # of which every head fills up a part
+        columns = filled + tl.arange(0, 64)
+        for row in range(16 * (c * heads + h), size, 16 * heads * tl.num_programs(1)):
+            rows = row + tl.arange(0, 16)[:, None]
+            place = GRAD + b * decay_b + (start + rows) * decay_n + columns
+            tl.store(place, 0.0, mask=(rows < size) & (columns < width))
 
 
 @triton.jit

@@ -38,8 +38,7 @@ class Launches:
         self.steps.append((compiled, (*grid, 1, 1)[:3], values))
 
     def repeatable(self) -> Callable[[Sequence[Tensor]], None] | None:
-        """Repeats the launches with other tensors; None if that would be wrong: interpreted ones,
-        and tensors that overlap."""
+        """Repeats the launches with other tensors; None if interpreted, or if tensors overlap."""
         count = len(self.given)
         sizes = (-(-t.nbytes // 512) * 512 for t in self.scratch)
         places = [0] * count + [*accumulate(sizes, initial=0)]

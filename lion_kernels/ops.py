@@ -130,7 +130,7 @@ def _gate_gradients(call: Call, parts: Tensor, c: int, curves: int) -> None:
     grad = call.of_curve(c, call.values["DQKV"], into)
     options = {"num_warps": 1 if call.num_chunks == 1 else 4}
     own = {"DECAY": call.of_curve(c, call.qkv, call.decay), "GRAD": grad}
-    own.update(gates=call.num_curves * call.heads, room=grad.shape[-1])
+    own.update(filled=(call.num_curves - c) * call.heads, width=grad.shape[-1])
     call.launch(decay.gate_bwd_kernel, (*call.chunks, curves), options, **own)
 
 
