@@ -8,7 +8,6 @@ see random images. Cases take their turns in every round. Ratios are to the fast
 PyTorch's attention.
 """
 
-import math
 import platform
 import re
 import sys
@@ -64,7 +63,6 @@ def get_args_parser() -> ArgumentParser:
     add("--threads", type=int, default=1, help="of the CPU; several wait for other processes")
     add("--repeats", type=int, help="turns of each case, at most")
     add("--seconds", type=float, help="for each case; one run is made in any case")
-    add("--stop-after", type=float, default=math.inf, help="seconds: nothing is begun after them")
     add("--output", type=Path, help="folder for NAME.md, NAME.csv and NAME.png; NAME is benchmark, "
         "or that of another preset")  # fmt: skip
     add("--from-csv", type=Path, metavar="CSV", help="report what was measured before")
@@ -134,17 +132,16 @@ def measured(cases: list[Case], options: Namespace, preset: Preset, csv: Path | 
     start, done = time.perf_counter(), []
     repeats = options.repeats or preset.repeats
     seconds = preset.seconds if options.seconds is None else options.seconds
-    deadline = start + options.stop_after
     with tempfile.TemporaryDirectory() as folder:
         if cases[0].step in (bench.MAIN, bench.PRETRAIN):
             cores = usable_cores() // max(options.processes)
             workers = max(cores, 1) if options.workers is None else options.workers
             setting = loops.Setting(Path(folder), options.data_path, options.warm_up, options.steps,
                                     workers, repeats, seconds, options.extra)  # fmt: skip
-            groups = loops.measure_loops(cases, setting, deadline)
+            groups = loops.measure_loops(cases, setting)
         else:
             together = bench.split(cases, lambda case: case.group).values()
-            groups = (measure(group, repeats, seconds, deadline) for group in together)
+            groups = (measure(group, repeats, seconds) for group in together)
         for group in groups:
             done += group
             last, passed = group[-1], time.perf_counter() - start

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +19,7 @@ from PIL import Image
 from compilation import CUDA_GRAPHS
 from scripts.bench.cases import BARE, GRAPHS, MAIN, OUT_OF_MEMORY, ROOT, Case
 from scripts.bench.entry import TRACED
-from scripts.bench.measure import OUT_OF_TIME, in_new_process, measure
+from scripts.bench.measure import in_new_process, measure
 from scripts.bench.report import number, or_note, rows
 
 LOADER = "loader alone"  # the entry point with a model of next to no time
@@ -47,12 +46,10 @@ class Setting(NamedTuple):
         return self.warm_up + self.steps + TRACED
 
 
-def measure_loops(cases: Sequence[Case], setting: Setting, deadline: float) -> Iterator[list[Case]]:
+def measure_loops(cases: Sequence[Case], setting: Setting) -> Iterator[list[Case]]:
     """Bare steps, the entry points and their loaders alone, each in turn with its results."""
     for case in with_companions(cases):
-        if time.perf_counter() > deadline:
-            yield [replace(case, note=OUT_OF_TIME)]
-        elif case.step in BARE.values():
+        if case.step in BARE.values():
             yield in_new_process(measure, [case], setting.repeats, setting.seconds)
         else:
             yield [run_entry(case, setting)]

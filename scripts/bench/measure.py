@@ -8,13 +8,12 @@ measured in a process for each case.
 import ctypes
 import gc
 import multiprocessing
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from math import inf, nan
+from math import nan
 from statistics import median
 from timeit import timeit
 from typing import Any
@@ -28,7 +27,6 @@ from utils import peak_memory
 from workers import end_with_parent
 
 TURN = 0.02  # seconds that a turn takes at least: short cases get several iterations
-OUT_OF_TIME, ONLY_FASTEST = "no time left", "slower alone, not compiled"
 # Notes by what errors say: of memory, on a GPU, on the CPU and of a process that the system ended;
 # and of a backend that the device or the shape rules out.
 NOTES = {"out of memory": OUT_OF_MEMORY, "can't allocate memory": OUT_OF_MEMORY,
@@ -40,24 +38,18 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["timm", "torch.utils.tensorboard"])
 
 
-def measure(cases: list[Case], repeats: int, budget: float, deadline: float = inf) -> list[Case]:
+def measure(cases: list[Case], repeats: int, budget: float) -> list[Case]:
     """Fills in the results of a group of cases, which is returned.
 
     Time is the median of `repeats` turns, or of as many as fit into `budget` seconds for each case.
-    Where not even one fits, it is that of the first run. No case is begun after `deadline`, as
-    `time.perf_counter` counts.
+    Where not even one fits, it is that of the first run.
     """
-    if cases[0].compiled and time.perf_counter() < deadline:
-        choose_backend(cases)
     steps = []
     for case in cases:
-        if time.perf_counter() > deadline:
-            case.note = case.note or OUT_OF_TIME
-        if not case.note:
-            with noting_failure(case):
-                alone = in_new_process(peak_bytes, case) if case.device == "cpu" else 0
-                steps.append(first_run(case))
-                case.bytes = alone or case.bytes
+        with noting_failure(case):
+            alone = in_new_process(peak_bytes, case) if case.device == "cpu" else 0
+            steps.append(first_run(case))
+            case.bytes = alone or case.bytes
     take_turns(steps, repeats, budget)
     steps.clear()
     images.cache_clear()
@@ -141,16 +133,3 @@ def noting_failure(case: Case) -> Iterator[None]:
             traceback.print_exc()
             case.note = f"failed: {type(error).__name__}"
         case.seconds = nan
-
-
-def choose_backend(cases: list[Case]) -> None:
-    """Keeps softmax cases of the backend whose mixer is the fastest; to compile takes minutes."""
-    alone = {"step": bench.BACKWARD, "pixels": 0, "compiled": ""}
-    probes = {case.form: replace(case, **alone) for case in cases if case.form in bench.BACKENDS}
-    if len(probes) < 2 or cases[0].step not in (bench.TRAINING, bench.INFERENCE):
-        return
-    measure(list(probes.values()), repeats=5, budget=1)
-    fastest = min(probes.values(), key=lambda probe: (bool(probe.note), probe.seconds))
-    for case in cases:
-        if probe := probes.get(case.form):
-            case.note = probe.note or ("" if probe is fastest else ONLY_FASTEST)
