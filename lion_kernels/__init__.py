@@ -23,8 +23,7 @@ def available(device: torch.device, dtype: torch.dtype, dim: int, trained: bool 
 
 
 def padded_gates(count: int) -> int:
-    """Columns that `count` gates take. Rows stay multiples of 128 bytes, without which
-    torch.compile would pad and copy them."""
+    """Columns of `count` gates in rows of whole 128 bytes, which torch.compile need not copy."""
     return -(-count // 64) * 64
 
 
@@ -43,8 +42,7 @@ def mix(
     - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
       columns; for LION-S the logits z of its gates, `C * H` columns for decays `1 - sigmoid(z)`,
       and less than 64 that align the rows (`padded_gates`). H is `heads`, D `dim`, of HEAD_DIMS.
-    - `decay`: float32; LION-D's `[C, H]`, logits w of the decays `sigmoid(w)`; or `[C, B, N, H]`,
-      logs of decays, at most 0; else None.
+    - `decay`: float32; logits w `[C, H]` of LION-D's decays `sigmoid(w)`, or logs `[C, B, N, H]`.
     - `curves`: `[C, N]`, int64; None is token order, for C = 1. C is `scans`.
     - `valid`: bool `[B, N]`, False for padding: keys that count nowhere, with a decay of 1.
     - `documents`: integers `[B, N]`; tokens of one document stand together, and mix with no other.
@@ -53,8 +51,7 @@ def mix(
     - `recurrent`: one state that walks over the tokens, and beside the output no more memory than a
       number per token and head (without decays, a state for every 512 tokens); without gradients.
 
-    Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for another head width,
-    and for documents along curves.
+    Returns `[B, N, H * D]` in the dtype of `projected`. Raises ValueError for what does not fit.
     """
     from lion_kernels import ops, recurrence
 
@@ -62,6 +59,9 @@ def mix(
         raise ValueError(f"The kernels have heads of width 16, 32, 64 or 128, not {dim}.")
     if documents is not None and curves is not None:
         raise ValueError("The kernels keep documents apart in token order alone: give no curves.")
+    gates = 0 if lit or decay is not None else scans
+    if not 0 <= projected.shape[2] - heads * (3 * dim + gates) < (64 if gates else 1):
+        raise ValueError(f"{heads} heads of width {dim} do not fit {projected.shape[2]} columns.")
     options = (heads, dim, scans, prefix, lit, features, normalise, eps)
     tensors = (projected, decay, curves, valid, documents)
     if recurrent:

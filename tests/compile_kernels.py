@@ -48,7 +48,8 @@ def compile_launch(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
 
 def launch_mixer(dtype: torch.dtype, dim: int, mask: str, n: int = 100) -> None:
     """Forward, backward where the dtype is trained by kernels, and the recurrence."""
-    projected = torch.zeros(1, n, 3 * dim + lion_kernels.padded_gates(2), dtype=dtype)
+    gates = lion_kernels.padded_gates(2) if mask == "Selective" else 0
+    projected = torch.zeros(1, n, 3 * dim + gates, dtype=dtype)
     curves = None if mask == "Lit" else torch.arange(n).repeat(2, 1)
     decay = torch.zeros(2, 1) if mask == "Decay" else None
     options = {"heads": 1, "dim": dim, "scans": 1 if mask == "Lit" else 2, "lit": mask == "Lit"}

@@ -213,6 +213,23 @@ def test_refusals():
         lion_kernels.mix(
             torch.zeros(1, 4, 64), None, order[None], None, order[None], heads=1, dim=16
         )
+    for columns, lit in ((49, True), (47, True), (48, False), (113, False)):
+        with pytest.raises(ValueError, match=f"width 16 do not fit {columns} columns"):
+            lion_kernels.mix(torch.zeros(1, 4, columns), heads=1, dim=16, lit=lit)
+
+
+@pytest.mark.parametrize("order", ["Normal", "S"])
+def test_no_gradient_of_what_fills_up_the_rows(order, plan, monkeypatch):
+    def unwritten(*arguments):
+        return tuple(t.fill_(torch.nan) for t in like_inputs(*arguments))
+
+    like_inputs = ops.like_inputs
+    monkeypatch.setattr(ops, "like_inputs", unwritten)
+    projected, *others = make_inputs("Selective", order, 70, heads=3)
+    scans = 1 if order == "Normal" else 2
+    dprojected = mix(projected, *others, "Selective")[1]
+    assert (dprojected[..., 3 * (3 * 16 + scans) :] == 0).all()
+    assert dprojected.isfinite().all()
 
 
 @pytest.mark.parametrize(
