@@ -388,6 +388,7 @@ def test_on_a_gpu(tmp_path):
         ("--parts mixer --models Vim", "the mixer alone is that of ViT and LION, not of Vim"),
         ("--parts main training", "the preset loops has no part training: choose of .*"),
         ("--preset resolution --parts mixer", "the preset resolution has no part mixer: .*"),
+        ("--preset paper --parts text", "the preset paper has no part text: .*"),
         ("--preset paper --parts inference", "the preset paper divides by training steps: .*"),
         ("--parts text --compile graphs", "language models have no CUDA graphs: leave .* out"),
         ("--processes 2", "--processes is of the parts main and pretrain: leave it out"),
