@@ -360,6 +360,11 @@ def check_training(args: argparse.Namespace) -> None:
         )
     if args.cache:
         check_cache(args)
+    if args.cosub and not (args.train_mode and args.drop_path + args.drop > 0):
+        raise UserError(
+            "--cosub draws its submodels by stochastic depth: give --drop-path above 0, and leave "
+            "--no-train-mode out."
+        )
     if args.distillation_type != "none":
         if args.cosub:
             raise UserError("--cosub and --distillation-type exclude each other: choose one.")
@@ -404,6 +409,10 @@ def check_model(args: argparse.Namespace) -> None:
     models_timm.check_options(args.model_kwargs)
     with as_user_error():
         check_order(args.order)
+    own = {name: f"--{name}" for name in (*models_timm.LION_OPTIONS, "plus")}
+    own |= {"drop_path_rate": "--drop-path", "drop_rate": "--drop"}
+    if both := [name for name in args.model_kwargs if name in own]:
+        raise UserError(f"{both[0]} in --model-kwargs has an argument: give {own[both[0]]}.")
     default = get_args_parser().get_default
     names = (*models_timm.LION_OPTIONS, *OF_GATES, "plus")
     given = [f"--{name}" for name in names if getattr(args, name) != default(name)]

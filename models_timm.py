@@ -128,7 +128,7 @@ def resize(model: Any, size: int | tuple[int, int]) -> None:
 
 
 def train_attention_alone(model: Any, name: str) -> None:
-    """Freezes all but attention, classifier and position embedding, as DeiT does.
+    """Freezes all but attention, pooling by it, classifier and position embedding, as DeiT does.
 
     Raises UserError if `model`, called `name`, has no attention.
     """
@@ -137,7 +137,7 @@ def train_attention_alone(model: Any, name: str) -> None:
     if not any(".attn." in place for place, _ in model.named_parameters()):
         raise UserError(f"{name} has no attention to train: leave --attn-only out.")
     for place, parameter in model.named_parameters():
-        parameter.requires_grad = ".attn." in place or place.startswith("pos_embed")
+        parameter.requires_grad = ".attn." in place or place.startswith(("pos_embed", "attn_pool"))
     for head in heads:
         head.requires_grad_()
 
@@ -163,7 +163,7 @@ def require_logits(
     if shape != [2, num_classes]:
         raise UserError(
             f"{name} is no classifier of the {num_classes} classes of the data: its output for 2 "
-            f"images is {shape}. Choose one, without num_classes in --model-kwargs."
+            f"images is {shape}. Choose one, without num_classes and global_pool in --model-kwargs."
         )
 
 

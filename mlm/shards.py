@@ -151,7 +151,7 @@ class Corpus:
         if not self.shards:
             raise UserError(
                 f"The {split} split of {folder} has no window of {length} tokens: "
-                "prepare more text, or lower the length."
+                "prepare more text, or a larger --eval-share, or lower the length."
             )
 
     def description(self) -> str:

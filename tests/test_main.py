@@ -390,6 +390,12 @@ def test_attn_only_trains_a_classifier_of_any_name():
     assert all(".attn." in name for name in trained - {"fc.weight", "fc.bias"})
 
 
+def test_attn_only_trains_the_pool_before_the_classifier():
+    model = timm.create_model("lion_tiny_patch16_224", depth=1, img_size=32, global_pool="map")
+    models_timm.train_attention_alone(model, "lion_tiny_patch16_224")
+    assert all(p.requires_grad for p in model.attn_pool.parameters())
+
+
 def test_attn_only_needs_attention(run, data_path):
     options = ("--model", "test_resnet", "--attn-only", "--model-kwargs")
     ended = run(*TINY, *options, "--data-path", data_path)
