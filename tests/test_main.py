@@ -410,7 +410,7 @@ def test_attn_only_needs_attention(run, data_path):
         (("--mixup", "0.8"), math.log(3)),
         (("--bce-loss",), math.log(2)),
         (("--bce-loss", "--cutmix", "1"), math.log(2)),
-        (("--cosub", "--mixup", "0.8"), math.log(2)),
+        (("--cosub", "--drop-path", "0.1", "--mixup", "0.8"), math.log(2)),
     ],
 )
 def test_each_loss_begins_at_that_of_ignorance(options, loss, trained):
