@@ -410,7 +410,7 @@ def check_model(args: argparse.Namespace) -> None:
     with as_user_error():
         check_order(args.order)
     own = {name: f"--{name}" for name in (*models_timm.LION_OPTIONS, "plus")}
-    own |= {"drop_path_rate": "--drop-path", "drop_rate": "--drop"}
+    own |= {name: models_timm.OPTIONAL[name] for name in ("drop_path_rate", "drop_rate")}
     if both := [name for name in args.model_kwargs if name in own]:
         raise UserError(f"{both[0]} in --model-kwargs has an argument: give {own[both[0]]}.")
     default = get_args_parser().get_default

@@ -23,7 +23,7 @@ def available(device: torch.device, dtype: torch.dtype, dim: int, trained: bool 
 
 
 def padded_gates(count: int) -> int:
-    """Columns of `count` gates in rows of whole 128 bytes, which torch.compile need not copy."""
+    """Columns of `count` gates: rows of whole 128 bytes, or torch.compile pads and copies them."""
     return -(-count // 64) * 64
 
 
@@ -42,7 +42,7 @@ def mix(
     - `projected`: `[B, N, W]`, as one Linear layer writes it: queries, keys and values, `3 * H * D`
       columns; for LION-S the logits z of its gates, `C * H` columns for decays `1 - sigmoid(z)`,
       and less than 64 that align the rows (`padded_gates`). H is `heads`, D `dim`, of HEAD_DIMS.
-    - `decay`: float32; logits w `[C, H]` of LION-D's decays `sigmoid(w)`, or logs `[C, B, N, H]`.
+    - `decay`: float32; LION-D's logits w `[C, H]`, or logs of decays `[C, B, N, H]`, <= 0; or None.
     - `curves`: `[C, N]`, int64; None is token order, for C = 1. C is `scans`.
     - `valid`: bool `[B, N]`, False for padding: keys that count nowhere, with a decay of 1.
     - `documents`: integers `[B, N]`; tokens of one document stand together, and mix with no other.

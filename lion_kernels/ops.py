@@ -129,8 +129,8 @@ def _gate_gradients(call: Call, parts: Tensor, c: int, curves: int) -> None:
     into = {"gates": None, "head": parts, "logs": call.values["DDECAY"]}[call.values["DECAYS"]]
     grad = call.of_curve(c, call.values["DQKV"], into)
     options = {"num_warps": 1 if call.num_chunks == 1 else 4}
-    own = {"DECAY": call.of_curve(c, call.qkv, call.decay), "GRAD": grad}
-    own.update(filled=(call.num_curves - c) * call.heads, width=grad.shape[-1])
+    own = {"DECAY": call.of_curve(c, call.qkv, call.decay), "GRAD": grad, "width": grad.shape[-1],
+           "filled": (call.num_curves - c) * call.heads}  # fmt: skip
     call.launch(decay.gate_bwd_kernel, (*call.chunks, curves), options, **own)
 
 

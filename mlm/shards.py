@@ -149,9 +149,10 @@ class Corpus:
                 )
         self.ends = np.cumsum([len(shard) // length for shard in self.shards])
         if not self.shards:
+            more = "more text" if split == "train" else "more text, or with a larger --eval-share"
             raise UserError(
                 f"The {split} split of {folder} has no window of {length} tokens: "
-                "prepare more text, or a larger --eval-share, or lower the length."
+                f"prepare {more}, or lower the length."
             )
 
     def description(self) -> str:
