@@ -243,7 +243,8 @@ def _add_device(add: Add, switch: Add) -> None:
     add("--deterministic", action="store_true",
         help="on GPUs: equal runs end with equal weights bit for bit; slower")  # fmt: skip
     add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND",
-        help="compile the model and what is done to whole batches (backend: inductor)")  # fmt: skip
+        help="compile the model and what is done to whole batches, in training (backend: "
+        "inductor)")  # fmt: skip
     add("--torchcompile-mode", default=None, metavar="MODE",
         help="of --torchcompile, such as reduce-overhead: CUDA graphs")  # fmt: skip
     add("--channels-last", action="store_true", help="memory format of the weights, for CNNs")

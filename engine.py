@@ -12,7 +12,6 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 import checkpoint
-from compilation import begin_step
 from errors import UserError
 from journal import Mean, Progress
 from optimization import learning_rate, load_optimizer
@@ -239,6 +238,7 @@ def _loss_function(
     return loss_of
 
 
+@torch.compiler.set_stance("force_eager")  # replayed CUDA graphs of a ViT gave wrong logits
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -252,6 +252,7 @@ def evaluate(
 ) -> tuple[dict[str, float], float]:
     """Loss, top-1 and top-5 accuracy (in %) over all processes' shards, and images/s.
 
+    The model runs as it is written, whether it is compiled or not (docs/evidence.md).
     `images` is the size of the whole set. `per_class`, zeros `[K, 2]` on the device, receives each
     class's images and how many of them are classified correctly. Raises, on all processes together,
     Interrupted when `stop` was signalled to any, and FloatingPointError if the loss is not finite.
@@ -268,7 +269,6 @@ def evaluate(
             break
         samples = samples.to(world.device, non_blocking=True)
         targets = targets.to(world.device, non_blocking=True)
-        begin_step()
         with autocast(world.device, amp_dtype):
             logits = model(samples).float()
         loss = F.cross_entropy(logits, targets, reduction="sum")

@@ -269,8 +269,6 @@ class Evaluation:
 
     def run(self) -> None:
         args, world = self.args, self.world
-        if args.torchcompile:
-            compile_in_place(self.model, args.torchcompile, args.torchcompile_mode)
         count, device = len(self.loader.dataset), world.device
         per_class = torch.zeros(len(self.classes), 2, dtype=torch.float64, device=device)
         with peak_memory(device) as memory:

@@ -7,10 +7,12 @@ import timm
 import torch
 from helpers import TINY, Ranks, count_reduction, make_image_folder, rendezvous, same
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import models_lion  # noqa: F401  (registers the models)
+from compilation import compile_in_place
 from engine import Position, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models_lion import FEATURE_MAPS, FORMATS
@@ -202,6 +204,15 @@ def score(model: nn.Module, count: int, world: World = CPU, **kwargs) -> dict[st
     sampler = ShardSampler(count, num_replicas=world.size, rank=world.rank)
     loader = DataLoader(TensorDataset(*images(count)), batch_size=4, sampler=sampler)
     return evaluate(model, loader, world=world, images=count, **kwargs)[0]
+
+
+def test_a_compiled_model_is_evaluated_as_it_is_written():
+    model, counter = small_model(), CompileCounter()
+    expected = score(model, 21)
+    compile_in_place(model, counter)
+    assert score(model, 21) == expected and counter.frame_count == 0
+    model(images(2)[0])
+    assert counter.frame_count == 1
 
 
 def scores_of_classes(world: World) -> torch.Tensor:
