@@ -1,19 +1,22 @@
 """The benchmark: its cases, turns, tables and pictures, on tiny models and a CPU."""
 
 import csv
+import inspect
 import math
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise, product
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from helpers import ROOT
 
+import lion_kernels
+from errors import UserError
 from scripts import benchmark
 from scripts.bench import measure, paper, report, steps
 from scripts.bench.cases import (
@@ -21,6 +24,8 @@ from scripts.bench.cases import (
     FORWARD,
     GRAPHS,
     INFERENCE,
+    LAYER_BACKWARD,
+    LAYER_FORWARD,
     LIONS,
     MODELS,
     NO_MIXING,
@@ -66,30 +71,28 @@ def called(capsys, folder, options):
     return printed, report.read_csv(file)
 
 
-def test_speed(tmp_path, capsys, no_processes):
-    options = "--parts mixer training inference --sizes 32x2 --models LION-S♮ --formats RNN Chunk"
+@pytest.mark.parametrize(
+    ("name", "formats"), [("training", ["Chunk"]), ("inference", ["RNN", "Chunk"])]
+)
+def test_speed(tmp_path, capsys, no_processes, name, formats):
+    options = f"--preset {name} --sizes 32x2 --models LION-S♮ --formats RNN Chunk"
     printed, cases = called(capsys, tmp_path, options)
-    expected = []
-    for step, formats in (
-        (FORWARD, ["Chunk"]), (BACKWARD, ["Chunk"]), (TRAINING, ["Chunk"]),
-        (INFERENCE, ["RNN", "Chunk"]),
-    ):  # fmt: skip
-        expected += [(step, "ViT, SDPA flash"), *((step, f"LION-S♮, {form}") for form in formats)]
-    assert [(case.step, case.label) for case in cases] == expected
-    *summaries, table = tables_of(printed)
-    assert len(summaries) == 4 and "- threads: 1" in printed
-    base = {case.step: case for case in cases if case.model == "ViT"}
+    labels = ["ViT, SDPA flash", *(f"LION-S♮, {form}" for form in formats)]
+    assert [(case.step, case.label) for case in cases] == [(name, label) for label in labels]
+    summary, table = tables_of(printed)
+    assert "- threads: 1" in printed
     for row, case in zip(table[2:], cases, strict=True):
-        ratio = f"{case.seconds / base[case.step].seconds:.2f}"
-        assert row[3:6] == [case.label, f"{case.seconds * 1e3:.2f}", ratio]
+        ratio = f"{case.seconds / cases[0].seconds:.2f}"
+        assert row[3:6] == [case.label, f"{case.seconds * 1e3:.3f}", ratio]
         assert case.seconds > 0 and case.runs >= 1 and row[8] == "1.0"
-    assert summaries[3][3] == ["LION-S♮, RNN", ", ".join(table[-2][4:6])]
-    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert summary[3] == [labels[1], ", ".join(table[3][4:6])]
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert cases[-1].card == benchmark.cpu_name() and "LION-S" in printed
     again = tmp_path / "again"
-    benchmark.main(["--from-csv", str(tmp_path / "benchmark.csv"), "--output", str(again)])
+    benchmark.main(["--preset", name, "--from-csv", str(tmp_path / f"{name}.csv"),
+                    "--output", str(again)])  # fmt: skip
     assert tables_of(capsys.readouterr().out) == tables_of(printed)
-    assert (again / "benchmark.png").exists()
+    assert (again / f"{name}.png").exists()
 
 
 @pytest.mark.slow
@@ -159,8 +162,8 @@ def test_a_picture_shows_every_line_and_explains_its_cross():
 
 
 def test_text(tmp_path, capsys, no_processes):
-    configs = " ".join([CONFIG, CONFIG.replace("bert", "lion-s"), *SMALL])
-    printed, cases = called(capsys, tmp_path, f"--parts text --sizes 32x2 40x1 --configs {configs}")
+    configs = " ".join(["--configs", CONFIG, CONFIG.replace("bert", "lion-s"), *SMALL])
+    printed, cases = called(capsys, tmp_path, f"--preset text --sizes 32x2 40x1 {configs}")
     assert [(case.label, case.tokens, case.batch) for case in cases] == [
         ("bert-base, SDPA", 32, 2), ("lion-s-base", 32, 2),
         ("bert-base, SDPA", 40, 1), ("lion-s-base", 40, 1),
@@ -192,7 +195,7 @@ def test_fastest_softmax_is_the_base():
     assert [row[5] for row in tables_of(report.table(cases))[0][2:]] == [
         "2.00", "1.00", "0.50", "", "0.50"]  # fmt: skip
     assert "| ViT, SDPA cudnn | out of memory |" in report.summary(cases)
-    assert "| LION-S♮, Chunk | 1000.00, 0.50 |" in report.summary(cases)
+    assert "| LION-S♮, Chunk | 1000.000, 0.50 |" in report.summary(cases)
 
 
 def a_step(case):
@@ -309,16 +312,47 @@ def test_steps_in_lower_precision(model, step, precision):
 
 
 @pytest.mark.parametrize("model", LIONS)
-def test_mixer_is_that_of_the_kernels(model):
-    case = make_case(BACKWARD, model, tokens=13, batch=1)
-    plain, leaves = steps.lion_mixer(case)
-    in_interpreter, _ = steps.lion_mixer(replace(case, form="kernels"))
-    for leaf in leaves:
-        leaf.requires_grad_()
-    outputs = [mix(*leaves) for mix in (plain, in_interpreter)]
-    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-3)
-    gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in outputs]
-    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-2)
+def test_mixer_is_that_of_the_models(model, monkeypatch):
+    """It calls the kernels as a layer does, on tensors of the same shapes."""
+    signature, calls = inspect.signature(lion_kernels.mix), []
+
+    def mix(*arguments, **options):
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        calls.append(bound.arguments)
+        return arguments[0][..., :192]
+
+    monkeypatch.setattr(lion_kernels, "mix", mix)
+    monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
+    steps.prepare(make_case(LAYER_FORWARD, model, "Attention")).run()
+    steps.prepare(make_case(FORWARD, model, "kernels", tokens=5)).run()
+    for name, value in calls[0].items():
+        other = calls[1][name]
+        if name in ("projected", "decay") and value is not None:
+            value, other = value.shape, other.shape
+        assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
+
+
+@pytest.mark.parametrize("model", ["ViT", "LION-S♮", "LION-D", "LION-Lit"])
+@pytest.mark.parametrize("step", [LAYER_FORWARD, LAYER_BACKWARD])
+def test_steps_of_a_layer(model, step):
+    case = make_case(step, model, "default" if model == "ViT" else "Attention")
+    prepared = steps.prepare(case)
+    output = prepared.run()
+    width, weights = 192, 4 * 192**2
+    if step == LAYER_FORWARD:
+        assert output.shape == (2, 5, width) and output.requires_grad
+    else:
+        assert output[0].shape == (2, 5, width) and all(g.isfinite().all() for g in output)
+    assert weights < case.parameters < 1.1 * weights
+
+
+def test_a_layer_is_timed_by_the_hosts_clock(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("idle"))
+    case = make_case(LAYER_BACKWARD, device="cuda", iterations=2)
+    step = steps.Step(case, lambda: called.append("run"), nullcontext, held=0)
+    assert measure.begin(step)() > 0 and called == ["idle", "run", "run"]
 
 
 def test_no_mixing():
@@ -330,7 +364,7 @@ def test_no_mixing():
     assert all(isinstance(block.attn, steps.NoMixing) for block in model.blocks)
 
 
-@pytest.mark.parametrize("how", ["blocks", "model", GRAPHS])
+@pytest.mark.parametrize("how", ["blocks", GRAPHS])
 @pytest.mark.parametrize("step", [TRAINING, INFERENCE])
 def test_compiled(step, how):
     case = make_case(step, "LION-Lit", compiled=how)
@@ -338,13 +372,13 @@ def test_compiled(step, how):
         steps.prepare(case).run()
 
 
-def cases_of(part, preset="speed", **options):
-    return make_cases(part, presets("cuda")[preset].parts[part], replace(BLANK, device="cuda"),
-                      **{"scales": ["base"], **options})  # fmt: skip
+def cases_of(preset, **options):
+    blank = replace(BLANK, device="cuda", precision="")
+    return make_cases(presets("cuda")[preset], blank, **{"scales": ["base"], **options})
 
 
 def test_cases_of_a_gpu():
-    training = cases_of(TRAINING, scales=["tiny", "base"])
+    training = cases_of("training", scales=["tiny", "base"])
     assert len(training) == 2 * 4 * (3 + 1 + 5)
     assert {(c.pixels, c.batch) for c in training if c.scale == "base"} == {
         (224, 128), (384, 48), (512, 24), (1024, 4)}  # fmt: skip
@@ -352,25 +386,41 @@ def test_cases_of_a_gpu():
     mixer = cases_of("mixer", sizes=["197", "50x7"])
     assert len(mixer) == 2 * 2 * (4 + 5)
     assert {(c.tokens, c.batch) for c in mixer} == {(197, 256), (50, 7)}
-    inference = cases_of(INFERENCE, models=["LION-Lit"], sizes=["2496"])
+    host = cases_of("host", models=["LION-D"], sizes=["224", "112x2"])
+    assert [(c.step, c.tokens, c.batch, c.label) for c in host] == [
+        (step, tokens, batch, label) for tokens, batch in ((197, 1), (50, 2))
+        for step in (LAYER_FORWARD, LAYER_BACKWARD)
+        for label in ("ViT, SDPA", "LION-D, Attention")
+    ]  # fmt: skip
+    assert {c.precision for c in training} == {"amp"}
+    assert {c.precision for c in [*mixer, *host]} == {"bfloat16"}
+    inference = cases_of("inference", models=["LION-Lit"], sizes=["2496"])
     assert {(c.tokens, c.batch, c.form) for c in inference if c.model == "LION-Lit"} == {
         (24337, 64, format) for format in ("Attention", "RNN", "Chunk")}  # fmt: skip
-    assert set(paper.TRAINED) == {c.model for c in cases_of(TRAINING, "paper")}
+    assert set(paper.TRAINED) == {c.model for c in cases_of("paper")}
     assert set(MODELS) == {*paper.TRAINED, NO_MIXING}
+
+
+def test_mixers_and_layers_are_those_of_vit_and_lion():
+    for name in ("mixer", "host"):
+        with pytest.raises(UserError, match="are those of ViT and LION, not of Vim"):
+            cases_of(name, models=["Vim"])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("name", ["mixer", "host", "training", "inference"])
+def test_on_a_gpu(tmp_path, name):
+    whole = name in ("training", "inference")
     command = (
-        "--device cuda --parts mixer training inference --scales tiny --sizes 32x2 --repeats 2 "
-        f"--models LION-S♮ --compile none blocks --output {tmp_path}"
+        f"--device cuda --preset {name} --scales tiny --sizes 32x2 --repeats 2 --models LION-S♮ "
+        f"--compile none {'blocks' if whole else ''} --output {tmp_path}"
     )
     benchmark.main(command.split())
-    measured = [case for case in report.read_csv(tmp_path / "benchmark.csv") if not case.note]
+    measured = [case for case in report.read_csv(tmp_path / f"{name}.csv") if not case.note]
     found = {(case.step, case.compiled) for case in measured if case.model == "LION-S♮"}
-    assert found == {(FORWARD, ""), (BACKWARD, ""),
-                     *product((TRAINING, INFERENCE), ("", "blocks"))}  # fmt: skip
+    compiled = ("", "blocks") if whole else ("",)
+    assert found == set(product(presets("cuda")[name].steps, compiled))
     assert all(case.seconds > 0 and case.bytes > 0 for case in measured)
 
 
@@ -381,24 +431,22 @@ def test_on_a_gpu(tmp_path):
         ("--preset resolution --sizes 16", "a size must be a multiple of 16 .* not 16"),
         ("--sizes 32y4", "a size is SIZE or SIZExBATCH, not '32y4'"),
         ("--sizes 32x0", "a size and its batch must be at least 1, not '32x0'"),
-        ("--chunk-size 0", "chunk size, .* must be at least 1"),
-        ("--repeats 0", "chunk size, .* must be at least 1"),
+        ("--repeats 0", "steps, .* must be at least 1"),
         ("--device nonsense", ".*nonsense.*"),
         ("--output {file}", ".*File exists.*"),
-        ("--parts mixer --models Vim", "the mixer alone is that of ViT and LION, not of Vim"),
-        ("--parts main training", "the preset loops has no part training: choose of .*"),
-        ("--preset resolution --parts mixer", "the preset resolution has no part mixer: .*"),
-        ("--preset paper --parts text", "the preset paper has no part text: .*"),
-        ("--preset paper --parts inference", "the preset paper divides by training steps: .*"),
-        ("--parts text --compile graphs", "language models have no CUDA graphs: leave .* out"),
-        ("--processes 2", "--processes is of the parts main and pretrain: leave it out"),
-        ("--parts main --data-path {file}", "--data-path .* is no folder: choose another"),
-        ("--parts main --precision bfloat16", "entry points train with --precision amp or .*"),
-        ("--parts text --configs absent.yaml", "cannot read the settings absent.yaml: No such.*"),
-        ("--parts text --configs model.mixer=lion-s", "give at least one configuration .*"),
-        (f"--parts text --configs {CONFIG} model.mixr=a", "Unknown key 'mixr' in the section .*"),
+        ("--preset mixer", "the preset mixer needs a GPU, whose .*: choose another"),
+        ("--preset host", "the preset host needs a GPU, whose .*: choose another"),
+        ("--preset mixer --compile blocks", "mixers and layers are not compiled: leave .* out"),
+        ("--preset host --precision amp", "mixers and layers have --precision bfloat16 or .*"),
+        ("--preset text --compile graphs", "language models have no CUDA graphs: leave .* out"),
+        ("--processes 2", "--processes is of the presets main and pretrain: leave it out"),
+        ("--preset main --data-path {file}", "--data-path .* is no folder: choose another"),
+        ("--preset main --precision bfloat16", "entry points train with --precision amp or .*"),
+        ("--preset text --configs absent.yaml", "cannot read the settings absent.yaml: No such.*"),
+        ("--preset text --configs model.mixer=lion-s", "give at least one configuration .*"),
+        (f"--preset text --configs {CONFIG} model.mixr=a", "Unknown key 'mixr' in the section .*"),
         ("--from-csv {file}", ".*holds no case: measure some first"),
-        (f"--from-csv {CONFIG}", ".* is no benchmark.csv of this script .*"),
+        (f"--from-csv {CONFIG}", ".* is no CSV of this script .*"),
     ],
 )  # fmt: skip
 def test_bad_input(tmp_path, capsys, arguments, message):
@@ -408,15 +456,6 @@ def test_bad_input(tmp_path, capsys, arguments, message):
         benchmark.main(["--device", "cpu", *arguments.format(file=file).split()])
     assert stopped.value.code == 2
     assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
-
-
-def test_host_time_is_a_table(capsys, monkeypatch):
-    times = {"softmax": (20.0, 30.0), "Lit": (40.0, 60.0)}
-    fake = SimpleNamespace(host_time=lambda **_: times)
-    monkeypatch.setitem(sys.modules, "scripts.bench.host_time", fake)
-    benchmark.main(["--device", "cpu", "--parts", "host"])
-    rows = tables_of(capsys.readouterr().out)[0]
-    assert rows[2:] == [["softmax", "20", "30", "1.00"], ["Lit", "40", "60", "2.00"]]
 
 
 def test_the_csv_has_every_field(tmp_path):

@@ -34,9 +34,8 @@ def test_main_runs_and_tells(tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.long
 def test_pretrain_runs_and_tells(tmp_path):
-    values = [word for word in SMALL if "vocab" not in word]
-    (case,) = make_cases("pretrain", presets("cpu")["loops"].parts["pretrain"], BLANK,
-                         configs=[CONFIG, *values], sizes=["16x2"])  # fmt: skip
+    configs = [CONFIG, *(word for word in SMALL if "vocab" not in word)]
+    (case,) = make_cases(presets("cpu")["pretrain"], BLANK, configs=configs, sizes=["16x2"])
     result = loops.run_entry(case, a_setting(tmp_path))
     assert not result.note and result.seconds > 0 and 0 < result.busy <= 1
     step, loader = loops.with_companions([case])[1::-1]
@@ -101,8 +100,7 @@ def test_the_progress_lines_tell_what_waits_for_data(tmp_path, monkeypatch):
 
 
 def test_bare_steps_drop_blocks_as_main_does():
-    (main,) = make_cases("main", presets("cpu")["loops"].parts["main"], BLANK, scales=["tiny"],
-                         models=["ViT"])  # fmt: skip
+    (main,) = make_cases(presets("cpu")["main"], BLANK, scales=["tiny"], models=["ViT"])
     assert main.drop_path == get_args_parser().get_default("drop_path")
     assert {case.drop_path for case in loops.with_companions([main])} == {main.drop_path}
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from lion_kernels import launches, tuning
-from scripts.bench.host_time import host_time
+from scripts.bench.cases import LAYER_BACKWARD, Case, make_cases, presets
+from scripts.bench.measure import measure
 
 
 @pytest.fixture(autouse=True)
@@ -187,21 +188,14 @@ def test_second_derivatives_are_refused():
         first.sum().backward()
 
 
-def test_host_time_is_measured_by_variant():
-    times = host_time(
-        ("softmax", "Lit", "Selective-S"), device=DEVICE, side=2, heads=1, head_dim=16, rounds=2,
-        dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16,
-    )  # fmt: skip
-    assert list(times) == ["softmax", "Lit", "Selective-S"]
-    assert all(len(parts) == 2 and min(parts) > 1 for parts in times.values())
-
-
 @gpu
 @pytest.mark.gpu
 def test_gpu_host_time_is_close_to_that_of_softmax_attention():
-    times = {name: sum(parts) for name, parts in host_time(side=7).items()}
-    softmax = times.pop("softmax")
-    assert max(times.values()) < 2 * softmax, (softmax, times)
+    host = presets("cuda")["host"]._replace(steps=(LAYER_BACKWARD,))
+    cases = make_cases(host, Case("cuda", "a card", ""), scales=["base"], sizes=["112"])
+    softmax, *lions = measure(cases, repeats=15, budget=3)
+    times = {case.model: case.seconds for case in lions}
+    assert max(times.values()) < 2 * softmax.seconds, (softmax.seconds, times)
 
 
 def test_launches_are_on_the_device_of_the_tensors(monkeypatch):

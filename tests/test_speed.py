@@ -13,7 +13,6 @@ import torch
 from processes import init_distributed
 from scripts import benchmark
 from scripts.bench.cases import BACKWARD, FORWARD, INFERENCE, LIONS, TRAINING, Case
-from scripts.bench.cases import presets as presets_of
 
 pytestmark = pytest.mark.long
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -32,9 +31,8 @@ ONE_CURVE = ("LION-Lit", "LION-D", "LION-S")
 def measured(device: str, arguments: str) -> list[Case]:
     """The cases of a benchmark's command."""
     options = benchmark.get_args_parser().parse_args(arguments.split())
-    preset = presets_of(device)[benchmark.choose_preset(options)]
-    cases = benchmark.choose_cases(options, preset, init_distributed(device).device)
-    return benchmark.measured(cases, options, preset, None)
+    cases = benchmark.choose_cases(options, init_distributed(device).device)
+    return benchmark.measured(cases, options, None)
 
 
 def fastest(cases: list[Case], quantity: str, wanted: Callable[[Case], bool]) -> float:
@@ -54,7 +52,7 @@ def over_vit(cases: list[Case], step: str, model: str, quantity: str = "seconds"
 @pytest.mark.parametrize("model", STEP_RATIOS)
 @pytest.mark.parametrize("pixels", PIXELS)
 def test_training_step(model, pixels):
-    cases = measured("cuda", f"--parts training --sizes {pixels} --seconds 1")
+    cases = measured("cuda", f"--preset training --sizes {pixels} --seconds 1")
     assert over_vit(cases, TRAINING, model) <= STEP_RATIOS[model][0][PIXELS.index(pixels)]
 
 
@@ -62,7 +60,7 @@ def test_training_step(model, pixels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", STEP_RATIOS)
 def test_compiled_training_step(model):
-    cases = measured("cuda", "--parts training --sizes 224 --compile blocks --seconds 1")
+    cases = measured("cuda", "--preset training --sizes 224 --compile blocks --seconds 1")
     assert over_vit(cases, TRAINING, model) <= STEP_RATIOS[model][1]
 
 
@@ -70,7 +68,7 @@ def test_compiled_training_step(model):
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", LIONS)
 def test_memory_of_a_training_step(model):
-    cases = measured("cuda", "--parts training --sizes 224 --seconds 1")
+    cases = measured("cuda", "--preset training --sizes 224 --seconds 1")
     assert over_vit(cases, TRAINING, model, "bytes") <= 1
 
 
@@ -86,7 +84,7 @@ def test_memory_of_a_training_step(model):
     ],
 )  # fmt: skip
 def test_mixer(model, step, tokens, most):
-    cases = measured("cuda", f"--parts mixer --sizes {tokens} --seconds 0.4")
+    cases = measured("cuda", f"--preset mixer --sizes {tokens} --seconds 0.4")
     assert over_vit(cases, step, model) <= most
 
 
@@ -94,7 +92,7 @@ def test_mixer(model, step, tokens, most):
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", LIONS)
 def test_inference(model):
-    cases = measured("cuda", "--parts inference --sizes 224 --formats Attention --seconds 1")
+    cases = measured("cuda", "--preset inference --sizes 224 --formats Attention --seconds 1")
     assert over_vit(cases, INFERENCE, model) <= (1.05 if model in ONE_CURVE else 1.10)
 
 
@@ -102,14 +100,14 @@ def test_inference(model):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("pixels", "gigabytes"), [(224, 0.62), (1024, 8.25), (2496, 49.0)])
 def test_recurrence(pixels, gigabytes):
-    cases = measured("cuda", f"--parts inference --sizes {pixels} --models LION-D --seconds 1")
+    cases = measured("cuda", f"--preset inference --sizes {pixels} --models LION-D --seconds 1")
     by_form = {case.form: case for case in cases if case.model == "LION-D"}
     assert by_form["RNN"].seconds <= 3 * by_form["Chunk"].seconds
     assert by_form["RNN"].bytes <= gigabytes * 1e9
 
 
 def test_formats_on_a_cpu():
-    arguments = "--device cpu --parts inference --models LION-D --seconds 14 --repeats 5"
+    arguments = "--device cpu --preset inference --models LION-D --seconds 14 --repeats 5"
     cases = measured("cpu", arguments)
     at = {(case.tokens, case.form): case for case in cases if case.model == "LION-D"}
     assert at[4097, "Attention"].seconds >= 4 * at[4097, "Chunk"].seconds

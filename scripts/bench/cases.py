@@ -40,15 +40,13 @@ DROP_PATH = 0.1  # main.py's default, in its cases and in the bare steps beside 
 
 GRAPHS = "graphs"  # a way to compile
 OUT_OF_MEMORY = "out of memory"  # the note of a case, which pictures show
+# Steps. A layer's are timed by the host's clock: what Python takes for the launches.
 FORWARD, BACKWARD = "mixer forward", "mixer forward+backward"
+LAYER_FORWARD, LAYER_BACKWARD = "layer forward", "layer forward+backward"
 TRAINING, INFERENCE, TEXT = "training", "inference", "text"
-MAIN, PRETRAIN, HOST = "main.py", "mlm.pretrain", "host"
+MAIN, PRETRAIN = "main.py", "mlm.pretrain"
 BARE = {MAIN: TRAINING, PRETRAIN: TEXT}  # the steps beside those of entry points
-# Parts by their sizes, in pixels and of documents.
-OF_IMAGES, OF_TEXT = (TRAINING, INFERENCE, "main"), (TEXT, "pretrain")
-# The steps of each part; those of `main` and `pretrain` are the entry points'.
-PARTS = {"mixer": (FORWARD, BACKWARD), TRAINING: (TRAINING,), INFERENCE: (INFERENCE,),
-         TEXT: (TEXT,), "main": (MAIN,), "pretrain": (PRETRAIN,), HOST: ()}  # fmt: skip
+MIXER, LAYER, OF_TEXT = (FORWARD, BACKWARD), (LAYER_FORWARD, LAYER_BACKWARD), (TEXT, PRETRAIN)
 result = partial(field, compare=False)  # of a case, which it makes no other
 
 
@@ -57,7 +55,7 @@ class Case:
     device: str  # cpu or cuda
     card: str  # its name
     precision: str  # float32, bfloat16 (weights, too), or amp: bfloat16 by autocast
-    step: str = ""  # of PARTS
+    step: str = ""  # of those above
     scale: str = ""  # a size of models_lion; of text, nothing
     pixels: int = 0  # none for the mixer and text
     tokens: int = 0  # of an image or a window
@@ -65,7 +63,7 @@ class Case:
     model: str = ""  # of MODELS, or the name of a configuration of mlm.pretrain
     form: str = ""  # a format of LION, or how softmax is computed: a key of ATTENTION
     chunk_size: int = 64
-    compiled: str = ""  # blocks, the whole model, or that with CUDA graphs
+    compiled: str = ""  # blocks (of text, the encoder), or the whole model with CUDA graphs
     config: str = ""  # of text: the file, and key=value
     processes: int = 1
     drop_path: float = 0.0  # rate of stochastic depth
@@ -106,65 +104,56 @@ def split(cases: Sequence[Case], key: Callable[[Case], Any]) -> dict[Any, list[C
     return {k: [c for c in cases if key(c) == k] for k in dict.fromkeys(map(key, cases))}
 
 
-class Defaults(NamedTuple):
-    """What a part measures if nothing else is asked for: batches of base by size, and the rest.
+class Preset(NamedTuple):
+    """A table: its steps, what is measured if nothing else is asked for, and how long a case takes.
 
-    A size is the image's side in pixels, for the mixer and text the tokens. Batches of other sizes
-    have `tokens`, if that is given. Narrower models get `wider` batches, which fill the device.
+    `batches` are those of base by size: the image's side in pixels, for the mixer and text the
+    tokens. Batches of other sizes have `tokens`, if that is given. Narrower models get `wider`
+    batches, which fill the device. A case has `repeats` turns, of `seconds` together at most.
     """
 
+    steps: Sequence[str]
     batches: dict[int, int]
     models: Iterable[str] = ("ViT", *LIONS)
-    backends: Iterable[str] = ("flash",)
+    backends: Iterable[str] = (DEFAULT,)
     formats: Iterable[str] = ("Attention",)
     wider: dict[str, int] = {}
     tokens: int = 0
-
-
-class Preset(NamedTuple):
-    """A table: its parts, how long each case takes, and what is measured if no part is given."""
-
-    parts: dict[str, Defaults]
-    repeats: int
-    seconds: float
-    chosen: Sequence[str] = ()  # nothing is all of them
+    repeats: int = 15
+    seconds: float = 3
 
 
 def presets(device: str) -> dict[str, Preset]:
-    """The tables by name, for `cpu` or `cuda`."""
-    cuda, few, both = device == "cuda", ("ViT", "LION-D", "LION-S♮"), ("Attention", "Chunk")
+    """The tables by name, for `cpu` or `cuda`, which has two more."""
+    cuda, few = device == "cuda", ("ViT", "LION-D", "LION-S♮")
     wider, fused = {"tiny": 4, "small": 2} if cuda else {}, ("flash", "cudnn", "efficient")
     speed = {
-        "mixer": Defaults({197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
-                          backends=BACKENDS, formats=("kernels",), wider=wider),
-        TRAINING: Defaults({224: 128, 384: 48, 512: 24, 1024: 4}, ("ViT", NO_MIXING, *LIONS),
-                           fused, wider=wider),
-        INFERENCE: Defaults(dict.fromkeys((224, 512, 1024, 2496), 64), backends=fused,
-                            formats=FORMATS),
+        "mixer": Preset(MIXER, {197: 256, 577: 96, 1025: 48, 4097: 12, 16385: 3, 24337: 2},
+                        backends=BACKENDS, formats=("kernels",), wider=wider),
+        "host": Preset(LAYER, {224: 1}),
+        "training": Preset((TRAINING,), {224: 128, 384: 48, 512: 24, 1024: 4},
+                           ("ViT", NO_MIXING, *LIONS), fused, wider=wider),
+        "inference": Preset((INFERENCE,), dict.fromkeys((224, 512, 1024, 2496), 64),
+                            backends=fused, formats=FORMATS),
     } if cuda else {
-        "mixer": Defaults({197: 8, 1025: 1}, few, formats=both),
-        TRAINING: Defaults({224: 8}, ("ViT", NO_MIXING, *few[1:]), formats=both),
-        INFERENCE: Defaults({512: 1, 1024: 1}, few, formats=FORMATS),
+        "training": Preset((TRAINING,), {224: 8}, ("ViT", NO_MIXING, *few[1:]), fused[:1],
+                           ("Attention", "Chunk"), repeats=10, seconds=60),
+        "inference": Preset((INFERENCE,), {512: 1, 1024: 1}, few, fused[:1], FORMATS,
+                            repeats=10, seconds=60),
     }  # fmt: skip
-    paper = Defaults({224: 64}, [model for model in MODELS if model != NO_MIXING],
-                     (EXPLICIT, *fused[: 2 if cuda else 1]))  # fmt: skip
-    resolution = Defaults(dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64),
-                          ("ViT", "Hydra", "Vim", "LION-D"), (DEFAULT, EXPLICIT),
-                          FORMATS)  # fmt: skip
-    text = Defaults({n: 2**16 // n for n in (128, 4096, 16384)}, tokens=2**16,
-                    backends=fused[:2] if cuda else (DEFAULT,))  # fmt: skip
-    loops = {
-        "main": Defaults({224: 128 if cuda else 8}, few, (DEFAULT,), wider=wider),
-        "pretrain": Defaults({128: 256 if cuda else 8}, backends=(DEFAULT,), tokens=2**16),
-    }
+    loops = {} if cuda else {"repeats": 3, "seconds": 5}
     return {
-        "speed": Preset(speed, *((15, 3) if cuda else (10, 60)), chosen=(INFERENCE,)),
-        "paper": Preset({TRAINING: paper, INFERENCE: paper}, 10, 20),
-        "resolution": Preset({INFERENCE: resolution}, 5, 10),
-        "text": Preset({TEXT: text}, 15, 5),
-        "loops": Preset(loops, *((15, 3) if cuda else (3, 5)), chosen=("main",)),
-        HOST: Preset({HOST: Defaults({})}, 1, 0),
-    }
+        **speed,
+        "paper": Preset((TRAINING, INFERENCE), {224: 64}, [m for m in MODELS if m != NO_MIXING],
+                        (EXPLICIT, *fused[: 2 if cuda else 1]), repeats=10, seconds=20),
+        "resolution": Preset((INFERENCE,), dict.fromkeys((224, 512, 736, 1024, 1248, 2496), 64),
+                             ("ViT", "Hydra", "Vim", "LION-D"), (DEFAULT, EXPLICIT), FORMATS,
+                             repeats=5, seconds=10),
+        "text": Preset((TEXT,), {n: 2**16 // n for n in (128, 4096, 16384)}, tokens=2**16,
+                       backends=fused[:2] if cuda else (DEFAULT,), seconds=5),
+        "main": Preset((MAIN,), {224: 128 if cuda else 8}, few, wider=wider, **loops),
+        "pretrain": Preset((PRETRAIN,), {128: 256 if cuda else 8}, tokens=2**16, **loops),
+    }  # fmt: skip
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -178,49 +167,59 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def make_groups(
-    part: str, defaults: Defaults, blank: Case, *, scales: Sequence[str] = ("",),
+    preset: Preset, blank: Case, *, scales: Sequence[str] = ("",),
     sizes: Sequence[str] | None = None, compiled: Sequence[str] = ("",),
     processes: Sequence[int] = (1,),
 ) -> Iterator[Case]:  # fmt: skip
-    """The groups of a part, as cases without a model; `sizes` None are the part's own."""
-    chosen = [parse_size(size) for size in sizes or map(str, defaults.batches)]
-    scales = ("",) if part in OF_TEXT else scales
-    compiled = ("",) if part == "mixer" else compiled
-    groups = product(scales, compiled, processes, chosen, PARTS[part])
+    """The groups of a preset, as cases without a model; `sizes` None are the preset's own."""
+    chosen = [parse_size(size) for size in sizes or map(str, preset.batches)]
+    scales = ("",) if preset.steps[0] in OF_TEXT else scales
+    groups = product(scales, compiled, processes, chosen, preset.steps)
     for scale, how, count, (size, batch), step in groups:
-        pixels, tokens = (size, 1 + (size // PATCH) ** 2) if part in OF_IMAGES else (0, size)
+        of_images = step not in MIXER + OF_TEXT
+        pixels, tokens = (size, 1 + (size // PATCH) ** 2) if of_images else (0, size)
         if pixels and (pixels % PATCH or pixels < 2 * PATCH):
             raise UserError(f"a size must be a multiple of {PATCH} pixels, {2 * PATCH} at least, "
                              f"not {pixels}")  # fmt: skip
-        default = defaults.batches.get(size, max(defaults.tokens // size, 1))
+        default = preset.batches.get(size, max(preset.tokens // size, 1))
         yield replace(blank, step=step, scale=scale, pixels=pixels, tokens=tokens, compiled=how,
-                      batch=batch or default * defaults.wider.get(scale, 1), processes=count,
+                      batch=batch or default * preset.wider.get(scale, 1), processes=count,
+                      precision=blank.precision or default_precision(blank.device, step),
                       drop_path=DROP_PATH if step == MAIN else 0.0)  # fmt: skip
 
 
+def default_precision(device: str, step: str) -> str:
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if step in (*MIXER, *LAYER, INFERENCE) else "amp"
+
+
 def make_cases(
-    part: str, defaults: Defaults, blank: Case, *, models: Sequence[str] | None = None,
+    preset: Preset, blank: Case, *, models: Sequence[str] | None = None,
     formats: Sequence[str] | None = None, backends: Sequence[str] | None = None,
     configs: Sequence[str] = (), **grouping: Any,
 ) -> list[Case]:  # fmt: skip
-    """The cases of a part, by group; None is the default. The ViT, the base, is always there.
+    """The cases of a preset, by group; None is the default. The ViT, the base, is always there.
 
-    `blank` has what they share: device, precision, chunk size. `configs` are for text, `grouping`
-    for `make_groups`. Raises UserError for what the part cannot take.
+    `blank` has what they share: the device and, unless it is each step's default, the precision.
+    `configs` are for text, `grouping` for `make_groups`. Raises UserError for what the preset
+    cannot take.
     """
-    groups = make_groups(part, defaults, blank, **grouping)
-    if part in OF_TEXT:
+    groups = make_groups(preset, blank, **grouping)
+    if preset.steps[0] in OF_TEXT:
         from scripts.bench.text import text_cases  # its libraries take seconds to import
 
-        return text_cases(groups, configs, defaults.backends)
-    models = list(dict.fromkeys(("ViT", *(models or defaults.models))))
-    backends, formats = backends or defaults.backends, formats or defaults.formats
-    if part == "mixer":
-        formats = ("kernels",) if blank.device == "cuda" else formats
-        if others := sorted(set(models) - {"ViT", *LIONS}):
-            raise UserError(f"the mixer alone is that of ViT and LION, not of {others[0]}")
-    if part != INFERENCE:
-        formats = [f for f in formats if f != "RNN"]  # its backward holds a state for each token
-    forms = {**dict.fromkeys(SOFTMAX, backends), **dict.fromkeys(LIONS, formats)}
+        return text_cases(groups, configs, preset.backends)
+    models = list(dict.fromkeys(("ViT", *(models or preset.models))))
+    others = [model for model in models if model not in ("ViT", *LIONS)]
+    if others and preset.steps in (MIXER, LAYER):
+        raise UserError(f"mixers and layers are those of ViT and LION, not of {others[0]}")
+    formats = preset.formats if preset.steps == MIXER else formats or preset.formats
+
+    def forms(step: str, model: str) -> Iterable[str]:
+        if model in LIONS:  # the backward pass of RNN holds a state for each token
+            return [form for form in formats if form != "RNN" or step == INFERENCE]
+        return backends or preset.backends if model in SOFTMAX else ("",)
+
     return [replace(group, model=model, form=form) for group in groups
-            for model in models for form in forms.get(model, ("",))]  # fmt: skip
+            for model in models for form in forms(group.step, model)]  # fmt: skip

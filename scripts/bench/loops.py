@@ -22,6 +22,7 @@ from scripts.bench.entry import TRACED
 from scripts.bench.measure import in_new_process, measure
 from scripts.bench.report import number, or_note, rows
 
+PRESETS = ("main", "pretrain")
 LOADER = "loader alone"  # the entry point with a model of next to no time
 # What the progress lines say of the time in which a step waits for its batch, in percent.
 DATA_WAIT = re.compile(r"\bdata: ([\d.]+) ?%")

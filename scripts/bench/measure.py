@@ -97,10 +97,15 @@ def take_turns(steps: Sequence[Step], repeats: int, budget: float) -> None:
 
 
 def begin(step: Step) -> Callable[[], float]:
-    """Runs a turn; what is returned waits for its end and gives its seconds."""
+    """Runs a turn; what is returned waits for its end and gives its seconds.
+
+    Those of a layer are the host's, begun with an idle GPU: they end with the last launch.
+    """
+    on_cpu = step.case.device == "cpu"
     with step.context():
-        if step.case.device == "cpu":
-            taken = timeit(step.run, number=step.case.iterations)
+        if on_cpu or step.case.step in bench.LAYER:
+            idle = "pass" if on_cpu else torch.cuda.synchronize
+            taken = timeit(step.run, idle, number=step.case.iterations)
             return lambda: taken
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -77,7 +77,7 @@ def table(cases: Sequence[Case]) -> str:
     for case in cases:
         time, memory = ratios(case, base)
         results = or_note(
-            case, f"{case.seconds * 1e3:.2f}", number(time, ".2f"), f"{case.rate:,.0f}", case.runs,
+            case, f"{case.seconds * 1e3:.3f}", number(time, ".2f"), f"{case.rate:,.0f}", case.runs,
             f"{case.bytes / 2**20:.1f}", number(memory, ".2f"),
         )  # fmt: skip
         lines.append([title_of(case), f"{case.tokens:,}", case.batch, case.label, *results])
@@ -97,7 +97,7 @@ def by_size(cases: Sequence[Case], title: str, cell: Callable[[Case], str]) -> s
 def summary(cases: Sequence[Case]) -> str:
     """Time and its ratio to the base: a table by size for each step, scale and way to compile."""
     base = bases(cases)
-    cell = lambda c: f"{c.seconds * 1e3:.2f}, {number(ratios(c, base)[0], '.2f')}"  # noqa: E731
+    cell = lambda c: f"{c.seconds * 1e3:.3f}, {number(ratios(c, base)[0], '.2f')}"  # noqa: E731
     return "\n\n".join(by_size(group, f"{title}: ms, / base", cell)
                        for title, group in split(cases, title_of).items())  # fmt: skip
 
@@ -116,7 +116,7 @@ def read_csv(path: Path) -> list[Case]:
             cases = [Case(**{name: Case.__annotations__[name](text) for name, text in row.items()})
                      for row in csv.DictReader(file)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no benchmark.csv of this script ({error})") from error
+        raise UserError(f"{path} is no CSV of this script ({error})") from error
     if not cases:
         raise UserError(f"{path} holds no case: measure some first")
     return cases

@@ -58,18 +58,26 @@ def prepare(case: Case) -> Step:
 
 def mixer_step(case: Case) -> Prepared:
     """From what the Linear layer writes to what `proj` takes, and back."""
-    softmax = case.model in cases.SOFTMAX
-    mix, leaves = (partial(attend, case), [random(case)]) if softmax else lion_mixer(case)
+    width = HEADS[case.scale] * DIM
+    if case.model in cases.SOFTMAX:
+        mix, leaves = partial(attend, case), [random(case, 3 * width)]
+    else:
+        mix, leaves = lion_mixer(case)
     if case.step == cases.FORWARD:
         return torch.inference_mode()(partial(mix, *leaves)), leaves
-    grad = torch.randn_like(leaves[0][..., : HEADS[case.scale] * DIM])
+    return backward_step(partial(mix, *leaves), leaves, random(case, width))
+
+
+def backward_step(forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Prepared:
+    """Forward, and the gradients of `leaves`."""
     for leaf in leaves:
         leaf.requires_grad_()
-    return lambda: torch.autograd.grad(mix(*leaves), leaves, grad), [*leaves, grad]
+    return lambda: torch.autograd.grad(forward(), leaves, grad), [*leaves, grad]
 
 
 def attend(case: Case, projected: Tensor) -> Tensor:
-    q, k, v = heads_of(projected, case)
+    """PyTorch's on strided views `[B, H, N, D]`, as timm's attention hands them on."""
+    q, k, v = projected.unflatten(2, (3, HEADS[case.scale], DIM)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -86,48 +94,18 @@ def lion_mixer(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
     curves = scan_curves(order, grid, num_prefix=1, device=case.device)
     scans = 1 if curves is None else 2
     gates = lion_kernels.padded_gates(scans * heads) if mask == "Selective" else 0
-    leaves = [random(case, gates)]
+    leaves = [random(case, 3 * heads * DIM + gates)]
     if mask == "Decay":
         leaves.append(torch.randn(scans, heads, device=case.device))
-    if case.form == "kernels":
-        features = "elu" if mask == "Lit" else "silu"
-        mix = partial(lion_kernels.mix, heads=heads, dim=DIM, scans=scans, prefix=1,
-                      lit=mask == "Lit", features=features)  # fmt: skip
-    else:
-        mix = partial(plain_mixer, case, mask, scans)
-    return lambda projected, decay=None: mix(projected, decay, curves), leaves
+    features = "elu" if mask == "Lit" else "silu"
+    mix = partial(lion_kernels.mix, curves=curves, heads=heads, dim=DIM, scans=scans, prefix=1,
+                  lit=mask == "Lit", features=features)  # fmt: skip
+    return mix, leaves
 
 
-def plain_mixer(
-    case: Case, mask: str, scans: int, projected: Tensor, decay: Tensor | None,
-    curves: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """What `lion_kernels.mix` computes, in plain PyTorch."""
-    heads = HEADS[case.scale]
-    qkv, gates = projected.tensor_split((3 * heads * DIM,), 2)
-    q, k, v = heads_of(qkv, case)
-    q, k = (models_lion.FEATURE_MAPS[mask](t.float()) for t in (q, k))
-    log_decay = None
-    if mask == "Decay":
-        log_decay = F.logsigmoid(decay)[:, None, :, None].expand(-1, 1, -1, case.tokens)
-    elif mask == "Selective":
-        logits = gates[:, 1:, : scans * heads].float().unflatten(2, (scans, heads))
-        log_decay = F.pad(F.logsigmoid(-logits.permute(2, 0, 3, 1)), (1, 0))
-    numerator, denominator = models_lion.FORMATS[case.form](
-        (q * DIM**-0.5).to(v.dtype), k.to(v.dtype), v, log_decay, curves, chunk_size=case.chunk_size
-    )
-    return (numerator / (denominator + 1e-6)).transpose(1, 2).flatten(2).to(projected.dtype)
-
-
-def heads_of(qkv: Tensor, case: Case) -> Tensor:
-    """Queries, keys and values `[3, B, H, N, D]`, strided views as timm's attention takes them."""
-    return qkv.unflatten(2, (3, HEADS[case.scale], DIM)).permute(2, 0, 3, 1, 4)
-
-
-def random(case: Case, gates: int = 0) -> Tensor:
-    """What a Linear layer writes: queries, keys, values and `gates`."""
+def random(case: Case, width: int) -> Tensor:
+    """`[B, N, width]`, in the dtype of what a Linear layer writes."""
     dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
-    width = 3 * HEADS[case.scale] * DIM + gates
     return torch.randn(case.batch, case.tokens, width, device=case.device, dtype=dtype)
 
 
@@ -159,12 +137,20 @@ def build(case: Case) -> nn.Module:
         block.attn = NoMixing(block.attn)
     model.to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
     torch._dynamo.config.recompile_limit = 64  # the models of a group share their code
-    if case.compiled == "model":
-        model.compile(dynamic=False)
-    elif case.compiled:  # by blocks, which are alike and compile once, or with CUDA graphs
+    if case.compiled:
         mode = CUDA_GRAPHS[0] if case.compiled == cases.GRAPHS else None
         compile_in_place(model, mode=mode, dynamic=False)
     return model
+
+
+def layer_step(case: Case) -> Prepared:
+    """A call of the first block's attention layer in training, forward or with its gradients."""
+    model = build(case)
+    x, grad = (random(case, HEADS[case.scale] * DIM) for _ in range(2))
+    layer = model.blocks[0].attn
+    forward = partial(layer, x, attn_mask=getattr(model, "curves", None))
+    run, tensors = backward_step(forward, [x, *layer.parameters()], grad)
+    return (forward if case.step == cases.LAYER_FORWARD else run), tensors
 
 
 @lru_cache(maxsize=1)
@@ -223,5 +209,6 @@ def training_step(
     return run, [*batch, *parameters, *filter(torch.is_tensor, state)]
 
 
-STEPS = {cases.FORWARD: mixer_step, cases.BACKWARD: mixer_step, cases.TRAINING: image_step,
-         cases.INFERENCE: image_step, cases.TEXT: text_step}  # fmt: skip
+STEPS = {**dict.fromkeys(cases.MIXER, mixer_step), **dict.fromkeys(cases.LAYER, layer_step),
+         cases.TRAINING: image_step, cases.INFERENCE: image_step,
+         cases.TEXT: text_step}  # fmt: skip
