@@ -429,8 +429,8 @@ def test_on_a_gpu(tmp_path, name):
     [
         ("--sizes 40", "a size must be a multiple of 16 pixels, 32 at least, not 40"),
         ("--preset resolution --sizes 16", "a size must be a multiple of 16 .* not 16"),
-        ("--sizes 32y4", "a size is SIZE or SIZExBATCH, not '32y4'"),
-        ("--sizes 32x0", "a size and its batch must be at least 1, not '32x0'"),
+        ("--sizes 32y4", "a size is SIZE or SIZExBATCH, each at least 1, not '32y4'"),
+        ("--sizes 32x0", "a size is SIZE or SIZExBATCH, each at least 1, not '32x0'"),
         ("--repeats 0", "steps, .* must be at least 1"),
         ("--device nonsense", ".*nonsense.*"),
         ("--output {file}", ".*File exists.*"),

@@ -158,12 +158,10 @@ def presets(device: str) -> dict[str, Preset]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """`224x128` or, with a batch of 0, `224`."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise UserError(f"a size is SIZE or SIZExBATCH, not {text!r}")
-    size, *batch = map(int, text.split("x"))
-    if 0 in (size, *batch):
-        raise UserError(f"a size and its batch must be at least 1, not {text!r}")
-    return size, sum(batch)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise UserError(f"a size is SIZE or SIZExBATCH, each at least 1, not {text!r}")
+    size, _, batch = text.partition("x")
+    return int(size), int(batch or 0)
 
 
 def make_groups(
