@@ -14,6 +14,7 @@ from torch import nn
 
 import models_timm
 from argument_parser import ArgumentParser, KeyValues, check_ranges, true_or_false
+from compilation import check_compiler
 from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
@@ -266,7 +267,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for arguments that are invalid without any I/O."""
     check_ranges(get_args_parser(), args)
     check_numbers(args)
-    check_compiler(args)
+    check_compiler(args.torchcompile, args.torchcompile_mode)
     check_model(args)
     if not args.eval:
         check_training(args)
@@ -274,22 +275,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--use-ema goes with --eval --resume PATH.")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs the --output_dir of the run.")
-
-
-def check_compiler(args: argparse.Namespace) -> None:
-    """Raises UserError for a compiler that is not there, or a mode that it does not have."""
-    backend, mode = args.torchcompile, args.torchcompile_mode
-    if backend and backend not in (*torch._dynamo.list_backends(), "eager", "aot_eager"):
-        raise UserError(f"There is no compiler {backend!r}: use --torchcompile alone.")
-    if mode is None:
-        return
-    modes = torch._inductor.list_mode_options()
-    if mode not in modes:
-        raise UserError(f"There is no --torchcompile-mode {mode!r}: use {', '.join(modes)}.")
-    if backend is None:
-        raise UserError(f"--torchcompile-mode {mode} goes with --torchcompile: add it.")
-    if mode != "default" and backend != "inductor":
-        raise UserError(f"--torchcompile {backend} has no modes: leave --torchcompile-mode out.")
 
 
 def shared_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from errors import UserError
+
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record what a model launches
 # Blocks share a cache. Where they differ, each has entries of its own: in training, in evaluation,
 # and for another size of batch, or any, in each.
@@ -29,6 +31,21 @@ class StochasticDepth(nn.Module):
             return x
         drawn = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device)
         return x * torch.where(drawn < self.keep, 1 / self.keep, 0.0).to(x.dtype)
+
+
+def check_compiler(backend: str | None, mode: str | None) -> None:
+    """Raises UserError for a compiler that is not there, or a mode that it does not have."""
+    if backend and backend not in (*torch._dynamo.list_backends(), "eager", "aot_eager"):
+        raise UserError(f"There is no compiler {backend!r}: use --torchcompile alone.")
+    if mode is None:
+        return
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise UserError(f"There is no --torchcompile-mode {mode!r}: use {', '.join(modes)}.")
+    if backend is None:
+        raise UserError(f"--torchcompile-mode {mode} goes with --torchcompile: add it.")
+    if mode != "default" and backend != "inductor":
+        raise UserError(f"--torchcompile {backend} has no modes: leave --torchcompile-mode out.")
 
 
 def compile_in_place(
