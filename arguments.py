@@ -37,6 +37,12 @@ HOW_MANY = {
     "lr_noise": (1, 2),
 }  # fewest, most numbers
 WORDS = {1: "one", 2: "two", 3: "three"}
+OVERRULED = {  # by an argument, and so without effect beside it
+    "no_aug": ("aa", "color_jitter", "train_interpolation", "ThreeAugment", "src", "reprob",
+               "remode", "recount"),
+    "ThreeAugment": ("aa", "reprob", "remode", "recount"),
+    "bce_loss": ("smoothing",),
+}  # fmt: skip
 NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may differ in these
 Add = Callable[..., Any]
 
@@ -344,6 +350,7 @@ def check_training(args: argparse.Namespace) -> None:
             f"Mixup and CutMix pair the images of a batch: --batch-size {args.batch_size} must be "
             "even, or use --mixup 0 --cutmix 0."
         )
+    check_effects(args)
     if args.cache:
         check_cache(args)
     if args.cosub and not (args.train_mode and args.drop_path + args.drop > 0):
@@ -363,6 +370,19 @@ def check_training(args: argparse.Namespace) -> None:
                 "weights."
             )
         models_timm.check_name(args.teacher_model, "teacher model")
+    elif args.teacher_path and "distillation_type" not in args.given:
+        raise UserError("--teacher-path has no effect without --distillation-type: add it.")
+
+
+def check_effects(args: argparse.Namespace) -> None:
+    """Raises UserError for arguments that were given, to be on, but are overruled by another."""
+    for name, others in OVERRULED.items():
+        given = [other for other in others if other in args.given]
+        idle = [f"--{other}" for other in given if getattr(args, other) not in (0, "", "none")]
+        if getattr(args, name) and idle:
+            raise UserError(
+                f"--{name} leaves {' and '.join(idle)} without effect: leave out one or the other."
+            )
 
 
 def check_cache(args: argparse.Namespace) -> None:

@@ -191,6 +191,10 @@ def test_schedules_that_run(name):
         (("--model-kwargs", "input_size=8"), "input_size in --model-kwargs is no option"),
         (("--model-kwargs", "name=x"), "cannot be built with these arguments"),
         ((*MODEL, "in_chans=1"), "they have 3 channels, so leave in_chans out"),
+        (("--no-aug", "--ThreeAugment", "--src"), "--no_aug leaves --ThreeAugment and --src with"),
+        (("--no-aug", "--aa", "original"), "--no_aug leaves --aa without effect: leave out"),
+        (("--ThreeAugment", "--reprob", "0.25"), "--ThreeAugment leaves --reprob without effect"),
+        (("--bce-loss", "--smoothing", "0.1"), "--bce_loss leaves --smoothing without effect"),
         (("--sched", "step", "--decay-rate", "2"), r"--decay_rate must be in \(0, 1\]"),
         (("--start_epoch", "1"), "--start_epoch 1 leaves nothing to do of --epochs 1"),
     ],
@@ -198,6 +202,18 @@ def test_schedules_that_run(name):
 def test_arguments_that_do_not_go_together(options, message, run, data_path, tmp_path):
     ended = run(*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run", *options)
     refused(ended, message, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--reprob 0.0 --smoothing 0.0 --bce-loss --color-jitter 0.3 --ThreeAugment --src",
+        "--reprob 0.0 --smoothing 0.1 --color-jitter 0.3 --aa rand-m9-mstd0.5-inc1",
+        "--no-aug --aa none --color-jitter 0 --reprob 0",
+    ],
+)
+def test_arguments_of_deit_iii_and_those_that_are_off_go_together(options):
+    check_args(get_args_parser().parse_args(options.split()))
 
 
 @pytest.mark.parametrize("option", ["--nodes", "--ngpus", "--timeout", "--epochs"])

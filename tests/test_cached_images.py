@@ -124,7 +124,7 @@ def test_what_the_cache_cannot_do(options, message, run, data_path, tmp_path):
 
 
 def test_unaugmented_training_is_free_of_these(run, data_path):
-    options = ("--no-aug", "--aa", "original", "--epochs", "1", "--data-path", data_path)
+    options = ("--no-aug", "--aa", "none", "--epochs", "1", "--data-path", data_path)
     assert run(*CACHED, *options).code == 0
 
 

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import timm
 import torch
-from helpers import MODEL, TINY, Malicious, Ranks, slow, weights
+from helpers import MODEL, TINY, Malicious, Ranks, refused, slow, weights
 from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
@@ -273,6 +273,11 @@ def test_what_is_wrong_with_the_teacher_is_said(options, message, data_path, tmp
     ended = run(*arguments, *options)
     assert ended.code == 2 and message in ended.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_distillation_is_refused(data_path, run):
+    options = ("--data-path", data_path, "--teacher-path", "x.pth")
+    refused(run(*TINY, *options), "--teacher-path has no effect without --distillation-type")
 
 
 def test_a_teacher_of_other_classes_or_a_corrupt_one(data_path, tmp_path, run):

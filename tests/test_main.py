@@ -463,7 +463,7 @@ def test_augmentation_arguments_arrive(data_path, run, monkeypatch):
     assert {name: received[name] for name in expected} == expected
     for option, three in (("--ThreeAugment", True), ("--no-aug", None)):
         received.clear()
-        assert run(*arguments, option).code == 0
+        assert run(*TINY, "--data-path", data_path, option).code == 0
         assert (received.get("three_augment"), received["reprob"]) == (three, 0)
 
 

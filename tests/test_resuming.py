@@ -35,7 +35,7 @@ OTHERS = {
     "drop_path": "0.2", "train_mode": None, "model_ema": None, "model_ema_decay": "0.9",
     "format": "RNN", "chunk_size": "8", "amp": None, "amp_dtype": "float16",
     "distillation_alpha": "0.1", "distillation_tau": "2", "teacher_model": "resnet18",
-    "teacher_path": "x.pth",
+    "teacher_path": "x.pth --distillation-type none",
     "data_path": "{copy}", "cache": "", "deterministic": "", "eval_interval": "2",
     "input_size": "20", "eval_crop_ratio": "1", "crop_mode": "squash",
     "interpolation": "nearest", "mean": "0 0 0", "std": "1 1 1", "no_aug": "",
