@@ -37,6 +37,7 @@ from mlm.vocabulary import (
 from processes import World
 
 BATCH = 256  # documents that are tokenised side by side
+EVAL_SHARE = 0.01
 RECIPE = 2  # another number where the same text gives other shards than before
 
 
@@ -53,7 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cased", action="store_true",
         help="keep capitals, with vocab.txt or a new vocabulary")  # fmt: skip
     parser.add_argument("--text-field", default="text", help="of JSON objects and parquet rows")
-    parser.add_argument("--eval-share", type=float, default=0.01, help="of the documents, held out")
+    parser.add_argument("--eval-share", type=float, default=EVAL_SHARE,
+        help="of the documents, held out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-skipped", type=float, default=0.1,
         help="share of a file's documents that may be no text (default: %(default)s)")  # fmt: skip
     return parser
@@ -111,8 +113,9 @@ def is_done(stem: str, output: Path) -> bool:
 
 
 def write_manifest(
-    output: Path, stems: list[str], sources: list[Source], words: int
+    args: argparse.Namespace, stems: list[str], sources: list[Source], words: int
 ) -> dict[str, dict]:
+    output = args.output
     fingerprint = fingerprint_of(output / "tokenizer")
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -126,6 +129,8 @@ def write_manifest(
     if not any(facts["documents"] for facts in splits.values()):
         empty = ", ".join(source.name for source in sources)
         raise UserError(f"There is no document in {empty}: give files that hold text.")
+    if args.eval_share != EVAL_SHARE and (wrong := none_held_out(splits, args.eval_share)):
+        raise UserError(wrong)
     manifest = {
         "tokenizer": fingerprint,
         "vocab_size": words,
@@ -136,6 +141,14 @@ def write_manifest(
     with replacing(output / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
     return splits
+
+
+def none_held_out(splits: dict[str, dict], share: float) -> str:
+    """What is wrong with a share by which no document is held out, if anything."""
+    if splits["eval"]["documents"] or not share:
+        return ""
+    count = splits["train"]["documents"]
+    return f"None of {count:,} documents is held out: give a larger --eval-share than {share:g}."
 
 
 def build(args: argparse.Namespace) -> Callable[[], None]:
@@ -174,13 +187,15 @@ def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], Non
         if not is_done(stems[-1], args.output):
             with source.file() as path:
                 skipped += write_shards(path, stems[-1], args.output, tokenizer, args)
-    splits = write_manifest(args.output, stems, sources, len(tokenizer))
+    splits = write_manifest(args, stems, sources, len(tokenizer))
 
     def report() -> None:
         for split, facts in splits.items():
             print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
         if skipped:
             print(f"skipped: {skipped:,} documents that are no text")
+        if wrong := none_held_out(splits, args.eval_share):
+            print(wrong)
 
     return report
 

@@ -167,6 +167,19 @@ def test_bad_input(arguments, message, ending, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_an_evaluation_split_that_comes_out_empty(ending, tmp_path):
+    """Is an error where its share was given, and is said where that is the default."""
+    text = write(tmp_path / "few.txt", TEXTS[:3])
+    arguments = (text, "--train-tokenizer", "100", "--output", tmp_path / "out")
+    message = "None of 3 documents is held out: give a larger --eval-share than "
+    ended = ending(call, *arguments, "--eval-share", "0.001")
+    assert ended.code == 2 and f"mlm.prepare: error: {message}0.001.\n" in ended.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    ended = ending(call, *arguments)
+    assert ended.code == 0 and f"{message}0.01.\n" in ended.out
+    assert message not in ending(call, *arguments, "--eval-share", "0").out
+
+
 @pytest.mark.parametrize("text", ["", " \n\n \n"])
 def test_files_without_text(text, ending, tmp_path):
     (tmp_path / "blank.txt").write_text(text)
