@@ -98,7 +98,8 @@ class LionBertEmbeddings(nn.Module):
         if self.positions is not None:
             known = self.positions.num_embeddings
             # Documents and padding may need fewer than there are tokens; to look makes a GPU wait.
-            if words.shape[1] > known and (needed := int(positions.max()) + 1) > known:
+            more = len(words) > 0 and words.shape[1] > known
+            if more and (needed := int(positions.max()) + 1) > known:
                 raise ValueError(
                     f"{needed} tokens are more than the {known} positions of the model: raise "
                     "max_position_embeddings."
@@ -210,8 +211,8 @@ class LionBertModel(LionBertPreTrainedModel):
         `inputs_embeds` `[B, N, C]` stand in the place of the words that `input_ids` number.
         `attention_mask` is 0 at padding; `document_ids` are integers, equal within a document.
         Positions count the tokens of a document, from 0, unless `position_ids` are given.
-        Raises ValueError for both or none of ids and embeddings, for a mask of another shape, and
-        for `output_attentions`.
+        Raises ValueError for both or none of ids and embeddings, for sequences without tokens, for
+        a mask of another shape, and for `output_attentions`.
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
@@ -220,6 +221,10 @@ class LionBertModel(LionBertPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give input_ids or inputs_embeds: one of the two.")
         words = self.embeddings.words(input_ids) if inputs_embeds is None else inputs_embeds
+        if words.dim() != 3 or words.shape[1] == 0:
+            raise ValueError(
+                f"Sequences must be [B, N] of at least one token, not {list(words.shape[:-1])}."
+            )
         if attention_mask is not None and attention_mask.shape != words.shape[:2]:
             raise ValueError(
                 f"attention_mask must be [B, N], {list(words.shape[:2])}, which tells padding, not "

@@ -375,6 +375,15 @@ def test_a_mask_is_of_tokens_not_of_pairs(shape):
         small_model("lion-s")(torch.zeros(2, 5, dtype=torch.long), attention_mask=torch.ones(shape))
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_sequences_and_sequences_of_no_tokens(mixer):
+    model = small_model(mixer)
+    assert model(torch.zeros(0, 65, dtype=torch.long)).logits.shape == (0, 65, 50)
+    for shape in ((2, 0), (0, 0), (5,), (1, 2, 5)):
+        with pytest.raises(ValueError, match=r"must be \[B, N\] of at least one token, not \["):
+            model(torch.zeros(shape, dtype=torch.long))
+
+
 def test_too_long_for_the_positions():
     with pytest.raises(ValueError, match="65 tokens are more than the 64 positions"):
         small_model("softmax")(torch.zeros(1, 65, dtype=torch.long))
