@@ -459,7 +459,7 @@ def _has_kernel(
 
 def _check_format(format: str, chunk_size: int | None) -> None:
     _check_choice("format", format, FORMATS)
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+    if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}: give whole tokens.")
 
 

@@ -235,6 +235,7 @@ META = {"device": "meta"}
     [
         ({"format": "chunk"}, "Unknown format 'chunk': choose one of Attention, RNN, Chunk"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
+        ({"chunk_size": True}, "chunk_size must be at least 1, not True: give whole tokens"),
         ({"chunk_size": 2.5}, "chunk_size must be at least 1, not 2.5: give whole tokens"),
         ({"log_decay": DECAY[0, 0]}, r"log_decay .* of shape \[2, 6, 3\], not .* \[3\]"),
         ({"q": TOKENS[0]}, r"q and k must be \[B, N, H, D\].* not \[6, 3, 16\], \[2, 6, 3, 16\]"),
