@@ -15,7 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from models_lion import SIZES, imagenet_cfg
+from models_lion import SIZES, check_class_token, imagenet_cfg
 from state_space import draw_step_bias, semiseparable_product
 
 
@@ -131,6 +131,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    check_class_token(**kwargs)
     embed_dim, num_heads = SIZES[variant.split("_")[1]]
     defaults = {
         "patch_size": 16,

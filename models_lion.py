@@ -1004,14 +1004,22 @@ def _check_options(order: str, **options: Any) -> None:
     _check_choice("weight_init", options.get("weight_init", ""), WEIGHT_INITS)
     if "block_fn" in options:
         raise ValueError("LION has its own blocks: give no block_fn.")
-    if options["global_pool"] == "token" and not options.get("class_token", True):
-        raise ValueError("There is no class token to read: choose another global_pool.")
+    check_class_token(**options)
     if options["pos_embed"] != "learn" and options.get("pos_drop_rate"):
         raise ValueError("pos_drop_rate needs a position embedding: add pos_emb=True.")
     if not 0 <= options.get("patch_drop_rate", 0) < 1:
         raise ValueError("patch_drop_rate is a share of the patches: give 0 or more, below 1.")
     if order != "Normal" and options.get("patch_drop_rate"):
         raise ValueError(f"Order {order} needs every patch: leave patch_drop_rate at 0.")
+
+
+def check_class_token(global_pool: str = "token", class_token: bool = True, **_: Any) -> None:
+    """Raises ValueError if the class token, which timm reads by default, is not there."""
+    if global_pool == "token" and not class_token:
+        raise ValueError(
+            "There is no class token to read: leave class_token at True, or choose another "
+            "global_pool."
+        )
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:

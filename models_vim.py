@@ -18,7 +18,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from models_lion import SIZES, imagenet_cfg
+from models_lion import SIZES, check_class_token, imagenet_cfg
 from state_space import draw_step_bias, selective_scan
 
 
@@ -152,6 +152,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    check_class_token(**kwargs)
     distilled = "distilled" in variant
     prefix = kwargs.get("class_token", True) + kwargs.get("reg_tokens", 0) + distilled
     defaults = {

@@ -291,6 +291,8 @@ def test_mixed_precision_stays_close(name):
     [
         ("hydra", {"embed_dim": 25}, "width 25 is not divisible by 3 heads"),
         ("hydra", {"qk_norm": True}, "Hydra has no qk_norm"),
+        ("hydra", {"class_token": False}, "no class token to read: leave class_token at True, or"),
+        ("vim", {"class_token": False}, "no class token to read: leave class_token at True, or"),
         ("vim", {"init_values": 1e-4, "attn_drop_rate": 0.1}, "Vim has no attn_drop, init_values"),
     ],
 )
