@@ -171,6 +171,7 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
     """Restores a run; raises UserError if it cannot go on with these arguments."""
     saved, source = found
     before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args), **run.facts}))
+    resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     if "optimizer" in saved and "epoch" in saved:
         kept = [Rule.OPTIMIZER, *([Rule.BETWEEN_EPOCHS] if saved.get("step") else [])]
         resuming.check_settings(before, now, resuming.RULES, source, *kept)
@@ -183,8 +184,6 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
     run.restore(saved, source)
     if not (goes_on(args) and resuming.scores_alike(before, now)):
         run.max_accuracy = 0.0  # best_checkpoint.pth is the best of this folder and evaluation
-    # Weights of another name or shape are reported better by load_weights.
-    resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
     resuming.tell_changes(before, now, resuming.RULES, source)
 
 
@@ -249,18 +248,18 @@ class Evaluation:
         self.loader = loaders.build_eval_loader(image_loading(args), world, self.images)
         self.classes = self.loader.dataset.classes
         if found:
-            checkpoint.check_classes(found[0], self.classes, found[1])
+            saved, source = found
+            checkpoint.check_classes(saved, self.classes, source)
+            before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
+            resuming.check_evaluation(before, now, source)
         trained = preprocessing.of_checkpoint(found[0], args.model, found[1]) if found else None
         size = (trained or self.images).size
         self.model = build_model(args, len(self.classes), size)
         if found:
-            saved, source = found
             state = checkpoint.weights_of(saved, ema=args.use_ema, source=source)
             checkpoint.load_weights(self.model, state, source)
             if self.images.size != size:
                 models_timm.resize(self.model, self.images.size)
-            before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args)}))
-            resuming.check_evaluation(before, now, source)
         else:
             logger.warning("No --resume: these are the weights that %s is built with.", args.model)
         require_same(world, {"test": self.loader.dataset}, self.model)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TINY, Malicious, Ranks, refused
 
+import checkpoint
 import main
 from mlm import glue, pretrain
 
@@ -137,13 +138,20 @@ def test_checkpoint_of_another_model(run, data_path, tmp_path):
     saved = tmp_path / "checkpoint.pth"
     arguments = (*shared, "--resume", saved, "--output_dir", tmp_path / "new")
     for options in ((), ("--eval",)):
-        ended = run(*arguments, *options, "--mask_type", "Selective")
-        first, *lines = ended.err.splitlines()
-        assert ended.code == 2
-        assert first.startswith(f"main.py: error: {saved} is of another model: ")
-        assert "missing in the file: blocks.0.attn.a_i.weight [2, 16]" in lines
-        assert "not in the model: blocks.0.attn.a_i [2]" in lines
-        refused(run(*arguments, *options, "--cls_tok"), "cls_tok: checkpoint False, now True")
+        ended = run(*arguments, *options, "--mask_type", "Selective", "--pos_emb", "--cls_tok")
+        differences = (
+            "mask_type: checkpoint Decay, now Selective; "
+            "pos_emb: checkpoint False, now True; cls_tok: checkpoint False, now True"
+        )
+        refused(ended, f"{saved} is of another model: {differences}")
+    weights = tmp_path / "weights.pth"
+    torch.save(checkpoint.load(saved)["model"], weights)
+    ended = run(*shared, "--eval", "--resume", weights, "--mask_type", "Selective")
+    first, *lines = ended.err.splitlines()
+    assert ended.code == 2
+    assert first.startswith(f"main.py: error: {weights} is of another model: ")
+    assert "missing in the file: blocks.0.attn.a_i.weight [2, 16]" in lines
+    assert "not in the model: blocks.0.attn.a_i [2]" in lines
     other = ("--opt", "lamb", "--layer-decay", "0.7")
     refused(run(*arguments, *other), "optimiser state of .* does not fit")
     saved.write_bytes(saved.read_bytes()[:1000])
