@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -168,7 +168,7 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
     Raises:
         UserError: the differences, listed, or weights that are not finite; the model is unchanged.
     """
-    state = _bare_names(state)
+    state = bare_names(state)
     own = model.state_dict()
     found, wanted = _shapes(state), _shapes(own)
     missing = [name for name in wanted if name not in found]
@@ -212,7 +212,7 @@ def adapt_weights(
         UserError: a shared weight has another shape, listed, or nothing is shared.
     """
     own = model.state_dict()
-    state = _names_of_timm(_bare_names(state), own)
+    state = _names_of_timm(bare_names(state), own)
     state, notes = _without_foreign_heads(model, state, keep_head)
     if "pos_embed" in state and "pos_embed" in own:
         state, changes = _fit_pos_embed(state, model, source)
@@ -290,7 +290,8 @@ def _not_finite(value: object, name: str = "") -> Iterator[str]:
             yield from _not_finite(item, f"{name}.{key}" if name else str(key))
 
 
-def _bare_names(state: dict) -> dict:
+def bare_names(state: Mapping[str, Any]) -> dict:
+    """Without the prefixes of DistributedDataParallel and torch.compile."""
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state.items()}
 
 

@@ -1,5 +1,6 @@
 """A trained model from its checkpoint alone, with what its images become and its classes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ def load(
     """The model in a checkpoint: a file, a URL, `hf-hub:OWNER/NAME` or a folder of timm's.
 
     `name` and `options` are those of `timm.create_model`, for weights that do not tell their model.
-    `ema` takes the moving average; `input_size` is in pixels, by default that of the training.
+    `ema` takes the moving average; `input_size` is in pixels, by default that of the training,
+    of bare weights that of their position embedding, else the model's.
     `saved` is what `source` holds, where that has been read before.
 
     Raises:
@@ -62,10 +64,14 @@ def load(
     if not name:
         raise UserError(f"{source} does not tell which model it is of: add --model.")
     models_timm.check_name(name)
-    images = preprocessing.of_checkpoint(saved, name, source) or preprocessing.of_model(name)
     models_timm.check_options(options or {})
     options = {**known, **(options or {})}
-    weights = checkpoint.weights_of(saved, ema=ema, source=source)
+    weights = checkpoint.bare_names(checkpoint.weights_of(saved, ema=ema, source=source))
+    images = preprocessing.of_checkpoint(saved, name, source)
+    if images is None:
+        images = preprocessing.of_model(name)
+        if side := _side(weights):
+            images = images.at(side)
     classes = list(saved.get("classes") or [])
     count = len(classes) or _outputs(name, weights)
     wanted = {"num_classes": count, **options}
@@ -122,12 +128,24 @@ def readable(classes: Sequence[str], count: int) -> list[str]:
     return [imagenet.label_name_to_description(n) if n in known else n for n in names]
 
 
+def _side(weights: Mapping[str, Any]) -> int:
+    """Pixels of the square images that a ViT's position embedding is of; 0 of other weights."""
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    parts = ("cls_token", "pos_embed", "patch_embed.proj.weight")
+    match [shapes.get(name) for name in parts]:
+        case (1, token, _), (1, length, _), (_, 3, _, pixels):
+            more = sum(shapes.get(name, (1, 0))[1] for name in ("dist_token", "reg_token"))
+            for patches in (length - token - more, length):  # DeiT III's is of patches alone
+                if patches > 0 and (side := math.isqrt(patches)) ** 2 == patches:
+                    return side * pixels
+    return 0
+
+
 def _outputs(name: str, weights: Mapping[str, Any]) -> int:
     """The number of classes that the classifier among `weights` tells apart."""
     heads = timm.get_pretrained_cfg_value(name, "classifier") or "head"
     head = heads if isinstance(heads, str) else heads[0]
-    bare = {key.rpartition("module.")[2]: value for key, value in weights.items()}
-    weight = bare.get(f"{head}.weight")
+    weight = weights.get(f"{head}.weight")
     if weight is not None:
         return len(weight)
     return int(timm.get_pretrained_cfg_value(name, "num_classes") or 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -161,6 +162,19 @@ def test_bad_input(arguments, message, call, data_path, tmp_path):
     ended = call(*(here.get(argument, argument) for argument in arguments))
     assert ended.code == 2 and message in ended.err, ended.err
     assert ended.out == ""
+
+
+@pytest.mark.parametrize("name", ["lion_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
+def test_bare_weights_tell_the_size_by_their_position_embedding(name, call, data_path, tmp_path):
+    sizes = {"patch_size": 4, "embed_dim": 18, "depth": 1}
+    own = {"pos_emb": True} if "lion" in name else {"num_heads": 3}
+    model = timm.create_model(name, img_size=20, num_classes=3, **sizes, **own)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    options = [f"{key}={value}" for key, value in {**sizes, **own}.items()]
+    options = ["--model", name, "--model-kwargs", *options]
+    for size in ([], ["--input-size", "32"]):
+        ended = call(data_path / "val", *options, *size, checkpoint=tmp_path / "bare.pth")
+        assert ended.code == 0 and "class 2" in ended.out, ended.err
 
 
 @pytest.mark.parametrize(
