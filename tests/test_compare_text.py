@@ -63,6 +63,19 @@ def test_other_fine_tuning_is_another_run(tmp_path):
         read_recipe(recipe(tmp_path, fine_tune=f"{FINE_TUNE} length=32"), tmp_path)
 
 
+def test_an_edited_configuration_is_another_run(tmp_path, monkeypatch):
+    config, words = ROOT / "mlm/configs/tiny.yaml", f"{tmp_path}/tiny.yaml data=$DATA/shards"
+    (tmp_path / "tiny.yaml").write_text(config.read_text())
+    path = recipe(tmp_path, arguments=words, models={"s": ""})
+    (run,) = read_recipe(path, tmp_path)
+    monkeypatch.setattr(type(run.program), "next_command", lambda *_: ["true"])
+    Scheduler([run], "", concurrent=1, seconds=100).start(run, 0)
+    read_recipe(path, tmp_path)
+    (tmp_path / "tiny.yaml").write_text(f"{config.read_text()}\neps: 1.0e-7\n")
+    with pytest.raises(ValueError, match="holds a run with other settings .settings.yaml.: choose"):
+        read_recipe(path, tmp_path)
+
+
 def test_what_every_run_is_given_is_no_argument(tmp_path):
     with pytest.raises(ValueError, match="compare.py itself gives runs their seed"):
         read_recipe(recipe(tmp_path), tmp_path, more=("seed=3",))

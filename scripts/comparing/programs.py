@@ -39,6 +39,9 @@ class Program(Protocol):
     def check(self, arguments: Sequence[str], fine_tune: Sequence[str]) -> int:
         """How many epochs or steps a run has. Raises UserError for wrong arguments."""
 
+    def settings(self, arguments: Sequence[str]) -> dict:
+        """What the file that arguments begin with says, arguments included; {} without one."""
+
     def option(self, name: str, value: str) -> tuple[str, ...]:
         """The arguments that set one value."""
 
@@ -96,6 +99,9 @@ class Images:
         _check_free(args.given, ("seed", "output_dir", "resume", "data_path"))
         check_args(args)
         return args.epochs
+
+    def settings(self, arguments: Sequence[str]) -> dict:
+        return {}
 
     def option(self, name: str, value: str) -> tuple[str, ...]:
         return f"--{name}", value
@@ -156,6 +162,9 @@ class Text:
             for name, values in tasks.items():
                 typed(Task, values, f"the task {name} of {fine_tune[0]}").check(name)
         return settings.steps
+
+    def settings(self, arguments: Sequence[str]) -> dict:
+        return _settings(arguments)
 
     def option(self, name: str, value: str) -> tuple[str, ...]:
         return (f"{name}={value}",)

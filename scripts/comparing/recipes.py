@@ -17,7 +17,7 @@ from scripts.comparing.programs import DATA, PROGRAMS, Program
 from scripts.plot_log import read_log
 
 KEYS = ("arguments", "seeds", "models")
-ARGUMENTS, LEASES = "arguments.txt", "leases.jsonl"  # files of a run
+ARGUMENTS, SETTINGS, LEASES = "arguments.txt", "settings.yaml", "leases.jsonl"  # files of a run
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Run:
     def description(self) -> str:
         """What is trained, as `arguments.txt` keeps it."""
         return "\n".join(map(shlex.join, filter(None, (self.arguments, self.fine_tune))))
+
+    @property
+    def settings(self) -> str:
+        """What its configurations say, as `settings.yaml` keeps it."""
+        words = filter(None, (self.arguments, self.fine_tune))
+        return yaml.safe_dump_all(map(self.program.settings, words))
 
     @property
     def unit(self) -> str:
@@ -188,12 +194,13 @@ def _variants(vary: dict[str, list[str]], program: Program) -> list[tuple[str, t
 
 
 def check_same_arguments(run: Run) -> None:
-    file = run.folder / ARGUMENTS
-    if file.is_file() and file.read_text(encoding="utf-8") != run.description:
-        raise UserError(
-            f"{run.folder} holds a run with other arguments ({file.name}): choose another --output "
-            "or remove it."
-        )
+    for name, now in ((ARGUMENTS, run.description), (SETTINGS, run.settings)):
+        file = run.folder / name
+        if file.is_file() and file.read_text(encoding="utf-8") != now:
+            raise UserError(
+                f"{run.folder} holds a run with other {file.stem} ({name}): choose another "
+                "--output or remove it."
+            )
 
 
 def check_data(runs: Sequence[Run], data_path: str) -> None:

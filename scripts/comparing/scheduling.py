@@ -13,7 +13,7 @@ import torch
 from files import replacing
 from processes import STOP_SIGNALS, StopSignal
 from scripts.comparing.programs import ROOT
-from scripts.comparing.recipes import ARGUMENTS, LEASES, Run
+from scripts.comparing.recipes import ARGUMENTS, LEASES, SETTINGS, Run
 from workers import leave_with_parent, usable_cores
 
 # Exit codes of a run that was sent a signal: after it saved, and before there was what to save.
@@ -107,8 +107,9 @@ class Scheduler:
     def start(self, run: Run, slot: int) -> None:
         """Starts what a run has to do next."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(run.folder / ARGUMENTS) as file:
-            file.write(run.description)
+        for name, text in ((ARGUMENTS, run.description), (SETTINGS, run.settings)):
+            with replacing(run.folder / name) as file:
+                file.write(text)
         device = f"cuda:{slot % self.gpus}" if self.gpus else ""
         threads = str(max(1, usable_cores() // len(self.slots)))
         shares = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
