@@ -19,6 +19,9 @@ from models_hydra import HydraMixer
 from models_lion import FORMATS, LionAttention
 from state_space import draw_step_bias
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "intermediate_size", "max_position_embeddings", "type_vocab_size")  # fmt: skip
+
 
 @strict
 class LionBertConfig(PreTrainedConfig):
@@ -58,6 +61,11 @@ class LionBertConfig(PreTrainedConfig):
             raise ValueError(f"Unknown format {self.format!r}: choose one of {', '.join(FORMATS)}.")
         if self.norm not in BLOCKS:
             raise ValueError(f"Unknown norm {self.norm!r}: choose one of {', '.join(BLOCKS)}.")
+        for name in SIZES:
+            if (size := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}.")
+        if self.initializer_range < 0 or self.layer_norm_eps < 0:
+            raise ValueError("initializer_range and layer_norm_eps must not be negative.")
         if self.position_embeddings is None:
             self.position_embeddings = self.mixer in ORDER_BLIND
         super().__post_init__(**kwargs)

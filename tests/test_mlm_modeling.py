@@ -349,10 +349,13 @@ def test_pre_norm_blocks_are_their_definition(mixer):
     [
         ({"mixer": "lion"}, "Unknown mixer 'lion': choose one of softmax, softmax-rope"),
         ({"norm": "middle"}, "Unknown norm 'middle': choose one of post, pre"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1, not -1"),
+        ({"initializer_range": -1.0}, "initializer_range and layer_norm_eps must not be negative"),
         ({"format": "rnn"}, "Unknown format 'rnn': choose one of Attention, RNN, Chunk"),
     ],
 )
-def test_unknown_choices(options, message):
+def test_wrong_values(options, message):
     with pytest.raises(ValueError, match=message):
         LionBertConfig(**options)
 
