@@ -279,6 +279,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_training(args)
     if args.use_ema and not (args.eval and args.resume):
         raise UserError("--use-ema goes with --eval --resume PATH.")
+    if args.eval and args.finetune and not args.resume:
+        raise UserError("--eval scores --resume, not --finetune: give the weights to --resume.")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs the --output_dir of the run.")
 

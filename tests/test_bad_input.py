@@ -25,6 +25,7 @@ from mlm import glue, pretrain
         (("--batch-size", "7"), "--batch-size 7 must be even"),
         (("--use-ema",), "--use-ema goes with --eval"),
         (("--eval", "--use-ema"), "--use-ema goes with --eval --resume"),
+        (("--eval", "--finetune", "x.pth"), "--eval scores --resume, not --finetune: give"),
         (("--resume", "auto", "--output_dir", ""), "--resume auto needs the --output_dir"),
         (("--resume", "absent.pth"), "cannot read the checkpoint absent.pth: No such file"),
         (("--eval", "--resume", "absent.pth"), "cannot read the checkpoint absent.pth"),
