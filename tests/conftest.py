@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
         faster_interpreter.install()
 
-from helpers import IMPORTED, TINY, VARIANT, call_main, make_image_folder, processes
+from helpers import IMPORTED, TINY, VARIANT, call_main, make_image_folder, processes, write_image
 
 from mlm import prepare
 from processes import STOP_SIGNALS
@@ -46,6 +46,15 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png", 100 * label + i)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

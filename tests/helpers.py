@@ -236,3 +236,8 @@ def assert_same_run(folder: Path, other: Path) -> None:
         differing = [key for key in saved if not same(saved[key], expected[key])]
         assert [key for key in differing if key != "args"] == []
     assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+def write_image(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (value,) * 3).save(path)

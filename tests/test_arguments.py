@@ -17,6 +17,32 @@ from arguments import OF_GATES, check_args, check_optimizer, get_args_parser
 from intervals import in_words
 from models_timm import LION_OPTIONS
 
+DEIT = dict(
+    batch_size=64, epochs=300, bce_loss=False, unscale_lr=False, model="deit_base_patch16_224",
+    input_size=224, drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
+    model_ema_force_cpu=False, opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None,
+    momentum=0.9, weight_decay=0.05, sched="cosine", lr=5e-4, lr_noise=None, lr_noise_pct=0.67,
+    lr_noise_std=1.0, warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5,
+    cooldown_epochs=10, patience_epochs=10, decay_rate=0.1, color_jitter=0.3,
+    aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic", repeated_aug=True,
+    train_mode=True, ThreeAugment=False, src=False, reprob=0.25, remode="pixel", recount=1,
+    resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0,
+    mixup_switch_prob=0.5, mixup_mode="batch", teacher_model="regnety_160", teacher_path="",
+    distillation_type="none", distillation_alpha=0.5, distillation_tau=1.0, cosub=False,
+    finetune="", attn_only=False, data_path="/datasets01/imagenet_full_size/061417/",
+    data_set="IMNET", inat_category="name", output_dir="", device="auto", seed=0, resume="",
+    start_epoch=0, eval=False, eval_crop_ratio=0.875, dist_eval=False, num_workers=10,
+    pin_mem=True, distributed=False, world_size=1, dist_url="env://",
+)  # fmt: skip
+LION = dict(
+    pos_emb=False, cls_tok=False, mask_type="Decay", order="Normal", format="Attention",
+    chunk_size=32,
+)  # fmt: skip
+CHOICES = dict(
+    train_interpolation="random", mixup_mode="pair", distillation_type="soft", data_set="CIFAR",
+    inat_category="genus", mask_type="Lit", order="S", format="RNN",
+)  # fmt: skip
+
 # Of every argument that takes numbers: some at the ends of what it takes, and some beyond.
 NUMBERS = {
     "batch_size": ((1, 2), (0, -1)),
@@ -334,3 +360,48 @@ def test_intervals_in_words(interval, words):
 def test_a_switch(word):
     args = get_args_parser().parse_args([word])
     assert args.pin_mem is ("no" not in word) and args.given == ["pin_mem"]
+
+
+# Spellings and defaults
+
+
+def parsed(*arguments: str):
+    return get_args_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize(("name", "default"), (DEIT | LION).items())
+def test_arguments_in_both_spellings_with_their_defaults(name, default):
+    assert getattr(parsed(), name) == default
+    text = CHOICES.get(name, "7")
+    for option in (f"--{name}", f"--{name.replace('_', '-')}"):
+        given = [option] if isinstance(default, bool) else [option, text]
+        value = getattr(parsed(*given), name)
+        assert value is True if isinstance(default, bool) else value in (text, 7, [7])
+
+
+@pytest.mark.parametrize("name", ["model-ema", "repeated-aug", "train-mode", "pin-mem", "amp"])
+def test_switches_can_be_turned_off(name):
+    dest = name.replace("-", "_")
+    assert getattr(parsed(), dest) is True
+    assert getattr(parsed(f"--no-{name}"), dest) is False
+    assert getattr(parsed(f"--no_{dest}"), dest) is False
+
+
+@pytest.mark.parametrize("name", ["pos_emb", "cls_tok"])
+def test_flags_with_and_without_a_value(name, run):
+    for option in (f"--{name}", f"--{name.replace('_', '-')}"):
+        assert [getattr(parsed(*given), name) for given in (
+            [option], [option, "True"], [option, "False"], [option, "--eval"], []
+        )] == [True, True, False, True, False]  # fmt: skip
+    refused = run(f"--{name}", "perhaps")
+    assert refused.code == 2 and "expected True or False, not 'perhaps'" in refused.err
+
+
+def test_other_arguments(run):
+    given = parsed("--dr", "0.2", "--opt-betas", "0.9", "0.95", "--cutmix-minmax", "0.2", "0.8",
+                   "--model-kwargs", "patch_size=4", "global_pool=token")  # fmt: skip
+    assert given.decay_rate == 0.2
+    assert given.opt_betas == [0.9, 0.95] and given.cutmix_minmax == [0.2, 0.8]
+    assert given.model_kwargs == {"patch_size": 4, "global_pool": "token"}
+    abbreviated = run("--epoch", "1")
+    assert abbreviated.code == 2 and "unrecognized arguments: --epoch" in abbreviated.err
