@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers import ROOT
 
-FOLDERS = ("mlm", "lion_kernels", "scripts")  # and files beside them
+FOLDERS = ("mlm", "lion_kernels", "scripts", "tests")  # and files beside them
 LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE = 60, 90, 500  # lines
 FILES_OF_THEIR_OWN_SIZE = {"models_lion.py"}  # all of LION in images, formats included
 
