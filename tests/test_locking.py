@@ -54,6 +54,7 @@ def holding(_rank: int, folder: Path, target: Path) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_dead(run, other, data_path, tmp_path):
     folder = tmp_path / "run"
     arguments = (*TINY, "--data-path", data_path, "--output_dir", folder, "--num_workers", "1")
