@@ -19,7 +19,7 @@ from curves import ORDERS, check_order
 from datasets import ALIASES, DATASETS, INAT_CATEGORIES
 from decays import DECAY_INITS
 from device_augment import RandAugment
-from errors import UserError, as_user_error, one_line
+from errors import UserError, as_user_error, told_as
 from journal import RUN_FILES
 from models_lion_plus import PLUS
 from optimization import create_optimizer, state_for
@@ -449,25 +449,17 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
 
     Raises UserError that names the one which cannot be built or cannot make a step.
     """
-    try:
+    what = f"--opt {args.opt} cannot run here with these arguments"
+    with told_as(what, "choose another, such as adamw"):
         optimizer = optimizer_of_probe(args, device)
         optimizer.step()
-    except Exception as error:  # each optimiser has its own ways to fail
-        raise UserError(
-            f"--opt {args.opt} cannot run here with these arguments ({one_line(error)}): "
-            "choose another, such as adamw."
-        ) from error
-    try:
+    with told_as(f"--sched {args.sched} cannot run with these arguments",
+                 "choose another, such as cosine"):  # fmt: skip
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
         if scheduler is None and args.sched != "none":  # timm < 1.0.31 does not mind
             raise ValueError(f"Unknown scheduler {args.sched!r}.")
         if scheduler is not None:
             scheduler.step(0)
-    except Exception as error:
-        raise UserError(
-            f"--sched {args.sched} cannot run with these arguments ({one_line(error)}): "
-            "choose another, such as cosine."
-        ) from error
 
 
 def check_same_optimizer(
@@ -478,17 +470,13 @@ def check_same_optimizer(
     `before` are those of the checkpoint read from `source`. Tried on a small model: each optimiser
     keeps what its arguments ask for, and weight decay decides how the weights are grouped.
     """
-    try:
+    what = f"--opt {args.opt} cannot go on from {source} with these arguments"
+    with told_as(what, "give --momentum, --opt-betas and --weight-decay of its run"):
         earlier = optimizer_of_probe(argparse.Namespace(**{**vars(args), **before}), device)
         earlier.step()
         optimizer = optimizer_of_probe(args, device)
         optimizer.load_state_dict(state_for(optimizer, earlier.state_dict()))
         optimizer.step()
-    except Exception as error:
-        raise UserError(
-            f"--opt {args.opt} cannot go on from {source} with these arguments "
-            f"({one_line(error)}): give --momentum, --opt-betas and --weight-decay of its run."
-        ) from error
 
 
 def optimizer_of_probe(args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:

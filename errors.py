@@ -3,6 +3,9 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from opcode import opmap
+from pathlib import Path
+from types import TracebackType
 
 USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # open files, or memory
 
@@ -17,13 +20,54 @@ class UserError(ValueError):
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Around a call to a library with values that users gave: its ValueError becomes theirs."""
+    """Around a call with values that users gave: a ValueError that refuses them becomes theirs."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
+        if is_bug(error):
+            raise
         raise UserError(str(error)) from error
+
+
+@contextmanager
+def told_as(what: str, remedy: str) -> Iterator[None]:
+    """Around a call that refuses values by errors of any kind: they become `what (why): remedy`."""
+    try:
+        yield
+    except Exception as error:
+        if is_bug(error):
+            raise
+        raise UserError(f"{what} ({one_line(error)}): {remedy}.") from error
+
+
+def is_bug(error: Exception) -> bool:
+    """Whether what was called failed in this repository, instead of refusing a value.
+
+    Its modules refuse by `raise`, as libraries do, but timm's models in ways of their own. To be
+    asked where the error is caught.
+    """
+    steps = [step for step in _steps(error.__traceback__) if _file(step) != __file__]
+    called = [step for step in steps[1:] if _is_own(step) or "/timm/" in _file(step)]
+    if not called or not _is_own(called[-1]):
+        return False
+    return steps[-1].tb_frame.f_code.co_code[steps[-1].tb_lasti] != opmap["RAISE_VARARGS"]
+
+
+def _steps(step: TracebackType | None) -> Iterator[TracebackType]:
+    while step:
+        yield step
+        step = step.tb_next
+
+
+def _file(step: TracebackType) -> str:
+    return step.tb_frame.f_code.co_filename
+
+
+def _is_own(step: TracebackType) -> bool:
+    path = Path(_file(step))
+    return path.is_relative_to(Path(__file__).parent) and "site-packages" not in path.parts
 
 
 def sentence(error: UserError) -> str:

@@ -41,7 +41,7 @@ class HydraMixer(nn.Module):
         refused = [n for n in ("qk_norm", "attn_drop", "scale_norm") if attention.get(n)]
         if refused:
             raise ValueError(f"Hydra has no {', '.join(refused)}: leave it at its default.")
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, heads = 2 * dim, 2 * num_heads

@@ -592,7 +592,7 @@ class LionAttention(nn.Module):
         _check_choice("mask_type", mask_type, FEATURE_MAPS)
         check_order(order)
         _check_choice("decay_init", decay_init, DECAY_INITS)
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads

@@ -18,7 +18,7 @@ import models_lion  # noqa: F401
 import models_lion_plus  # noqa: F401
 import models_masked_softmax  # noqa: F401
 import models_vim  # noqa: F401
-from errors import UserError, first_line, one_line
+from errors import UserError, first_line, is_bug, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ def create(
             unknown = _unknown_option(error, options)
             if unknown and unknown in required and options[unknown]:
                 raise UserError(f"{name} has no {OPTIONAL[unknown]}: leave it out.") from error
+            if is_bug(error) and not isinstance(error, TypeError):  # that is of an unknown option
+                raise
             if unknown is None or not _can_do_without(name, unknown, options[unknown]):
                 raise UserError(
                     f"{name} cannot be built with these arguments ({one_line(error)}): "
@@ -122,6 +124,8 @@ def resize(model: Any, size: int | tuple[int, int]) -> None:
     try:
         model.set_input_size(img_size=size)
     except Exception as error:  # every family has its own reasons
+        if is_bug(error):
+            raise
         raise UserError(
             f"The model takes no images of {size} pixels ({first_line(error)})."
         ) from error
@@ -151,6 +155,8 @@ def require_logits(
     try:
         logits = model.eval()(torch.zeros(2, *input_size, device=device))
     except Exception as error:  # every family has its own reasons
+        if is_bug(error):
+            raise
         size = "x".join(map(str, input_size[1:]))
         remedy = "use another --input-size"
         if "channels" in str(error):

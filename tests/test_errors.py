@@ -11,8 +11,11 @@ import loaders
 from commands import run_command
 from errors import UserError, as_user_error
 from mlm import pretrain
+from models_lion import LionAttention
 
 CONFIG = str(ROOT / "mlm" / "configs" / "lion-s-base.yaml")
+SMALL = ("model.hidden_size=16", "model.intermediate_size=16", "model.num_hidden_layers=1",
+         "model.num_attention_heads=2")  # fmt: skip
 COMMAND = """
 from errors import UserError
 from commands import run_command
@@ -44,6 +47,29 @@ def test_the_ends_of_a_command(build, kind, code, first, last):
     assert (done.returncode, lines[0], lines[-1]) == (code, first, last), done.stderr
 
 
+def unpack(*_: object, **__: object) -> None:
+    _one, _other = [1]
+
+
+@pytest.mark.parametrize("method", ["reset_parameters", "forward"])
+def test_a_bug_of_a_model_is_not_the_users(method, run, data_path, monkeypatch):
+    monkeypatch.setattr(LionAttention, method, unpack)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        run(*TINY, "--data-path", data_path)
+
+
+def test_a_bug_of_a_language_model_is_not_the_users(ending, corpus, monkeypatch):
+    monkeypatch.setattr(LionAttention, "reset_parameters", unpack)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", *SMALL])
+
+
+@pytest.mark.parametrize("option", ["num_heads=0", "proj_drop_rate=3", "mlp_ratio=-1"])
+def test_what_a_model_or_a_library_refuses_is_the_users(option, run, data_path):
+    ended = run(*TINY, "--data-path", data_path, "--model-kwargs", option)
+    refused(ended, "cannot be built with these arguments")
+
+
 @pytest.mark.parametrize("evaluation", [(), ("--eval",)], ids=["training", "evaluation"])
 def test_a_bug_in_the_set_up_is_not_the_users(evaluation, run, data_path, monkeypatch):
     monkeypatch.setattr(loaders, "build_eval_loader", fail)
@@ -53,11 +79,8 @@ def test_a_bug_in_the_set_up_is_not_the_users(evaluation, run, data_path, monkey
 
 def test_a_bug_in_the_set_up_of_pretraining(ending, corpus, monkeypatch):
     monkeypatch.setattr(pretrain, "build_loaders", fail)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
-    model = [f"model.{name}={value}" for name, value in small.items()]
     with pytest.raises(ValueError, match="^a bug$"):
-        ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", *model])
+        ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", *SMALL])
 
 
 @pytest.mark.parametrize(
