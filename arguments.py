@@ -21,6 +21,7 @@ from decays import DECAY_INITS
 from device_augment import RandAugment
 from errors import UserError, as_user_error, told_as
 from journal import RUN_FILES
+from models_lion import FEATURE_MAPS, FORMATS
 from models_lion_plus import PLUS
 from optimization import create_optimizer, state_for
 from preprocessing import CROPS, FILTERS, SMALL_IMAGE
@@ -74,11 +75,11 @@ def get_args_parser() -> ArgumentParser:
 
 
 def _add_lion(add: Add, _: Add) -> None:
-    add("--mask_type", default="Decay", choices=("Lit", "Decay", "Selective"),
+    add("--mask_type", default="Decay", choices=tuple(FEATURE_MAPS),
         help="no decay (LION-Lit), learned decays (LION-D), or gates (LION-S)")  # fmt: skip
     add("--order", default="Normal",
         help=f"of the patches: Normal, {', '.join(ORDERS)}, or several joined by +")  # fmt: skip
-    add("--format", default="Attention", choices=("Attention", "RNN", "Chunk"),
+    add("--format", default="Attention", choices=tuple(FORMATS),
         help="how the same function is computed")  # fmt: skip
     add("--chunk_size", default=32, type=int, within="[1, inf)",
         help="tokens per chunk of --format Chunk")  # fmt: skip

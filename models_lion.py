@@ -714,8 +714,6 @@ class LionAttention(nn.Module):
         return torch.cat([gate(x.to(_dtype_of(gate))).to(dtype) for gate in gates], dim=-1)
 
     def _has_kernel(self, x: Tensor) -> bool:
-        if type(self).log_decay is not LionAttention.log_decay:  # kernels read the gates themselves
-            return False
         trained = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
@@ -737,21 +735,32 @@ class LionAttention(nn.Module):
         logits = [part.to(qkv.dtype) for part in logits]
         return torch.cat([qkv, *logits, qkv.new_zeros(*x.shape[:2], padding)], dim=-1)
 
+    def _kernel_inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`projected` and `decay` of `lion_kernels.mix`; those of a subclass are logs."""
+        if type(self).log_decay is LionAttention.log_decay:
+            decays = torch.stack(self._gates()).float() if self.mask_type == "Decay" else None
+            return self._project(x), decays
+        with torch.autocast(x.device.type, enabled=False):
+            logs = self.log_decay(x)
+        if logs is not None:
+            logs = logs.float().transpose(2, 3).expand(-1, len(x), -1, -1)
+        return self.qkv(x), logs
+
     def _mix_by_kernel(
         self, x: Tensor, curves: Tensor | None, valid: Tensor | None, documents: Tensor | None
     ) -> Tensor:
-        gates = self._gates()
+        projected, decay = self._kernel_inputs(x)
         return lion_kernels.mix(
-            self._project(x),
-            torch.stack(gates).float() if self.mask_type == "Decay" else None,
+            projected,
+            decay,
             curves,
             valid,
             documents,
             heads=self.num_heads,
             dim=self.head_dim,
-            scans=max(1, len(gates)),
+            scans=max(1, len(self.gate_names)),
             prefix=self.num_prefix_tokens,
-            lit=not gates,
+            lit=self.mask_type == "Lit" and decay is None,
             features=FEATURE_NAMES[self.feature_map],
             normalise=self.normalise,
             eps=self.eps,

@@ -1,27 +1,33 @@
 """The documentation's examples run, its links lead somewhere, and its pictures are there."""
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import timm
 import torch
 from helpers import ROOT
 from test_formats import assert_close
 
 import curves
+import lion_kernels
 
 PAGES = sorted([ROOT / "README.md", ROOT / "mlm" / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-@pytest.fixture
-def examples(monkeypatch) -> dict:
+@pytest.fixture(scope="module")
+def examples() -> Iterator[dict]:
     """What the examples of docs/extending.md define."""
-    monkeypatch.setattr(curves, "ORDERS", dict(curves.ORDERS))
-    page = (ROOT / "docs" / "extending.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
-    return names
+    page, module = (ROOT / "docs" / "extending.md").read_text(), ModuleType("examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "ORDERS", dict(curves.ORDERS))
+        patch.setitem(sys.modules, "examples", module)
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, vars(module))
+        yield vars(module)
 
 
 def test_an_order_of_ones_own(examples):
@@ -37,14 +43,20 @@ def test_an_order_of_ones_own(examples):
         assert_close([model(images)], [expected], 1e-4, "Chunk")
 
 
-def test_a_mask_of_ones_own(examples):
-    mixer, x = examples["mixer"].double(), torch.randn(2, 11, 64).double()
-    decays = mixer.log_decay(x)[0, 0, :, 0]
-    assert torch.allclose(decays, -(2.0 ** -torch.arange(1, 5)).double())
-    chunked = mixer(x)
-    mixer.set_format("Attention")
-    assert_close([chunked], [mixer(x)], 1e-9, "Attention")
-    assert not any(p.requires_grad for p in mixer._gates())
+def test_a_mask_of_ones_own(examples, monkeypatch):
+    torch.manual_seed(0)
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("stepped_tiny_patch16_224", order="S", **small).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images)
+        for format in ("RNN", "Chunk"):
+            model.set_format(format, chunk_size=7)
+            assert_close([model(images)], [expected], 1e-4, format)
+    model(images).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "log_rate" in name)
+    monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
+    assert_close([model(images)], [expected], 1e-4, "kernels")
 
 
 def anchors(page: Path) -> set[str]:

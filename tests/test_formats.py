@@ -10,9 +10,9 @@ from reference import curves_for, dense, dense_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models_lion import FORMATS, LEAST_LOG, LionAttention, decay_mask
+from models_lion import FEATURE_MAPS, FORMATS, LEAST_LOG, LionAttention, decay_mask
 
-MASKS = ("Lit", "Decay", "Selective")
+MASKS = tuple(FEATURE_MAPS)
 CHUNKS = (1, 7, 64, 1000)
 RUNS = [("Attention", 1), ("RNN", 1), *(("Chunk", size) for size in CHUNKS)]
 

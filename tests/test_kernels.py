@@ -242,11 +242,20 @@ def test_operator_contract(mask, order):
     torch.library.opcheck(ops.mix_operator.dispatched, (*leaves, curves, None, None, *options))
 
 
+class Slower(LionAttention):
+    def log_decay(self, x):
+        return 0.5 * super().log_decay(x)
+
+
 @pytest.mark.parametrize("format", ["Attention", "Chunk"])
-@pytest.mark.parametrize("mask, order", VARIANTS)
-def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, mask, order",
+    [*((LionAttention, *variant) for variant in VARIANTS), (Slower, "Decay", "Normal"),
+     (Slower, "Selective", "S")],
+)  # fmt: skip
+def test_the_layer_is_the_same_with_kernels(kind, mask, order, format, monkeypatch):
     torch.manual_seed(0)
-    layer = LionAttention(32, 2, mask_type=mask, order=order, format=format).to(DEVICE)
+    layer = kind(32, 2, mask_type=mask, order=order, format=format).to(DEVICE)
     valid = torch.arange(21, device=DEVICE).repeat(2, 1) < 19
     x, curves = torch.randn(2, 21, 32, device=DEVICE), curves_for(order, 21)
     curves = curves if curves is None else curves.to(DEVICE)
@@ -259,18 +268,6 @@ def test_the_layer_is_the_same_with_kernels(mask, order, format, monkeypatch):
         results.append([y, *(p.grad.clone() for p in layer.parameters())])
     for plain, fast in zip(*results, strict=True):
         assert torch.allclose(plain, fast, atol=1e-5, rtol=1e-4)
-
-
-def test_decays_of_a_subclass_are_not_passed_over(monkeypatch):
-    class Slower(LionAttention):
-        def log_decay(self, x):
-            return 0.5 * super().log_decay(x)
-
-    monkeypatch.setattr(lion_kernels, "available", lambda *_: True)
-    layer, x = Slower(32, 2, mask_type="Decay").to(DEVICE), torch.randn(2, 21, 32, device=DEVICE)
-    y = layer(x)
-    monkeypatch.setattr(lion_kernels, "available", lambda *_: False)
-    assert torch.equal(y, layer(x))
 
 
 @pytest.mark.parametrize("mask", ["Lit", "Selective"])

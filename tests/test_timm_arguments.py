@@ -329,7 +329,7 @@ def test_the_decay_of_prefix_tokens_alone_is_one(class_token, registers, distill
     assert model.curves[:, :prefix].tolist() == [list(range(prefix))] * 2
 
 
-@pytest.mark.parametrize("mask", ["Lit", "Decay", "Selective"])
+@pytest.mark.parametrize("mask", models_lion.FEATURE_MAPS)
 def test_patches_that_are_kept_keep_their_order(mask):
     model = lion(mask_type=mask, patch_drop_rate=0.5, class_token=False, depth=1).train()
     dropped = []
