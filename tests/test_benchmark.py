@@ -377,26 +377,39 @@ def cases_of(preset, **options):
     return make_cases(presets("cuda")[preset], blank, **{"scales": ["base"], **options})
 
 
-def test_cases_of_a_gpu():
+def test_training_on_a_gpu_fills_it_at_every_size():
     training = cases_of("training", scales=["tiny", "base"])
     assert len(training) == 2 * 4 * (3 + 1 + 5)
     assert {(c.pixels, c.batch) for c in training if c.scale == "base"} == {
         (224, 128), (384, 48), (512, 24), (1024, 4)}  # fmt: skip
     assert {c.batch for c in training if c.scale == "tiny"} == {512, 192, 96, 16}
+    assert {c.precision for c in training} == {"amp"}
+
+
+def test_mixers_have_sizes_in_tokens():
     mixer = cases_of("mixer", sizes=["197", "50x7"])
     assert len(mixer) == 2 * 2 * (4 + 5)
     assert {(c.tokens, c.batch) for c in mixer} == {(197, 256), (50, 7)}
+    assert {c.precision for c in mixer} == {"bfloat16"}
+
+
+def test_layers_run_forward_and_with_gradients():
     host = cases_of("host", models=["LION-D"], sizes=["224", "112x2"])
     assert [(c.step, c.tokens, c.batch, c.label) for c in host] == [
         (step, tokens, batch, label) for tokens, batch in ((197, 1), (50, 2))
         for step in (LAYER_FORWARD, LAYER_BACKWARD)
         for label in ("ViT, SDPA", "LION-D, Attention")
     ]  # fmt: skip
-    assert {c.precision for c in training} == {"amp"}
-    assert {c.precision for c in [*mixer, *host]} == {"bfloat16"}
+    assert {c.precision for c in host} == {"bfloat16"}
+
+
+def test_inference_on_a_gpu_is_in_all_formats():
     inference = cases_of("inference", models=["LION-Lit"], sizes=["2496"])
     assert {(c.tokens, c.batch, c.form) for c in inference if c.model == "LION-Lit"} == {
         (24337, 64, format) for format in ("Attention", "RNN", "Chunk")}  # fmt: skip
+
+
+def test_the_papers_models_are_measured():
     assert set(paper.TRAINED) == {c.model for c in cases_of("paper")}
     assert set(MODELS) == {*paper.TRAINED, NO_MIXING}
 

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -5,12 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import yaml
-from helpers import MODEL, ROOT, TINY, Ranks, make_image_folder, same, torchrun, weights
+from helpers import MODEL, ROOT, TINY, Ranks, call_main, make_image_folder, same, torchrun, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.utils import parameters_to_vector
 
@@ -110,39 +113,52 @@ def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def test_what_a_run_leaves(run, data_path, tmp_path):
-    folder = tmp_path / "new" / "run"
-    ended = run(*TINY, "--data-path", data_path, "--output_dir", folder, "--epochs", "2")
-    assert (ended.code, ended.err) == (0, "")
-    assert "Epoch: [0]  [14/15]" in ended.out, "an epoch of fewer than 256 images is whole"
+@pytest.fixture(scope="module")
+def left(data_path, tmp_path_factory) -> SimpleNamespace:
+    """A run of two epochs: its folder, its log and what it printed."""
+    folder, out = tmp_path_factory.mktemp("left") / "new" / "run", io.StringIO()
+    with contextlib.redirect_stdout(out):
+        call_main(*TINY, "--data-path", data_path, "--output_dir", folder, "--epochs", "2")
+    return SimpleNamespace(folder=folder, log=logged(folder), out=out.getvalue())
 
-    log = logged(folder)
-    assert [list(epoch) for epoch in log] == [LOGGED] * 2
-    assert [epoch["epoch"] for epoch in log] == [0, 1]
-    assert all(math.isfinite(value) for epoch in log for value in epoch.values())
 
-    saved = checkpoint.load(folder / "checkpoint.pth")
+def test_the_log_of_a_run(left):
+    assert "Epoch: [0]  [14/15]" in left.out, "an epoch of fewer than 256 images is whole"
+    assert [list(epoch) for epoch in left.log] == [LOGGED] * 2
+    assert [epoch["epoch"] for epoch in left.log] == [0, 1]
+    assert all(math.isfinite(value) for epoch in left.log for value in epoch.values())
+
+
+def test_the_checkpoints_of_a_run(left):
+    saved = checkpoint.load(left.folder / "checkpoint.pth")
     deit = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"}
     assert deit <= saved.keys() and saved["epoch"] == 1
     assert type(saved["args"]) is dict and saved["args"]["batch_size"] == 8
-    assert sum(tensor.numel() for tensor in saved["model"].values()) == log[0]["n_parameters"]
-    best = checkpoint.load(folder / "best_checkpoint.pth")
-    accuracies = [epoch["test_acc1"] for epoch in log]
-    assert accuracies[best["epoch"]] == best["max_accuracy"] == max(accuracies)
-    assert f"Max accuracy: {max(accuracies):.2f}%" in ended.out
-    assert checkpoint.load(folder / "checkpoint.previous.pth")["epoch"] == 0
+    assert sum(t.numel() for t in saved["model"].values()) == left.log[0]["n_parameters"]
+    assert checkpoint.load(left.folder / "checkpoint.previous.pth")["epoch"] == 0
 
-    facts = yaml.safe_load((folder / "args.yaml").read_text())
-    assert facts["args"] == saved["args"] and facts["world_size"] == 1
-    assert torch.__version__.startswith(facts["torch"])
+
+def test_the_best_checkpoint_of_a_run(left):
+    best = checkpoint.load(left.folder / "best_checkpoint.pth")
+    accuracies = [epoch["test_acc1"] for epoch in left.log]
+    assert accuracies[best["epoch"]] == best["max_accuracy"] == max(accuracies)
+    assert f"Max accuracy: {max(accuracies):.2f}%" in left.out
+
+
+def test_the_facts_of_a_run(left):
+    facts = yaml.safe_load((left.folder / "args.yaml").read_text())
+    assert facts["args"] == checkpoint.load(left.folder / "checkpoint.pth")["args"]
+    assert facts["world_size"] == 1 and torch.__version__.startswith(facts["torch"])
     assert {"timm", "commit", "command"} <= facts.keys()
 
-    board = EventAccumulator(str(folder)).Reload()
+
+def test_the_curves_of_a_run(left):
+    board = EventAccumulator(str(left.folder)).Reload()
     speeds = ("images_per_second", "images_per_second_last", "data_share", "hours_left")
     tags = {name.replace("_", "/", 1) for name in LOGGED[:-2]} | {f"train/{s}" for s in speeds}
     assert set(board.Tags()["scalars"]) == tags
     ema = [(event.step, event.value) for event in board.Scalars("test/ema_loss")]
-    assert ema == [(i, pytest.approx(epoch["test_ema_loss"])) for i, epoch in enumerate(log)]
+    assert ema == [(i, pytest.approx(epoch["test_ema_loss"])) for i, epoch in enumerate(left.log)]
 
 
 def test_without_an_output_folder_nothing_is_written(run, data_path, tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ LONG = ("scripts/benchmark.py", "distill", "finetune_384")
 QUICK = ("main.py --eval", "run_with_submitit", "plot_log", "predict.py")
 # What is done with the trained model in demo/.
 TRAINED = ("predict.py", "visualize.py", "export.py")
-# The two that set up a machine: this test runs in one of them, and the other takes minutes.
-SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh")
+# Those that set up a machine: this test runs in one of them, and the others take minutes.
+SETTING_UP = ("scripts/quickstart.sh", "scripts/test.sh", "scripts/environment.sh")
 SMALL = (*MODEL, "--input-size", "16", "--batch-size", "8", "--epochs", "1", "--num_workers", "0",
          "--device", "cpu", "--mixup", "0", "--cutmix", "0")  # fmt: skip
 JOB = SimpleNamespace(job_id="7")
