@@ -24,7 +24,7 @@ class DiscreetFormatter(logging.Formatter):
 class Unbreakable:
     """A standard stream whose reader may leave: what cannot be written is lost, work goes on.
 
-    Standard error tells the first loss, but not that of a reader who had enough.
+    The first loss is reported on standard error, unless the reader closed the pipe.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -21,8 +21,8 @@ class Rule(Enum):
     """What a setting may do when a run goes on."""
 
     FREE = "may change"
-    TAKEN_UP = "may change, which is said and counts from the next step on"
-    BETWEEN_EPOCHS = "may change after a whole epoch, which is said, but not within one"
+    TAKEN_UP = "may change, is logged, and counts from the next step on"
+    BETWEEN_EPOCHS = "may change after a whole epoch, is logged, but may not within one"
     OPTIMIZER = "is what the optimiser's state belongs to, and may not change"
     MODEL = "is what the weights belong to, and may not change"
     RUN = "is what the run is, and may not change"

@@ -41,7 +41,7 @@ def classification_loss(
     """Mean loss of logits `[..., K]`, in float32, as the kind of problem has it.
 
     Cross-entropy of classes `[...]`, -100 for none; binary cross-entropy of K labels, or squared
-    error of K values, `[..., K]`. Type None is told by the labels: one logit is a regression,
+    error of K values, `[..., K]`. Type None follows from the labels: one logit is a regression,
     integers are classes. The sum over labels is divided by their number, or by
     `num_items_in_batch`. Raises ValueError for labels of another shape.
     """

@@ -8,7 +8,7 @@
 
     python scripts/visualize.py --checkpoint demo/lion_s.pth demo/images/sandal.png --output OUT
 
-What a model does not have (LION-Lit has no decays, LION-D no gates) is not drawn, which is said.
+What a model does not have (LION-Lit has no decays, LION-D no gates) is left out, with a message.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Steps of pre-training on random windows, each of one document, which is told."""
+"""Steps of pre-training on random windows, each of one document."""
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
