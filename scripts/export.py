@@ -32,11 +32,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import UserError, as_user_error, first_line
+from errors import UserError, first_line
 from files import new_folder, require_place
 from journal import RUN_FILES, require_writable
 from models_hydra import HydraMixer
-from models_lion import FORMATS
 from models_vim import VimMixer
 from pretrained import Pretrained
 from processes import World
@@ -128,8 +127,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     trained_model.add_arguments(parser)
     add("--to", required=True, choices=TARGETS)
     add("--output", required=True, help="file or folder, or OWNER/NAME of hub")
-    add("--format", choices=FORMATS, help="LION's, in onnx and torch (default: the checkpoint's)")
-    add("--chunk-size", type=int, help="tokens per chunk of --format Chunk")
     add("--fixed-size", action="store_true", help="onnx and torch for images of one size alone")
     add("--half", action="store_true", help="checkpoint: weights in float16")
     options = parser.parse_args(arguments)
@@ -172,16 +169,10 @@ def _require_of_no_run(output: Path, source: str) -> None:
 
 
 def load(options: argparse.Namespace) -> Pretrained:
-    """Raises UserError for a checkpoint that cannot be read, or --format of other models."""
+    """Raises UserError as `trained_model.load` does."""
     trained = trained_model.load(options)
     if options.to in ("onnx", "torch") and not options.fixed_size and takes_any_size(trained.model):
         trained = trained_model.load(options, trained.saved, dynamic_img_size=True)
-    if options.format or options.chunk_size is not None:
-        if not hasattr(trained.model, "set_format"):
-            raise UserError("--format and --chunk-size are of LION models: leave them out.")
-        form = options.format or trained.options["format"]
-        with as_user_error():
-            trained.model.set_format(form, options.chunk_size)
     return trained
 
 

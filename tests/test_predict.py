@@ -97,6 +97,20 @@ def test_another_resolution(call, data_path):
     assert ended.code == 2 and ended.err.count("\n") == 1 and "images of 2" in ended.err
 
 
+def test_the_format_may_be_another(call, data_path, monkeypatch):
+    models = []
+    load = pretrained.load
+    monkeypatch.setattr(
+        pretrained, "load", lambda *a, **k: models.append(load(*a, **k)) or models[-1]
+    )
+    image = data_path / "val" / "class0" / "0.png"
+    for words in (("--format", "RNN"), ("--format", "Chunk", "--chunk-size", "5")):
+        ended = call(image, *words)
+        mixer = models[-1].model.blocks[0].attn
+        assert ended.code == 0 and mixer.format == words[1], ended.err
+    assert mixer.chunk_size == 5
+
+
 def test_names_for_people():
     assert readable(["n01440764", "n01443537"], 2)[0].startswith("tench")
     assert readable([], 1000)[1].startswith("goldfish")
@@ -155,6 +169,10 @@ def test_a_disk_that_fills_up_leaves_the_predictions_before(call, tmp_path, monk
         (["IMAGE", "--input-size", "-1"], "--input-size must be at least 1, not -1"),
         (["IMAGE", "--model-kwargs", "depth"], "--model-kwargs takes KEY=VALUE, not 'depth'"),
         (["IMAGE", "--device", "abacus"], "abacus"),
+        (
+            ["IMAGE", "--format", "Chunk", "--chunk-size", "0"],
+            "chunk_size must be at least 1, not 0",
+        ),
     ],
 )
 def test_bad_input(arguments, message, call, data_path, tmp_path):
@@ -175,6 +193,20 @@ def test_bare_weights_tell_the_size_by_their_position_embedding(name, call, data
     for size in ([], ["--input-size", "32"]):
         ended = call(data_path / "val", *options, *size, checkpoint=tmp_path / "bare.pth")
         assert ended.code == 0 and "class 2" in ended.out, ended.err
+
+
+def test_formats_are_of_lion(call, data_path, tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "r.pth")
+    words = ("--model", "test_resnet", "--format", "RNN")
+    ended = call(data_path / "val", *words, checkpoint=tmp_path / "r.pth")
+    assert ended.code == 2 and "--format and --chunk-size are of LION models" in ended.err
+    bare = {"embed_dim": 18, "depth": 1, "patch_size": 4}
+    model = timm.create_model("lion_tiny_patch16_224", num_classes=3, **bare)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    options = [f"{key}={value}" for key, value in bare.items()]
+    words = ("--model", "lion_tiny_patch16_224", "--input-size", "16", "--chunk-size", "5")
+    words += ("--model-kwargs", *options)
+    assert call(data_path / "val", *words, checkpoint=tmp_path / "bare.pth").code == 0
 
 
 @pytest.mark.parametrize(
