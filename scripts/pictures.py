@@ -1,7 +1,5 @@
 """Pictures of a trace, in colour maps that the colour-blind can read by lightness."""
 
-from collections.abc import Iterable
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -68,39 +66,40 @@ def curves(trace: Trace, choice: Choice) -> Figure:
 def overview(trace: Trace, choice: Choice) -> Figure:
     """A row of what the model has learned, and one of what it does with this image."""
     layer, number = choice.layers[-1], min(len(trace.curves), 2)
-    heads = choice.heads[:3]
-    figure = Figure(figsize=(11, 4.7), dpi=DPI, layout="constrained")
+    heads = choice.heads[: 3 if trace.selective else 6]
+    gates = _varying_gates(trace, layer, choice.heads)[: 1 + number]
+    widths = [1] * (1 + number) + [1.5] * (trace.decays is not None)
+    count = len(heads) + len(gates)
+    figure = Figure(figsize=(max(2.44 * sum(widths), 1.83 * count), 4.7), dpi=DPI,
+                    layout="constrained")  # fmt: skip
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.25, 1])
-    panels = upper.subplots(1, 2 + number, width_ratios=[1] * (1 + number) + [1.5])
+    panels = upper.subplots(1, len(widths), width_ratios=widths)
     _draw_image(panels[0], trace)
     _mark(panels[0], trace, choice.query)
     panels[0].set_title(f"{trace.prediction}\n(query marked)", fontsize=9)
     for curve in range(number):
         _draw_curve(panels[1 + curve], trace, curve)
-    if trace.decays is None:
-        panels[-1].axis("off")
-    else:
+    if trace.decays is not None:
         _draw_decays(panels[-1], trace, fontsize=6)
-    count = len(heads) + (1 + number if trace.selective else 0)
     panels = lower.subplots(1, count, squeeze=False)[0]
     for head, panel in zip(heads, panels, strict=False):
         shown = _draw_attention(panel, trace, layer, head, choice.query)
         panel.set_title(f"attention in layer {layer}\nhead {head}", fontsize=9)
         _add_scale(panel, shown)
-    if trace.selective:
-        _draw_overview_gates(panels[len(heads) :], trace, layer, number)
+    for (head, curve), panel in zip(sorted(gates), panels[len(heads) :], strict=True):
+        shown = _draw_gates(panel, trace, layer, head, curve)
+        panel.set_title(f"decays in layer {layer}\nhead {head}, curve {curve + 1}", fontsize=9)
+        _add_scale(panel, shown)
     return figure
 
 
-def _draw_overview_gates(panels: Iterable[Axes], trace: Trace, layer: int, number: int) -> None:
-    """The gates that vary most over the image."""
-    spread = trace.decays[layer - 1].std(-1).flatten().argsort(descending=True)
-    heads = trace.decays.shape[2]
-    for panel, place in zip(panels, spread.tolist(), strict=False):
-        curve, head = divmod(place, heads)
-        shown = _draw_gates(panel, trace, layer, head + 1, curve)
-        panel.set_title(f"decays in layer {layer}\nhead {head + 1}, curve {curve + 1}", fontsize=9)
-        _add_scale(panel, shown)
+def _varying_gates(trace: Trace, layer: int, heads: list[int]) -> list[tuple[int, int]]:
+    """Head and curve of the gates of `heads`, first what varies most over the image."""
+    if not trace.selective:
+        return []
+    spread = trace.decays[layer - 1].std(-1)  # [curves, heads]
+    places = [(head, curve) for head in dict.fromkeys(heads) for curve in range(len(spread))]
+    return sorted(places, key=lambda place: -spread[place[1], place[0] - 1])
 
 
 def _panels(

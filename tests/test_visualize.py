@@ -1,5 +1,7 @@
 """scripts/visualize.py shows what the model computes, not something like it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -93,6 +95,23 @@ def test_pictures_hold_the_numbers_of_the_trace(found):
     np.testing.assert_allclose(table[1], found.decays[1].mean(-1).T.flatten(), rtol=1e-5)
     lines = pictures.curves(found, choice).axes[0].collections[0].get_segments()
     assert len(lines) == 15 and lines[3].tolist() == [[3.5, 0.5], [3.5, 1.5]]
+
+
+def test_an_overview_is_of_the_chosen_heads(found):
+    def drawn(heads):
+        figure = pictures.overview(found, Choice(layers=[2], heads=heads, query=(3, 2)))
+        titles = [axes.get_title().partition("head ")[2] for axes in figure.subfigs[1].axes]
+        return [title for title in titles if title]
+
+    assert drawn([2]) == ["2", "2, curve 1", "2, curve 2"]
+    first, second, *gates = drawn([2, 1])
+    assert (first, second) == ("2", "1") and len(gates) == 3 and gates == sorted(gates)
+
+
+def test_an_overview_has_no_empty_panels(found):
+    choice = Choice(layers=[2], heads=[1, 2], query=(3, 2))
+    figure = pictures.overview(replace(found, decays=None, selective=False), choice)
+    assert all(axes.axison and axes.has_data() for axes in figure.axes)
 
 
 def test_every_picture_is_written(call, tmp_path):
