@@ -182,7 +182,8 @@ def test_the_best_of_each_model_comes_first(tmp_path, ending):
     assert "| rope,lr=0.002 | 1,234 | 5.20 | 24.00 | never | 1,000 | 1.5 |" in best
     assert "| s,lr=0.001 | 1,234 | 3.00 | 50.00 | 2 | 1,000 | 1.5 |" in best
     assert "rope,lr=0.001" not in best and everything.count("\n| rope") == 2
-    (axes,) = draw(best_of_families(by_model(runs))).axes
+    (axes,) = draw(best_of_families(by_model(runs)), "2 steps; CPU").axes
+    assert axes.get_title(loc="left") == "2 steps; CPU"
     assert [list(line.get_ydata()) for line in axes.lines] == [[6, 5.8, 5.2], [6, 5.8, 3]]
 
 

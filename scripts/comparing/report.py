@@ -41,13 +41,14 @@ def table(models: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
-def draw(models: dict[str, list[Run]]) -> Figure:
+def draw(models: dict[str, list[Run]], title: str) -> Figure:
     figure = Figure(figsize=(8, 3 + 0.3 * len(models)), dpi=120, layout="constrained")
     axes = figure.subplots()
     next(iter(models.values()))[0].program.draw(axes, models)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
     return figure
 
 
@@ -73,5 +74,5 @@ def report(runs: Sequence[Run], output: Path) -> None:
     with replacing(output / "comparison.md") as file:
         file.write(text)
     with replacing(output / "comparison.png", "xb") as file:
-        draw(best).savefig(file)
+        draw(best, f"{first.length} {first.unit}; {facts['device']}").savefig(file)
     print(text)
