@@ -18,6 +18,7 @@ from resuming import RULES, Rule
 
 CARD = "README.md"
 PLACES = ("data_path", "teacher_path")  # on the machine of the training
+OTHER_WEIGHTS = "started from the weights of another training"  # instead of their place
 _CARD_TEXT = """---
 library_name: timm
 pipeline_tag: image-classification
@@ -63,7 +64,8 @@ transform = create_transform(**resolve_data_config(model=model))
 def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of main.py's arguments that say what was trained and how, not where."""
     kept = [n for n, rule in RULES.items() if rule is not Rule.FREE and n not in PLACES]
-    return {name: settings[name] for name in (*kept, "decay_init") if name in settings}
+    tuned = {"finetune": OTHER_WEIGHTS} if settings.get("finetune") else {}
+    return {n: settings[n] for n in (*kept, "decay_init") if n in settings} | tuned
 
 
 def save_for_hf(trained: Pretrained, folder: str | Path) -> None:

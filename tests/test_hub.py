@@ -119,6 +119,22 @@ def test_the_card_states_data_recipe_and_normalisation(folder, trained):
     assert (folder / "README.md").read_text() == "mine"
 
 
+def test_the_card_tells_of_other_weights(folder, trained, tmp_path):
+    """But not where they lie; nor is it lost in a small checkpoint."""
+    told = "finetune: started from the weights of another training"
+    assert told not in (folder / "README.md").read_text()
+    saved = checkpoint.load(trained)
+    saved["args"]["finetune"] = "/home/me/secret.pth"
+    checkpoint.save(saved, tmp_path / "tuned.pth")
+    publishing.save_weights(pretrained.load(tmp_path / "tuned.pth"), tmp_path / "small.pth")
+    publishing.save_for_hf(pretrained.load(tmp_path / "small.pth"), tmp_path / "published")
+    written = [
+        (tmp_path / "published" / name).read_text() for name in (publishing.CARD, hub.CONFIG)
+    ]
+    assert told in written[0] and not any("secret" in text for text in written)
+    assert checkpoint.load(tmp_path / "published")["args"]["finetune"] == publishing.OTHER_WEIGHTS
+
+
 def test_hub_names_are_taken_wherever_checkpoints_are(
     on_the_hub, trained, data_path, run, tmp_path
 ):
