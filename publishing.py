@@ -13,6 +13,7 @@ import checkpoint
 import hub
 from arguments import get_args_parser
 from errors import UserError, first_line
+from preprocessing import SMALL_IMAGE
 from pretrained import Pretrained
 from resuming import RULES, Rule
 
@@ -137,6 +138,9 @@ def card(trained: Pretrained) -> str:
     """The model card: data, recipe and preprocessing, as the checkpoint tells them."""
     settings, images = trained.saved["args"], trained.images.for_timm()
     architecture = trained.model.pretrained_cfg["architecture"]
+    here, larger = images["crop_pct"], trained.images.crop_pct
+    crop = f"crop {here:g} ({images['crop_mode']})"
+    crop += f"; {larger:g} above {SMALL_IMAGE} pixels" if larger != here else ""
     facts = {
         "Parameters": f"{sum(p.numel() for p in trained.model.parameters()):,}",
         "Data": settings.get("data_set", "not in the checkpoint"),
@@ -144,8 +148,7 @@ def card(trained: Pretrained) -> str:
         "Images": " x ".join(map(str, images["input_size"])),
         "Normalisation": f"mean {_numbers(images['mean'])}, standard deviation "
         f"{_numbers(images['std'])}, of pixels in [0, 1]",
-        "Resized": f"{images['interpolation']}, crop {images['crop_pct']:g} "
-        f"({images['crop_mode']})",
+        "Resized": f"{images['interpolation']}, {crop}",
     }
     if "epoch" in trained.saved:
         facts["Epochs"] = f"{trained.saved['epoch'] + 1} of {settings.get('epochs', 'unknown')}"

@@ -111,7 +111,8 @@ def test_a_round_trip_keeps_weights_classes_and_recipe(folder, trained):
 def test_the_card_states_data_recipe_and_normalisation(folder, trained):
     card = (folder / "README.md").read_text()
     facts = ("| Data | IMNET |", "mean (0.2, 0.3, 0.4), standard deviation (0.229, 0.224, ",
-             "3 x 16 x 16", "class0, class1, class2", "lr: 0.1", "order: S", "crop 1 ")  # fmt: skip
+             "3 x 16 x 16", "class0, class1, class2", "lr: 0.1", "order: S",
+             "crop 1 (center); 0.875 above 32 pixels |")  # fmt: skip
     for fact in facts:
         assert fact in card, fact
     (folder / "README.md").write_text("mine")
