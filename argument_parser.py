@@ -105,6 +105,8 @@ def _default(action: argparse.Action, otherwise: str | None) -> str:
         text = "on" if value else "off"
     elif value in (None, "", [], {}):
         text = "none"
+    elif isinstance(value, list):
+        text = " ".join(map(str, value))
     else:
         text = f"{value:g}" if isinstance(value, float) else str(value)
     return f" (default: {text})".replace("%", "%%")

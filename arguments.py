@@ -115,7 +115,7 @@ def _add_data(add: Add, switch: Add) -> None:
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="FOLDER",
         help="folder of the images")  # fmt: skip
     add("--data-set", default="IMNET", choices=(*DATASETS, *ALIASES),
-        help="IMNET is any folder of class folders; DEMO needs no files")  # fmt: skip
+        help="IMNET: class folders; DEMO: no files; CIFAR is CIFAR100, INAT INAT18")  # fmt: skip
     add("--inat-category", default="name", choices=INAT_CATEGORIES,
         help="level of iNaturalist's taxonomy that the labels name")  # fmt: skip
     add("--holdout", default=0, type=int, within="[0, inf)",

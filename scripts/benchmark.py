@@ -43,28 +43,42 @@ PICTURES = {"paper": paper.draw_paper, "resolution": paper.draw_resolution}
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--preset", choices=bench.presets("cuda"), default="inference", help="default: %(default)s")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--sizes", nargs="+", metavar="SIZE[xBATCH]", help="pixels; of the mixer and text, tokens")
-    add("--scales", nargs="+", choices=SIZES, help="of the models; default: tiny, on a GPU base")
-    add("--models", nargs="+", choices=bench.MODELS, help="beside the ViT")
-    add("--formats", nargs="+", choices=FORMATS, help="of LION; RNN in inference alone")
-    add("--backends", nargs="+", choices=bench.ATTENTION, help="of softmax attention")
-    add("--precision", choices=["float32", "amp", "bfloat16"], help="default: float32 on the CPU, "
-        "on a GPU amp to train and bfloat16 (weights, too) otherwise")  # fmt: skip
+    own = "default: the preset's"
+    add("--preset", choices=bench.presets("cuda"), default="inference", metavar="PRESET",
+        help="%(choices)s (default: %(default)s)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add("--sizes", nargs="+", metavar="SIZE[xBATCH]",
+        help=f"pixels; of the mixer and text, tokens ({own})")  # fmt: skip
+    add("--scales", nargs="+", choices=SIZES, metavar="SCALE",
+        help="of the models: %(choices)s (default: tiny, on a GPU base)")  # fmt: skip
+    add("--models", nargs="+", choices=bench.MODELS, metavar="MODEL",
+        help=f"beside the ViT: %(choices)s ({own})")  # fmt: skip
+    add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT",
+        help=f"of LION: %(choices)s; RNN in inference alone ({own})")  # fmt: skip
+    add("--backends", nargs="+", choices=bench.ATTENTION, metavar="BACKEND",
+        help=f"of softmax attention: %(choices)s ({own})")  # fmt: skip
+    add("--precision", choices=["float32", "amp", "bfloat16"], metavar="PRECISION",
+        help="%(choices)s (default: float32 on the CPU, on a GPU amp to train and bfloat16, "
+        "weights too, otherwise)")  # fmt: skip
     add("--compile", nargs="+", choices=("none", "blocks", bench.GRAPHS), default=["none"],
-        help="several are measured each; graphs: the whole model, with CUDA graphs")  # fmt: skip
-    add("--repeats", type=int, help="turns of each case, at most")
-    add("--seconds", type=float, help="for each case; one run is made in any case")
-    add("--output", type=Path, help="folder for PRESET.md, PRESET.csv and PRESET.png")
+        metavar="HOW", help="%(choices)s; several are measured each; graphs: the whole model, "
+        "with CUDA graphs (default: none)")  # fmt: skip
+    add("--repeats", type=int, metavar="N", help=f"turns of each case, at most ({own})")
+    add("--seconds", type=float, metavar="X",
+        help=f"for each case; one run is made in any case ({own})")  # fmt: skip
+    add("--output", type=Path, metavar="FOLDER",
+        help="for PRESET.md, .csv and .png (default: none, the tables are printed)")  # fmt: skip
     add("--from-csv", type=Path, metavar="CSV", help="report what was measured before")
     add = parser.add_argument_group("language models (text, pretrain)").add_argument
-    add("--configs", nargs="+", default=CONFIGS, help="of mlm.pretrain, with key=value for all")
+    add("--configs", nargs="+", default=CONFIGS, metavar="CONFIG",
+        help="of mlm.pretrain, with key=value for all (default: five in mlm/configs)")  # fmt: skip
     add = parser.add_argument_group("entry points (main, pretrain)").add_argument
-    add("--data-path", type=Path, help="ImageFolder, or folder of mlm.prepare; default: made up")
-    add("--processes", nargs="+", type=int, default=[1], help="by torchrun (default: 1)")
-    add("--steps", type=int, default=100, help="that are timed (default: %(default)s)")
-    add("--warm-up", type=int, default=30, help="steps before (default: %(default)s)")
+    add("--data-path", type=Path, metavar="FOLDER",
+        help="of class folders, or of mlm.prepare (default: made up)")  # fmt: skip
+    add("--processes", nargs="+", type=int, default=[1], metavar="N",
+        help="by torchrun (default: 1)")  # fmt: skip
+    add("--steps", type=int, default=100, metavar="N", help="that are timed (default: %(default)s)")
+    add("--warm-up", type=int, default=30, metavar="N", help="steps before (default: %(default)s)")
     add("--extra", nargs=REMAINDER, default=[], help="arguments for the entry point, "
         "which has as many workers as cores, divided by the processes")  # fmt: skip
     return parser

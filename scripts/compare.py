@@ -43,8 +43,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", default=[], type=int, help="instead of those in the recipe")
     add("--vary", nargs="+", default=[], action="append", metavar=("ARGUMENT", "VALUE"),
         help="each model with each value, as in lr 5e-4 1e-3, instead of the recipe's")  # fmt: skip
-    add("--concurrent", default=1, type=int, help="runs at once on each GPU, or on the CPU")
-    add("--minutes", default=float("inf"), type=float, help="then runs save and leave")
+    add("--concurrent", default=1, type=int, metavar="N",
+        help="runs at once on each GPU, or on the CPU (default: %(default)s)")  # fmt: skip
+    add("--minutes", default=float("inf"), type=float, metavar="X",
+        help="then runs save and leave (default: when all have ended)")  # fmt: skip
     add("--keep-checkpoints", action="store_true", help="of finished runs, too")
     add("--report", action="store_true", help="train nothing, write the table and the plot")
     return parser

@@ -143,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "logs", metavar="LOG", nargs="+", type=Path, help="log.txt of a run, or its folder"
     )
-    parser.add_argument("--output", default="curves.png", type=Path, help="the picture to write")
+    parser.add_argument(
+        "--output", default="curves.png", type=Path, help="the picture (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         require_place(options.output)

@@ -332,6 +332,12 @@ def test_the_default_of_a_number_is_told_as_it_is():
         assert f"(default: {number}" in action.help or "else the model's" in action.help
 
 
+def test_the_help_tells_lists_and_aliases_as_they_are_written():
+    printed = shown()
+    assert "(default: 90 180 270)" in printed["--decay-milestones"][0]
+    assert "CIFAR is CIFAR100, INAT INAT18" in printed["--data-set"][0]
+
+
 def test_the_help_is_in_groups_lions_first():
     groups = [g for g in get_args_parser()._action_groups if g._group_actions]
     assert [group.title for group in groups][:2] == ["options", "LION"]
