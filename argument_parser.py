@@ -140,4 +140,4 @@ def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and (wrong := outside(number, interval)):
-                raise UserError(f"--{name} {wrong}.")
+                raise UserError(f"{parser.names[name][0]} {wrong}.")

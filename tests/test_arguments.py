@@ -117,6 +117,11 @@ def actions() -> list[argparse.Action]:
     return [action for action in get_args_parser()._actions if action.dest != "help"]
 
 
+def spelled(name: str) -> str:
+    """As --help spells the option."""
+    return get_args_parser().names[name][0]
+
+
 def parse(name: str, value: object, *more: str) -> argparse.Namespace:
     option = [f"--{name}", *str(value).split()]
     return get_args_parser().parse_args(["--model", "lion_tiny_patch16_224", *more, *option])
@@ -153,7 +158,7 @@ def test_numbers_beyond_the_range(name, values):
     count = 3 if name in ("mean", "std") else 2 if name in ("opt_betas", "cutmix_minmax") else 1
     endless = [" ".join([text] * count) for text in ("nan", "inf", "-inf") if kind is float]
     for value in (*values, *endless):
-        with pytest.raises(ValueError, match=f"--{name} ") as caught:
+        with pytest.raises(ValueError, match=f"{spelled(name)} |--{name} takes ") as caught:
             check_args(parse(name, value))
         assert "\n" not in str(caught.value)
     assert values or endless
@@ -174,7 +179,7 @@ def test_a_bad_number_ends_the_command(name, run, data_path, tmp_path):
     for evaluation in ((), ("--eval",)):
         arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
         ended = run(*arguments, *evaluation, f"--{name}", NUMBERS[name][1][0])
-        refused(ended, f"--{name} must ", tmp_path / "run")
+        refused(ended, f"{spelled(name)} must ", tmp_path / "run")
 
 
 # Optimisers and schedules
