@@ -48,6 +48,11 @@ NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may 
 Add = Callable[..., Any]
 
 
+def option(name: str) -> str:
+    """The option of an argument, as --help spells it."""
+    return get_args_parser().names[name][0]
+
+
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         "main.py",
@@ -330,11 +335,11 @@ def check_numbers(args: argparse.Namespace) -> None:
         if not fewest <= count <= most:
             wanted = fewest if count < fewest else most
             raise UserError(
-                f"--{name} takes {WORDS[wanted]} numbers, not {WORDS.get(count, count)}."
+                f"{option(name)} takes {WORDS[wanted]} numbers, not {WORDS.get(count, count)}."
             )
     for name in ("cutmix_minmax", "lr_noise", "decay_milestones"):
         if sorted(numbers := getattr(args, name) or []) != numbers:
-            raise UserError(f"--{name} takes the lower number first, not {numbers}.")
+            raise UserError(f"{option(name)} takes the lower number first, not {numbers}.")
     if args.start_epoch >= args.epochs and not args.eval:
         raise UserError(
             f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}."
@@ -381,10 +386,11 @@ def check_effects(args: argparse.Namespace) -> None:
     """Raises UserError for arguments that were given, to be on, but are overruled by another."""
     for name, others in OVERRULED.items():
         given = [other for other in others if other in args.given]
-        idle = [f"--{other}" for other in given if getattr(args, other) not in (0, "", "none")]
+        idle = [option(n) for n in given if getattr(args, n) not in (0, "", "none")]
         if getattr(args, name) and idle:
             raise UserError(
-                f"--{name} leaves {' and '.join(idle)} without effect: leave out one or the other."
+                f"{option(name)} leaves {' and '.join(idle)} without effect: leave out one or the "
+                "other."
             )
 
 
@@ -404,7 +410,7 @@ def check_cache(args: argparse.Namespace) -> None:
         "color_jitter": jitters,
         "train_interpolation": "train_interpolation" in args.given,
     }
-    if wrong := [f"--{name}" for name, given in refused.items() if given]:
+    if wrong := [option(name) for name, given in refused.items() if given]:
         raise UserError(
             f"--cache has no {' and no '.join(wrong)}: leave one of them out"
             f"{' (--color-jitter 0)' if jitters else ''}."
@@ -418,19 +424,19 @@ def check_model(args: argparse.Namespace) -> None:
     models_timm.check_options(args.model_kwargs)
     with as_user_error():
         check_order(args.order)
-    own = {name: f"--{name}" for name in (*models_timm.LION_OPTIONS, "plus")}
+    own = {name: option(name) for name in (*models_timm.LION_OPTIONS, "plus")}
     own |= {name: models_timm.OPTIONAL[name] for name in ("drop_path_rate", "drop_rate")}
     if both := [name for name in args.model_kwargs if name in own]:
         raise UserError(f"{both[0]} in --model-kwargs has an argument: give {own[both[0]]}.")
     default = get_args_parser().get_default
     names = (*models_timm.LION_OPTIONS, *OF_GATES, "plus")
-    given = [f"--{name}" for name in names if getattr(args, name) != default(name)]
+    given = [option(name) for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
         raise UserError(
             f"{args.model} takes no {', '.join(given)}: only lion_* models do; others have "
             "--model-kwargs."
         )
-    idle = [f"--{name}" for name in ("decay_init", *OF_GATES) if f"--{name}" in given]
+    idle = [spelt for spelt in map(option, ("decay_init", *OF_GATES)) if spelt in given]
     if args.mask_type == "Lit" and idle:
         raise UserError(f"--mask_type Lit has no gates: leave {' and '.join(idle)} out.")
     built = models_timm.built_name(args.model, args.distillation_type)

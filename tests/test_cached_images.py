@@ -113,7 +113,7 @@ def test_training_images_are_augmented(data_path):
     [
         ("--input-size 64", "for images of up to 32 pixels, not 64"),
         ("--aa original", "no augmentation 'original' for whole batches"),
-        ("--aa none", "no --color_jitter: leave one of them out"),
+        ("--aa none", "no --color-jitter: leave one of them out"),
         ("--ThreeAugment --src", "no --ThreeAugment and no --src"),
         ("--remode nonsense", "no --remode nonsense"),
     ],

@@ -96,9 +96,9 @@ def test_training_with_a_rate_of_zero_leaves_gates_alone(run, data_path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model vit_tiny_patch16_224 --gate-lr-scale 2", "takes no --gate_lr_scale"),
-        ("--mask_type Lit --gate-weight-decay 0", "Lit has no gates: leave --gate_weight_decay"),
-        ("--mask_type Lit --decay-init long", "Lit has no gates: leave --decay_init"),
+        ("--model vit_tiny_patch16_224 --gate-lr-scale 2", "takes no --gate-lr-scale"),
+        ("--mask_type Lit --gate-weight-decay 0", "Lit has no gates: leave --gate-weight-decay"),
+        ("--mask_type Lit --decay-init long", "Lit has no gates: leave --decay-init"),
     ],
 )
 def test_without_gates_there_is_nothing_to_set_apart(options, message, run, data_path, tmp_path):
