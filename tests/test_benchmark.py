@@ -274,6 +274,7 @@ def test_a_process_that_the_system_ends_was_out_of_memory():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere freed memory hides peaks")
+@pytest.mark.slow
 def test_memory_holds_the_gradients():
     case = make_case(TRAINING, "LION-Lit")
     weights = sum(p.nbytes for p in steps.build(case).parameters())

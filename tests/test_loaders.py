@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from helpers import slow
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -168,7 +169,7 @@ def test_an_image_is_not_corrupt_because_files_or_memory_are_used_up(image_folde
     assert dataset.corrupt_count == 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_too_many_corrupt_images_are_an_error(workers, image_folder):
     for i in range(3):
         corrupt(image_folder / f"train/cat/{i}.png")

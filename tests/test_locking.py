@@ -83,6 +83,7 @@ def holding_beside_a_worker(_rank: int, folder: Path, target: Path) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_worker_that_outlives_its_run_holds_no_lock(other, tmp_path):
     first = other(holding_beside_a_worker, tmp_path / "run")
     first.kill()

@@ -149,6 +149,7 @@ def test_every_family(family):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_a_fresh_process_knows_all_families():
     families = ("lion", "lion_plus", "lion_softmax", "hydra", "vim")
     names = [f"{family}_tiny_patch16_224" for family in families]
