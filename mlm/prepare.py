@@ -151,8 +151,8 @@ def none_held_out(splits: dict[str, dict], share: float) -> str:
     return f"None of {count:,} documents is held out: give a larger --eval-share than {share:g}."
 
 
-def build(args: argparse.Namespace) -> Callable[[], None]:
-    """Checks the arguments; the returned function does the work."""
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for arguments that do not go together, or text that is not there."""
     if bool(args.files) == bool(args.c4):
         raise UserError("Give files of text, or --c4 FIRST-LAST: one of the two.")
     for name, interval in (("eval_share", "[0, 1)"), ("max_skipped", "[0, 1]")):
@@ -169,6 +169,11 @@ def build(args: argparse.Namespace) -> Callable[[], None]:
         raise UserError(f"The tokeniser {args.tokenizer} does not exist.")
     if args.cased and args.tokenizer and args.tokenizer.suffix != ".txt":
         raise UserError(f"--cased is for vocab.txt: {args.tokenizer} itself says what it keeps.")
+
+
+def build(args: argparse.Namespace) -> Callable[[], None]:
+    """Checks the arguments; the returned function does the work."""
+    check_args(args)
     require_writable(args.output, World(), "--output")
     with only_run_in(args.output, World(), "--output"):
         if args.c4:
