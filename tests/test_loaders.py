@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from helpers import slow
+from helpers import ROOT, slow
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -273,19 +273,21 @@ def test_a_worker_that_hangs_ends_the_run(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("end", "code"), [("raise RuntimeError", 1), ("os.kill(os.getpid(), 9)", -9)]
+    ("end", "code", "said"),
+    [("raise RuntimeError", 1, "RuntimeError\n"), ("os.kill(os.getpid(), 9)", -9, "")],
 )
-def test_no_worker_outlives_its_process(end, code):
+def test_no_worker_outlives_its_process(end, code, said):
     script = f"""
-import os
-from tests.test_loaders import demo_loader
+import os, sys
+sys.path.insert(0, "tests")
+from test_loaders import demo_loader
 batches = iter(demo_loader(workers=2))
 next(batches), next(batches)
 {end}
 """
     # A worker holds the output pipes open, so this would time out.
     ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, timeout=40, text=True
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=40, text=True
     )
-    assert ended.returncode == code
+    assert ended.returncode == code and ended.stderr.endswith(said)
     assert "DataLoader worker" not in ended.stderr
