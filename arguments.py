@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,14 @@ NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may 
 Add = Callable[..., Any]
 
 
+@cache
+def _names() -> dict[str, tuple[str, ...]]:
+    return get_args_parser().names
+
+
 def option(name: str) -> str:
     """The option of an argument, as --help spells it."""
-    return get_args_parser().names[name][0]
+    return _names()[name][0]
 
 
 def get_args_parser() -> ArgumentParser:
