@@ -20,8 +20,6 @@ import datasets
 from datasets import ALIASES, DATASETS, build_dataset
 from errors import UserError
 
-AUGMENTATION = {"input_size": 28, "mean": (0.5,) * 3}
-
 
 def write_image_bytes(path: Path) -> None:
     """An image whatever the file's name is."""
