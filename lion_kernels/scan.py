@@ -31,6 +31,15 @@ def _tokens(pointer, first, n, stride, inside, factors=None):
 
 
 @triton.jit
+def _zeros():
+    """For each token of a chunk zeros over the channels."""
+    vectors = ()
+    for _ in tl.static_range(CHUNK):
+        vectors += (tl.zeros((BLOCK,), tl.float32),)
+    return vectors
+
+
+@triton.jit
 def _scalars(pointer):
     """For each token of a chunk its number."""
     numbers = ()
@@ -57,7 +66,7 @@ def forward_kernel(X, DELTA, A, B, C, STATES, Y, n, channels, states, kept):
         after = STATES + m % kept * states * channels
         deltas = _tokens(DELTA, first, n, channels, inside)
         inputs = _tokens(X, first, n, channels, inside, deltas)
-        outputs = (tl.zeros((BLOCK,), tl.float32),) * CHUNK
+        outputs = _zeros()
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0) * common.LOG2_E
             b = _scalars(B + s * chunks * CHUNK + first)
@@ -92,14 +101,13 @@ def backward_kernel(
     of_states = image * states * channels + column
     A, DA, DSTATE = A + column, DA + of_states, DSTATE + of_states
     STATES += image * chunks * states * channels + column
-    zero = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, chunks):
         m = chunks - 1 - i
         first = m * CHUNK
         deltas = _tokens(DELTA, first, n, channels, inside)
         inputs = _tokens(X, first, n, channels, inside, deltas)
         grads = _tokens(DY, first, n, channels, inside)
-        dinputs, ddeltas = (zero,) * CHUNK, (zero,) * CHUNK
+        dinputs, ddeltas = _zeros(), _zeros()
         for s in range(0, states):
             a = tl.load(A + s * channels, mask=inside, other=0.0)
             b = _scalars(B + s * chunks * CHUNK + first)
