@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from errors import UserError, first_line
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # whose step can be one kernel
+COUNTERS = ("lookahead_step",)  # of groups, from their start: state among hyperparameters
 
 
 def create_optimizer(
@@ -116,7 +117,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str | 
 
 def state_for(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """The state of another optimiser with this one's hyperparameters, laid out as its weights."""
-    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    of_saved = ("params", *COUNTERS)
+    own = [{k: v for k, v in g.items() if k not in of_saved} for g in optimizer.param_groups]
     saved = state["param_groups"]
     # Before the state, for `fused` decides where it is held.
     groups = [{**theirs, **mine} for theirs, mine in zip(saved, own, strict=False)]
@@ -126,7 +128,7 @@ def state_for(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     for number, parameter in zip(numbers, parameters, strict=False):
         kept = values.get(number, {})
         values[number] = {name: _laid_out_like(parameter, value) for name, value in kept.items()}
-    return {"state": {n: v for n, v in values.items() if v},
+    return {**state, "state": {n: v for n, v in values.items() if v},
             "param_groups": groups + saved[len(groups) :]}  # fmt: skip
 
 

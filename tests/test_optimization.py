@@ -1,6 +1,7 @@
 """Fused optimisers, the moving average, clipping and seeds: fast ways to the same numbers."""
 
 import copy
+import io
 import random
 
 import numpy as np
@@ -19,6 +20,8 @@ from optimization import (
     load_optimizer,
 )
 from utils import seed_everything
+
+CPU = torch.device("cpu")
 
 
 def small_model() -> nn.Module:
@@ -92,6 +95,42 @@ def test_a_state_of_more_or_fewer_groups_is_refused():
         state = torch.optim.AdamW(copy.deepcopy(groups[:other])).state_dict()
         with pytest.raises(ValueError, match="parameter group"):
             load_optimizer(torch.optim.AdamW(groups[:own]), state, "a file")
+
+
+# Of the others some need a GPU or a package.
+@pytest.mark.parametrize(
+    "name", [n for n in timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"])
+             if n != "adahessian"] + ["lookahead_adamw", "lookahead_sgd"],
+)  # fmt: skip
+def test_every_optimiser_goes_on_with_the_same_bits(name):
+    model = small_model()
+    optimizer = create_optimizer(model, CPU, opt=name, lr=1e-2, weight_decay=0.1)
+    for seed in range(8):  # no multiple of the steps that Lookahead counts
+        step(model, optimizer, seed)
+    resumed = copy.deepcopy(model)
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    again = create_optimizer(resumed, CPU, opt=name, lr=1e-2, weight_decay=0.1)
+    saved.seek(0)
+    load_optimizer(again, torch.load(saved), "a file")
+    for seed in range(8, 16):
+        for one, its_optimizer in ((model, optimizer), (resumed, again)):
+            seed_everything(seed)
+            step(one, its_optimizer, seed)
+    for one, other in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert one.equal(other)
+
+
+def test_an_optimiser_keeps_its_own_random_numbers():
+    model = small_model()
+    optimizer = create_optimizer(model, CPU, opt="kron", lr=1e-2)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = create_optimizer(small_model(), CPU, opt="kron", lr=1e-2)
+    assert again.state_dict()["rng_state"] != saved["rng_state"]
+    load_optimizer(again, saved, "a file")
+    assert again.state_dict()["rng_state"] == saved["rng_state"]
 
 
 @gpu
