@@ -7,12 +7,11 @@ from typing import Any
 
 import timm.models
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import checkpoint
 import hub
 from arguments import get_args_parser
-from errors import UserError, first_line
+from errors import UserError, told_as
 from preprocessing import SMALL_IMAGE
 from pretrained import Pretrained
 from resuming import RULES, Rule
@@ -101,18 +100,13 @@ def push_to_hf_hub(trained: Pretrained, name: str) -> str:
         UserError: the Hub refuses it or cannot be reached.
     """
     api = HfApi(library_name="lion")
-    try:
+    with told_as(f"cannot upload {name}", "name it OWNER/NAME, log in by `hf auth login`"):
         name = api.create_repo(name, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             save_for_hf(trained, folder)
             written = api.file_exists(name, CARD)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the model",
                               ignore_patterns=[CARD] if written else None)  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"cannot upload {name}: {first_line(error)} (name it OWNER/NAME, log in by "
-            "`hf auth login`)"
-        ) from error
     return f"{hub.PREFIX}{name}"
 
 

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from helpers import TINY, VARIANT, Malicious, same
+from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -17,6 +19,7 @@ import hub
 import pretrained
 import publishing
 from datasets import build_dataset
+from errors import UserError
 
 NAME = "hf-hub:owner/name"
 
@@ -213,6 +216,16 @@ def test_a_push_uploads_the_folder_and_keeps_a_card(trained, monkeypatch, tmp_pa
     shutil.rmtree(tmp_path / "hub")
     publishing.push_to_hf_hub(pretrained.load(trained), "name")
     assert uploaded == {"me/name": ["config.json", "model.safetensors"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("me/name", "refused"), ("no name", "Repo id must use alphanumeric chars")]
+)
+def test_a_push_that_fails_is_told(name, said, trained, monkeypatch):
+    closed = partial(HfApi, endpoint="http://127.0.0.1:9", token="none")
+    monkeypatch.setattr(publishing, "HfApi", closed)
+    with pytest.raises(UserError, match=f"cannot upload {name} \\(.*{said}.*: name it OWNER/NAME"):
+        publishing.push_to_hf_hub(pretrained.load(trained), name)
 
 
 @pytest.mark.parametrize("half", [False, True])
