@@ -116,6 +116,14 @@ def test_unknown_models_and_other_arguments_are_refused(tmp_path):
         read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
 
 
+def test_a_run_of_main_keeps_no_settings(tmp_path, monkeypatch):
+    run = read_recipe(recipe(tmp_path), tmp_path)[0]
+    monkeypatch.setattr(type(run.program), "next_command", lambda *_: ["true"])
+    scheduler([run]).start(run, 0)
+    assert {path.name for path in run.folder.iterdir()} == {"arguments.txt", "output.txt"}
+    assert (run.folder / "arguments.txt").read_text() == shlex.join(run.arguments)
+
+
 def test_only_what_can_end_in_the_time_starts(tmp_path):
     runs = read_recipe(recipe(tmp_path, seeds=[0, 1, 2]), tmp_path)
     lit, d = ([run for run in runs if run.model == name] for name in ("lit", "d"))

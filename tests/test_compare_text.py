@@ -70,6 +70,8 @@ def test_an_edited_configuration_is_another_run(tmp_path, monkeypatch):
     (run,) = read_recipe(path, tmp_path)
     monkeypatch.setattr(type(run.program), "next_command", lambda *_: ["true"])
     Scheduler([run], "", concurrent=1, seconds=100).start(run, 0)
+    kept = yaml.safe_load((run.folder / "settings.yaml").read_text())
+    assert kept == {**yaml.safe_load(config.read_text()), "data": "$DATA/shards"}
     read_recipe(path, tmp_path)
     (tmp_path / "tiny.yaml").write_text(f"{config.read_text()}\neps: 1.0e-7\n")
     with pytest.raises(ValueError, match="holds a run with other settings .settings.yaml.: choose"):

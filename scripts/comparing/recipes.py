@@ -44,9 +44,15 @@ class Run:
 
     @property
     def settings(self) -> str:
-        """What its configurations say, as `settings.yaml` keeps it."""
+        """What its configurations say, as `settings.yaml` keeps it; empty for main.py."""
         words = filter(None, (self.arguments, self.fine_tune))
-        return yaml.safe_dump_all(map(self.program.settings, words))
+        return yaml.safe_dump_all(filter(None, map(self.program.settings, words)))
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What tells its folder from another run's."""
+        settings = {SETTINGS: self.settings} if self.settings else {}
+        return {ARGUMENTS: self.description, **settings}
 
     @property
     def unit(self) -> str:
@@ -194,7 +200,7 @@ def _variants(vary: dict[str, list[str]], program: Program) -> list[tuple[str, t
 
 
 def check_same_arguments(run: Run) -> None:
-    for name, now in ((ARGUMENTS, run.description), (SETTINGS, run.settings)):
+    for name, now in run.files.items():
         file = run.folder / name
         if file.is_file() and file.read_text(encoding="utf-8") != now:
             raise UserError(

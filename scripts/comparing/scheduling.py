@@ -13,7 +13,7 @@ import torch
 from files import replacing
 from processes import STOP_SIGNALS, StopSignal
 from scripts.comparing.programs import ROOT
-from scripts.comparing.recipes import ARGUMENTS, LEASES, SETTINGS, Run
+from scripts.comparing.recipes import LEASES, Run
 from workers import leave_with_parent, usable_cores
 
 # Exit codes of a run that was sent a signal: after it saved, and before there was what to save.
@@ -107,7 +107,7 @@ class Scheduler:
     def start(self, run: Run, slot: int) -> None:
         """Starts what a run has to do next."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name, text in ((ARGUMENTS, run.description), (SETTINGS, run.settings)):
+        for name, text in run.files.items():
             with replacing(run.folder / name) as file:
                 file.write(text)
         device = f"cuda:{slot % self.gpus}" if self.gpus else ""
