@@ -67,38 +67,36 @@ def held_out(document: str, share: float) -> bool:
 
 
 def write_shards(
-    path: Path,
+    documents: Documents,
     stem: str,
     output: Path,
     tokenizer: PreTrainedTokenizerFast,
-    args: argparse.Namespace,
-) -> int:
-    """Both splits of one input file; returns how many documents were no text."""
+    eval_share: float,
+) -> None:
+    """Both splits of one input file."""
     facts = (fingerprint_of(output / "tokenizer"), len(tokenizer))
     encode = document_encoder(tokenizer)
-    documents = Documents(path, args.text_field, args.max_skipped)
     texts = filter(str.strip, documents)
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(desc=path.name, unit="doc", unit_scale=True))
+        bar = stack.enter_context(tqdm(desc=documents.path.name, unit="doc", unit_scale=True))
         add_train, add_eval = (
             stack.enter_context(shard_writer(output / f"{split}-{stem}.bin", *facts))
             for split in SPLITS
         )
         while batch := list(islice(texts, BATCH)):
             for text, ids in zip(batch, encode(batch), strict=True):
-                add = add_eval if held_out(text, args.eval_share) else add_train
+                add = add_eval if held_out(text, eval_share) else add_train
                 add(ids)
             bar.update(len(batch))
-    return documents.skipped
 
 
 def sha256_of(*facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def stem_of(number: int, source: Source, args: argparse.Namespace) -> str:
+def stem_of(number: int, source: Source, field: str, eval_share: float) -> str:
     """Name of a file's shards, another one for other text or settings."""
-    digest = sha256_of(RECIPE, source.name, source.digest, args.text_field, args.eval_share)
+    digest = sha256_of(RECIPE, source.name, source.digest, field, eval_share)
     return f"{number:05d}-{digest[:8]}"
 
 
@@ -113,9 +111,12 @@ def is_done(stem: str, output: Path) -> bool:
 
 
 def write_manifest(
-    args: argparse.Namespace, stems: list[str], sources: list[Source], words: int
+    output: Path, stems: list[str], sources: list[Source], words: int, eval_share: float
 ) -> dict[str, dict]:
-    output = args.output
+    """What the shards hold, by split, as the manifest keeps it; `words` are in the vocabulary.
+
+    Raises UserError if they hold no document, or a share that is not the default holds out none.
+    """
     fingerprint = fingerprint_of(output / "tokenizer")
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -129,7 +130,7 @@ def write_manifest(
     if not any(facts["documents"] for facts in splits.values()):
         empty = ", ".join(source.name for source in sources)
         raise UserError(f"There is no document in {empty}: give files that hold text.")
-    if args.eval_share != EVAL_SHARE and (wrong := none_held_out(splits, args.eval_share)):
+    if eval_share != EVAL_SHARE and (wrong := none_held_out(splits, eval_share)):
         raise UserError(wrong)
     manifest = {
         "tokenizer": fingerprint,
@@ -183,16 +184,25 @@ def build(args: argparse.Namespace) -> Callable[[], None]:
 
 def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], None]:
     """Makes the shards. Text that cannot be read is the user's error, as bad arguments are."""
-    tokenizer = make_tokenizer(args, sources)
-    for leftover in args.output.glob(".*.bin.saving"):  # of a call that was killed
+    output, field, max_skipped = args.output, args.text_field, args.max_skipped
+    if args.tokenizer:
+        given = read_tokenizer(args.tokenizer, lowercase=not args.cased)
+        save_tokenizer(given, output / "tokenizer", origin="")
+    else:
+        make_tokenizer(output / "tokenizer", args.train_tokenizer, sources, cased=args.cased,
+                       field=field, max_skipped=max_skipped)  # fmt: skip
+    tokenizer = load_tokenizer(output / "tokenizer")
+    for leftover in output.glob(".*.bin.saving"):  # of a call that was killed
         leftover.unlink()
     stems, skipped = [], 0
     for number, source in enumerate(sources):
-        stems.append(stem_of(number, source, args))
-        if not is_done(stems[-1], args.output):
+        stems.append(stem_of(number, source, field, args.eval_share))
+        if not is_done(stems[-1], output):
             with source.file() as path:
-                skipped += write_shards(path, stems[-1], args.output, tokenizer, args)
-    splits = write_manifest(args, stems, sources, len(tokenizer))
+                documents = Documents(path, field, max_skipped)
+                write_shards(documents, stems[-1], output, tokenizer, args.eval_share)
+            skipped += documents.skipped
+    splits = write_manifest(output, stems, sources, len(tokenizer), args.eval_share)
 
     def report() -> None:
         for split, facts in splits.items():
@@ -205,29 +215,30 @@ def prepare(args: argparse.Namespace, sources: list[Source]) -> Callable[[], Non
     return report
 
 
-def make_tokenizer(args: argparse.Namespace, sources: list[Source]) -> PreTrainedTokenizerFast:
-    """The tokeniser in the output folder: the one given, or one made of this very text.
+def make_tokenizer(
+    folder: Path,
+    words: int,
+    sources: list[Source],
+    *,
+    cased: bool,
+    field: str,
+    max_skipped: float,
+) -> None:
+    """A tokeniser of so many words from this very text.
 
     One that was made of the same text in an earlier call is kept: a new one would differ.
     """
-    folder = args.output / "tokenizer"
-    if args.tokenizer:
-        tokenizer = read_tokenizer(args.tokenizer, lowercase=not args.cased)
-        save_tokenizer(tokenizer, folder, origin="")
-    else:
-        text = [(source.name, source.digest) for source in sources]
-        origin = sha256_of(RECIPE, args.train_tokenizer, args.cased, args.text_field, text)
-        if origin_of(folder) != origin:
-            texts = _read_all(sources, args)
-            tokenizer = train_tokenizer(texts, args.train_tokenizer, lowercase=not args.cased)
-            save_tokenizer(tokenizer, folder, origin)
-    return load_tokenizer(folder)
+    text = [(source.name, source.digest) for source in sources]
+    origin = sha256_of(RECIPE, words, cased, field, text)
+    if origin_of(folder) != origin:
+        texts = _read_all(sources, field, max_skipped)
+        save_tokenizer(train_tokenizer(texts, words, lowercase=not cased), folder, origin)
 
 
-def _read_all(sources: Iterable[Source], args: argparse.Namespace) -> Iterator[str]:
+def _read_all(sources: Iterable[Source], field: str, max_skipped: float) -> Iterator[str]:
     for source in sources:
         with source.file() as path:
-            yield from Documents(path, args.text_field, args.max_skipped, report=False)
+            yield from Documents(path, field, max_skipped, report=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

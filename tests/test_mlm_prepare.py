@@ -100,7 +100,7 @@ def test_goes_on_at_the_first_file_that_is_not_done(tmp_path, monkeypatch):
     monkeypatch.setattr(
         prepare,
         "write_shards",
-        lambda path, *rest: written.append(path) or write_shards(path, *rest),
+        lambda documents, *rest: written.append(documents.path) or write_shards(documents, *rest),
     )
     call(*arguments)
     assert written == files[1:2]
