@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,67 +116,117 @@ def test_columns_of_every_task(name, data):
         assert set(examples.texts[1][0].split()) & set(GOOD)
 
 
-def test_metrics_by_their_definitions():
+def task_with(*metrics: str) -> Task:
+    return Task(train="", eval=[""], text=[""], label="", batch=1, epochs=1, weight_decay=0.0,
+                seeds=[0], metrics=list(metrics))  # fmt: skip
+
+
+def test_metrics_of_classes_by_their_definitions():
     labels, outputs = [1, 1, 0, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 0, 1, 0]
     tp, fp, fn, tn = 3, 1, 2, 2
-    task = {"train": "", "eval": [""], "text": [""], "label": "", "batch": 1, "epochs": 1,
-            "weight_decay": 0.0, "seeds": [0]}  # fmt: skip
-    scores = score(Task(**task, metrics=["accuracy", "f1", "matthews"]), labels, outputs)
+    scores = score(task_with("accuracy", "f1", "matthews"), labels, outputs)
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     assert scores == pytest.approx({
         "accuracy": 100 * 5 / 8,
         "f1": 100 * 2 * tp / (2 * tp + fp + fn),
         "matthews": 100 * (tp * tn - fp * fn) / product**0.5,
     })  # fmt: skip
+
+
+def test_spearman_by_its_definition():
     values, others = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 40.0]
     squares = 1 + 1  # of rank differences
-    spearman = score(Task(**task, metrics=["spearman"]), values, others)["spearman"]
+    spearman = score(task_with("spearman"), values, others)["spearman"]
     assert spearman == pytest.approx(100 * (1 - 6 * squares / (4 * 15)))
 
 
+SHORT = ("--tasks", "MNLI,STS-B,CoLA", "tasks.MNLI.batch=16", "tasks.MNLI.epochs=6",
+         "tasks.STS-B.seeds=[1, 2]", "tasks.STS-B.epochs=4", "tasks.CoLA.seeds=[1]")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tuned(data, model, tmp_path_factory) -> Path:
+    """The output of three tasks over two devices."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glue, "devices_for", lambda _: ["cpu", "cpu"])
+        call(data, model, folder, *SHORT)
+    return folder
+
+
+def rows_of(folder: Path) -> list[str]:
+    return (folder / "results.md").read_text().splitlines()
+
+
 @pytest.mark.slow
-def test_transfer_regression_seeds_over_two_devices_and_what_is_done_stays(
-    data, model, ending, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(glue, "devices_for", lambda _: ["cpu", "cpu"])
-    arguments = (data, model, tmp_path, "--tasks", "MNLI,STS-B,CoLA")
-    small = ("tasks.MNLI.batch=16", "tasks.MNLI.epochs=6", "tasks.STS-B.seeds=[1, 2]",
-             "tasks.STS-B.epochs=4", "tasks.CoLA.seeds=[1]")  # fmt: skip
-    ended = ending(call, *arguments, *small)
-    assert ended.code == 0, ended.err
-    rows = [line for line in ended.out.splitlines() if line.startswith("|")]
+def test_the_table_has_seeds_and_metrics_of_each_file(tuned):
+    rows = rows_of(tuned)
     assert re.match(r"\| MNLI \| 1 \| dev_matched accuracy \d+\.\d+, dev_mismatched acc", rows[2])
     assert re.match(r"\| STS-B \| 2 \| dev spearman", rows[3])
-    means = json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_all_tasks_are_learnt_and_averaged(tuned):
+    means = json.loads((tuned / "results.json").read_text())
     assert means["MNLI"] > 90 and means["STS-B"] > 80 and means["CoLA"] > 80
     assert means["mean"] == pytest.approx(np.mean([means[n] for n in ("MNLI", "STS-B", "CoLA")]))
-    job = json.loads((tmp_path / "STS-B-2" / "result.json").read_text())["job"]
-    assert job["model"] == str(tmp_path / "MNLI-19")
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "STS-B-2")
+
+
+@pytest.mark.slow
+def test_transfer_starts_from_the_first_task(tuned):
+    job = json.loads((tuned / "STS-B-2" / "result.json").read_text())["job"]
+    assert job["model"] == str(tuned / "MNLI-19")
+
+
+@pytest.mark.slow
+def test_a_regression_has_one_output(tuned):
+    loaded = AutoModelForSequenceClassification.from_pretrained(tuned / "STS-B-2")
     assert loaded.config.num_labels == 1
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
-    assert ending(call, *arguments, *small).out.endswith("\n".join(rows) + "\n")
-    assert ending(call, *arguments, *small, "tasks.STS-B.seeds=[2]").code == 0
+
+
+@pytest.mark.slow
+def test_what_is_done_stays(tuned, data, model, ending, tmp_path):
+    folder = shutil.copytree(tuned, tmp_path / "tuned")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")}
+    rows = rows_of(folder)
+    assert ending(call, data, model, folder, *SHORT).out.endswith("\n".join(rows) + "\n")
+    assert ending(call, data, model, folder, *SHORT, "tasks.STS-B.seeds=[2]").code == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_training_is_shuffled_and_repeatable(data, model, monkeypatch, tmp_path):
-    orders, batches = [], glue.batches
+@pytest.fixture(scope="module")
+def twice(data, model, tmp_path_factory) -> list[tuple[dict[str, float], list[list[int]]]]:
+    """Scores, and the orders of the examples in each epoch and in evaluation, of the same job."""
+    runs, batches = [], glue.batches
+    for _ in range(2):
+        orders = []
 
-    def recorded(examples, order, *rest):
-        orders.append(order.tolist())
-        return batches(examples, order, *rest)
+        def recorded(examples, order, *rest, orders=orders):
+            orders.append(order.tolist())
+            return batches(examples, order, *rest)
 
-    monkeypatch.setattr(glue, "batches", recorded)
-    task = TASKS["SST-2"]
-    scores = []
-    for run in ("a", "b"):
-        job = glue.Job("SST-2", task, 1, str(model), str(data), str(tmp_path / run), 32, 1e-3)
-        scores.append(glue.fine_tune(job, torch.device("cpu")))
-    assert scores[0] == scores[1] and orders[:4] == orders[4:]
+        output = str(tmp_path_factory.mktemp("twice"))
+        job = glue.Job("SST-2", TASKS["SST-2"], 1, str(model), str(data), output, 32, 1e-3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(glue, "batches", recorded)
+            runs.append((glue.fine_tune(job, torch.device("cpu")), orders))
+    return runs
+
+
+def test_training_is_repeatable(twice):
+    assert twice[0] == twice[1]
+
+
+def test_every_epoch_is_shuffled_anew(twice):
+    _, orders = twice[0]
     for order in orders[:3]:
         assert sorted(order) == list(range(192)) != order
-    assert orders[0] != orders[1] and orders[3] == list(range(192))
+    assert orders[0] != orders[1]
+
+
+def test_evaluation_is_in_order(twice):
+    _, orders = twice[0]
+    assert orders[3:] == [list(range(192))]
 
 
 def refused(ended, message: str) -> None:
@@ -205,29 +256,42 @@ def test_bad_tsv(content, message, model, ending, tmp_path):
     assert not output.exists()
 
 
-def test_bad_settings(data, model, ending, tmp_path):
-    arguments = (data, model, tmp_path / "output")
-    refused(ending(call, *arguments, "--tasks", "WNLI"), "has no task WNLI")
-    refused(ending(call, *arguments, "--tasks", "RTE"), "RTE starts from MNLI, which must be a")
-    refused(ending(call, *arguments, "tasks.RTE.seed=1"), "Unknown key 'seed' in the task RTE of")
-    refused(ending(call, *arguments, "tasks.RTE.metrics=[x]"), r"Unknown metrics \['x'\] of RTE")
-    refused(ending(call, *arguments, "tasks.RTE.text=[a, b, c]"), "one or two text columns, not 3")
-    refused(
-        ending(call, *arguments, "tasks.RTE.precision=fp16"), "precision of RTE must be bf16 or"
-    )
-    refused(ending(call, *arguments, "tasks.RTE.seeds=[]"), "eval and seeds of RTE must not be")
-    refused(ending(call, *arguments, "lr=-1"), "lr must be above 0, not -1.0")
-    refused(
-        ending(call, *arguments, "tasks.RTE.weight_decay=-1"), "weight_decay of RTE must not be"
-    )
-    refused(ending(call, *arguments, "tasks.RTE.batch=0"), "batch of RTE must be at least 1, not 0")
-    refused(ending(call, *arguments, "tasks.RTE.seeds=[-1]"), "seeds of RTE must be in")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "WNLI"), "has no task WNLI"),
+        (("--tasks", "RTE"), "RTE starts from MNLI, which must be a"),
+        (("tasks.RTE.seed=1",), "Unknown key 'seed' in the task RTE of"),
+        (("tasks.RTE.metrics=[x]",), r"Unknown metrics \['x'\] of RTE"),
+        (("tasks.RTE.text=[a, b, c]",), "one or two text columns, not 3"),
+        (("tasks.RTE.precision=fp16",), "precision of RTE must be bf16 or"),
+        (("tasks.RTE.seeds=[]",), "eval and seeds of RTE must not be"),
+        (("lr=-1",), "lr must be above 0, not -1.0"),
+        (("tasks.RTE.weight_decay=-1",), "weight_decay of RTE must not be"),
+        (("tasks.RTE.batch=0",), "batch of RTE must be at least 1, not 0"),
+        (("tasks.RTE.seeds=[-1]",), "seeds of RTE must be in"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_settings(arguments, message, data, model, ending, tmp_path):
+    output = tmp_path / "output"
+    refused(ending(call, data, model, output, *arguments), message)
+    assert not output.exists()
+
+
+def test_an_output_that_cannot_be_written_to(data, model, ending):
     refused(ending(call, data, model, "/proc/run"), "output /proc/run cannot be written to")
+
+
+def test_a_folder_without_a_model(data, ending, tmp_path):
     refused(ending(call, data, tmp_path, tmp_path / "output"), "There is no model in")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_model_and_a_tokeniser_that_do_not_belong_together(data, model, ending, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
     config = json.loads((model / "config.json").read_text())
-    for path in model.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
     message = r"has a vocabulary of 7 words and its tokeniser one of \d+: they do not belong"
-    refused(ending(call, data, tmp_path, tmp_path / "output"), message)
+    refused(ending(call, data, other, tmp_path / "output"), message)
     assert not (tmp_path / "output").exists()
