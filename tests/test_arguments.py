@@ -323,7 +323,8 @@ def test_the_help_prints_every_option_once_with_its_default():
     for name, (text, *others) in printed.items():
         starts = [part.split()[0].replace("_", "-") for part in text.split(", ")]
         spellings = [word for word in starts if word.startswith("--")]
-        assert not others and len(spellings) == len(set(spellings)), f"{name} is printed twice"
+        assert not others, f"{name} is printed twice"
+        assert len(spellings) == len(set(spellings)), f"{name} is printed twice"
         told, _, default = named[name].help.removesuffix(")").rpartition(" (default: ")
         assert len(told.split(",")[0]) > 2, f"{name} has no words"
         assert default not in ("", "None", "True", "False"), name
@@ -370,7 +371,8 @@ def test_intervals_in_words(interval, words):
 @pytest.mark.parametrize("word", ["--pin-mem", "--pin_mem", "--no-pin-mem", "--no_pin_mem"])
 def test_a_switch(word):
     args = get_args_parser().parse_args([word])
-    assert args.pin_mem is ("no" not in word) and args.given == ["pin_mem"]
+    assert args.pin_mem is ("no" not in word)
+    assert args.given == ["pin_mem"]
 
 
 # Spellings and defaults
@@ -405,14 +407,17 @@ def test_flags_with_and_without_a_value(name, run):
             [option], [option, "True"], [option, "False"], [option, "--eval"], []
         )] == [True, True, False, True, False]  # fmt: skip
     refused = run(f"--{name}", "perhaps")
-    assert refused.code == 2 and "expected True or False, not 'perhaps'" in refused.err
+    assert refused.code == 2
+    assert "expected True or False, not 'perhaps'" in refused.err
 
 
 def test_other_arguments(run):
     given = parsed("--dr", "0.2", "--opt-betas", "0.9", "0.95", "--cutmix-minmax", "0.2", "0.8",
                    "--model-kwargs", "patch_size=4", "global_pool=token")  # fmt: skip
     assert given.decay_rate == 0.2
-    assert given.opt_betas == [0.9, 0.95] and given.cutmix_minmax == [0.2, 0.8]
+    assert given.opt_betas == [0.9, 0.95]
+    assert given.cutmix_minmax == [0.2, 0.8]
     assert given.model_kwargs == {"patch_size": 4, "global_pool": "token"}
     abbreviated = run("--epoch", "1")
-    assert abbreviated.code == 2 and "unrecognized arguments: --epoch" in abbreviated.err
+    assert abbreviated.code == 2
+    assert "unrecognized arguments: --epoch" in abbreviated.err

@@ -92,7 +92,8 @@ def test_formats_follow_the_definition(format, case):
     expected = outputs_and_gradients(definition, leaves, options)
     options |= {"format": format, "chunk_size": 8}
     actual = outputs_and_gradients(lion_attention, leaves, options)
-    assert actual[0].shape == leaves[2].shape and actual[0].dtype == torch.float64
+    assert actual[0].shape == leaves[2].shape
+    assert actual[0].dtype == torch.float64
     assert_close(actual, expected, 1e-10)
 
 
@@ -103,7 +104,8 @@ def test_kernels_follow_the_definition_and_the_formats(case, kernels, monkeypatc
     leaves = [t.to(DEVICE) for t in leaves]
     options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
     actual = outputs_and_gradients(lion_attention, leaves, options, torch.float32)
-    assert len(kernels) == 1 and kernels[0]["features"] == "none"
+    assert len(kernels) == 1
+    assert kernels[0]["features"] == "none"
     assert_close([t.cpu() for t in actual], expected, 2e-5)
     recurrent = lion_attention(*(t.float() for t in leaves), format="RNN", **options)
     assert kernels[1]["recurrent"]
@@ -189,7 +191,8 @@ def test_a_decay_of_zero_cuts_the_sequence(format, fast, kernels, monkeypatch):
 def test_curves_have_no_meaning_without_decays(kernels):
     q, k, v = (t.float().to(DEVICE) for t in make_inputs("no decay")[0])
     y = lion_attention(q, k, v, curves=curves_for("S", 37).to(DEVICE))
-    assert torch.equal(y, lion_attention(q, k, v)) and kernels[0]["scans"] == 1
+    assert torch.equal(y, lion_attention(q, k, v))
+    assert kernels[0]["scans"] == 1
 
 
 def test_one_curve_takes_log_decays_with_and_without_its_dimension():
@@ -266,7 +269,8 @@ def test_refusals(changed, message, kernels):
     given = {"q": TOKENS, "k": TOKENS, "v": TOKENS, "log_decay": DECAY, **changed}
     with pytest.raises(ValueError, match=message) as refused:
         lion_attention(**given)
-    assert "\n" not in str(refused.value) and not kernels
+    assert "\n" not in str(refused.value)
+    assert not kernels
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -52,7 +52,8 @@ def test_the_default_recipe_survives_5000_images():
 def test_posterize_to_no_bits_is_black(name, image):
     magnitude = 10 if name == "PosterizeIncreasing" else 0
     black = AugmentOp(name, prob=1.0, magnitude=magnitude)(image)
-    assert black.size == image.size and black.mode == "RGB"
+    assert black.size == image.size
+    assert black.mode == "RGB"
     assert not np.asarray(black).any()
 
 
@@ -69,7 +70,8 @@ def test_policies_give_bytes_and_can_be_pickled(aa, image):
     transform = pickle.loads(pickle.dumps(transform))
     for _ in range(60):
         output = transform(image)
-        assert output.shape == (3, 40, 40) and output.dtype is torch.uint8
+        assert output.shape == (3, 40, 40)
+        assert output.dtype is torch.uint8
 
 
 def test_what_a_moved_image_leaves_bare_has_the_mean_colour():
@@ -111,7 +113,8 @@ def test_three_augment_is_one_of_grayscale_solarize_blur(image):
     outputs = [policy(image) for _ in range(60)]
     gray, solarized = ImageOps.grayscale(image).convert("RGB"), ImageOps.solarize(image, 128)
     blurred = [output for output in outputs if output not in (gray, solarized)]
-    assert gray in outputs and solarized in outputs
+    assert gray in outputs
+    assert solarized in outputs
     assert 0 < len(blurred) < 60
     assert all(np.asarray(output).std() < np.asarray(image).std() for output in blurred)
 
@@ -167,7 +170,8 @@ def test_without_mixup_the_batch_stays(batch):
 )
 def test_mixup_and_cutmix_mix_samples_and_targets(active, batch):
     samples, targets = build_batch_transform(**active, **MIX)(batch[0].clone(), batch[1])
-    assert samples.shape == batch[0].shape and not samples.equal(batch[0])
+    assert samples.shape == batch[0].shape
+    assert not samples.equal(batch[0])
     torch.testing.assert_close(targets.sum(1), torch.ones(6))
     assert targets.min() > 0  # label smoothing
 
@@ -176,7 +180,8 @@ def test_mixup_and_cutmix_mix_samples_and_targets(active, batch):
 def test_cosub_repeats_the_mixed_samples_only(mixup, batch):
     transform = build_batch_transform(mixup=mixup, cutmix=0, cutmix_minmax=None, cosub=True, **MIX)
     samples, targets = transform(*batch)
-    assert samples.shape[0] == 12 and samples[:6].equal(samples[6:])
+    assert samples.shape[0] == 12
+    assert samples[:6].equal(samples[6:])
     assert targets.shape[0] == 6
 
 

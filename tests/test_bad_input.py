@@ -70,7 +70,8 @@ def test_bad_arguments(options, message, run, data_path, tmp_path):
 )
 def test_arguments_that_do_not_parse(options, message, run):
     ended = run(*TINY, *options)
-    assert ended.code == 2 and message in ended.err
+    assert ended.code == 2
+    assert message in ended.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -176,7 +177,8 @@ def test_a_malicious_checkpoint_runs_nothing(options, run, data_path, tmp_path):
     torch.save({"model": {}, "args": Malicious(proof)}, path)
     arguments = (*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
     refused(run(*arguments, *options, path), f"{path}: .* because they could run code")
-    assert not proof.exists() and not (tmp_path / "run").exists()
+    assert not proof.exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -207,7 +209,8 @@ def test_variables_that_no_launcher_set(command, variables, message, run, ending
         return refused(run(*TINY, "--data-path", "absent"), message)
     module = {"pretrain": pretrain, "glue": glue}[command]
     ended = ending(module.main, ["absent.yaml", *(["--model", "absent"] if module is glue else [])])
-    assert ended.code == 2 and re.search(message, ended.err), ended
+    assert ended.code == 2, ended
+    assert re.search(message, ended.err), ended
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, data_path, tmp_path, monkeypatch):

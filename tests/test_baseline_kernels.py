@@ -153,7 +153,8 @@ def test_kernels_are_for_gpus_and_can_be_turned_off(monkeypatch):
     class OnGPU:
         is_cuda, dtype = True, torch.bfloat16
 
-    assert state_space.has_kernels(OnGPU) and not state_space.has_kernels(torch.zeros(1))
+    assert state_space.has_kernels(OnGPU)
+    assert not state_space.has_kernels(torch.zeros(1))
     OnGPU.dtype = torch.float64
     assert not state_space.has_kernels(OnGPU)
     OnGPU.dtype = torch.float32

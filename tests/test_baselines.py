@@ -109,7 +109,8 @@ def test_recurrences_accept_strong_decay_in_float32(name):
     leaves = [t.requires_grad_() for t in inputs]
     y = getattr(state_space, name)(*leaves)
     y.sum().backward()
-    assert y.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
+    assert y.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in leaves)
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -210,7 +211,8 @@ def test_every_parameter_gets_a_finite_nonzero_gradient(name, kind):
     outputs = model(images())
     sum(logits.square().sum() for logits in outputs).backward()
     for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -224,7 +226,9 @@ def test_initial_decays_and_steps(name):
         steps = torch.nn.functional.softplus(scan.dt_proj.bias)
         assert torch.allclose(scan.A_log.exp(), torch.arange(1.0, 17.0).expand(384, 16))
         assert 0.25 < scan.dt_proj.weight.abs().max() <= 12**-0.5
-    assert (steps > 9.9e-4).all() and (steps < 0.101).all() and steps.max() > 2 * steps.min()
+    assert (steps > 9.9e-4).all()
+    assert (steps < 0.101).all()
+    assert steps.max() > 2 * steps.min()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -84,10 +84,13 @@ def test_speed(tmp_path, capsys, no_processes, name, formats):
     for row, case in zip(table[2:], cases, strict=True):
         ratio = f"{case.seconds / cases[0].seconds:.2f}"
         assert row[3:6] == [case.label, f"{case.seconds * 1e3:.3f}", ratio]
-        assert case.seconds > 0 and case.runs >= 1 and row[8] == "1.0"
+        assert case.seconds > 0
+        assert case.runs >= 1
+        assert row[8] == "1.0"
     assert summary[3] == [labels[1], ", ".join(table[3][4:6])]
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert cases[-1].card == benchmark.cpu_name() and "LION-S" in printed
+    assert cases[-1].card == benchmark.cpu_name()
+    assert "LION-S" in printed
     again = tmp_path / "again"
     benchmark.main(["--preset", name, "--from-csv", str(tmp_path / f"{name}.csv"),
                     "--output", str(again)])  # fmt: skip
@@ -109,7 +112,8 @@ def test_paper(tmp_path, capsys, no_processes):
         over = [case.seconds / other.seconds for other in training[:2]]
         assert row[1:5] == [f"{case.parameters:,}", f"{case.seconds * 1e3:.1f}",
                             *(f"{ratio:.2f}" for ratio in over)]  # fmt: skip
-        assert float(row[5]) > 0 and row[6] == "1"
+        assert float(row[5]) > 0
+        assert row[6] == "1"
     assert [row[7:] for row in table] == [
         ["1", "70.2"], ["", ""], ["", ""], ["3.83", "73.5"], ["1", "72.2"], ["", ""],
     ]  # fmt: skip
@@ -125,7 +129,8 @@ def test_resolution(tmp_path, capsys, no_processes):
     options = "--preset resolution --sizes 32x1 48x1 --models LION-D"
     printed, cases = called(capsys, tmp_path, options)
     memory, times = tables_of(printed)[:2]
-    assert memory[0] == ["GB", "32 px, batch 1", "48 px, batch 1"] and times[0][0] == "ms"
+    assert memory[0] == ["GB", "32 px, batch 1", "48 px, batch 1"]
+    assert times[0][0] == "ms"
     labels = ["ViT, SDPA", "ViT, explicit softmax",
               *(f"LION-D, {format}" for format in ("Attention", "RNN", "Chunk"))]  # fmt: skip
     assert [row[0] for row in times[2:]] == labels == [row[0] for row in memory[2:7]]
@@ -149,7 +154,8 @@ def test_a_picture_shows_every_line_and_explains_its_cross():
     figure = paper.draw_resolution(cases)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     widths = [lines[label].get_linewidth() for label in list(lines)[:3]]
-    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 3
     assert len({str(lines[label].get_linestyle()) for label in list(lines)[:3]}) == 2
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[-1] == "out of memory at the next size"
@@ -262,7 +268,8 @@ def test_a_case_that_fails_in_a_turn_has_no_time(monkeypatch):
     ran = []
     monkeypatch.setattr(measure, "begin", begin)
     measure.take_turns([a_step(case)], 3, budget=20)
-    assert case.note == "failed: TypeError" and math.isnan(case.seconds)
+    assert case.note == "failed: TypeError"
+    assert math.isnan(case.seconds)
 
 
 @pytest.mark.slow
@@ -307,7 +314,8 @@ def test_steps_in_lower_precision(model, step, precision):
     with prepared.context():
         output = prepared.run()
     if step in (FORWARD, INFERENCE):
-        assert output.dtype == torch.bfloat16 and output.isfinite().all()
+        assert output.dtype == torch.bfloat16
+        assert output.isfinite().all()
     if step == TRAINING:
         assert prepared.held > 3 * 4 * case.parameters  # and AdamW's moments
 
@@ -342,9 +350,11 @@ def test_steps_of_a_layer(model, step):
     output = prepared.run()
     width, weights = 192, 4 * 192**2
     if step == LAYER_FORWARD:
-        assert output.shape == (2, 5, width) and output.requires_grad
+        assert output.shape == (2, 5, width)
+        assert output.requires_grad
     else:
-        assert output[0].shape == (2, 5, width) and all(g.isfinite().all() for g in output)
+        assert output[0].shape == (2, 5, width)
+        assert all(g.isfinite().all() for g in output)
     assert weights < case.parameters < 1.1 * weights
 
 
@@ -353,7 +363,8 @@ def test_a_layer_is_timed_by_the_hosts_clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("idle"))
     case = make_case(LAYER_BACKWARD, device="cuda", iterations=2)
     step = steps.Step(case, lambda: called.append("run"), nullcontext, held=0)
-    assert measure.begin(step)() > 0 and called == ["idle", "run", "run"]
+    assert measure.begin(step)() > 0
+    assert called == ["idle", "run", "run"]
 
 
 def test_no_mixing():

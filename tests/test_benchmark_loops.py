@@ -25,10 +25,13 @@ def a_setting(folder, **values):
 def test_main_runs_and_tells(tmp_path, processes):
     case = make_case(loops.MAIN, "LION-S♮", "Attention", processes=processes)
     result = loops.run_entry(case, a_setting(tmp_path, extra=["--mixup", "0"]))
-    assert not result.note and result.seconds > 0 and 0 < result.busy <= 1
+    assert not result.note
+    assert result.seconds > 0
+    assert 0 < result.busy <= 1
     assert result.bytes > 100 * 2**20, "the process's"
     loader = loops.run_entry(replace(case, model=loops.LOADER, form=""), a_setting(tmp_path))
-    assert not loader.note and loader.seconds < result.seconds
+    assert not loader.note
+    assert loader.seconds < result.seconds
 
 
 @pytest.mark.slow
@@ -37,16 +40,20 @@ def test_pretrain_runs_and_tells(tmp_path):
     configs = [CONFIG, *(word for word in SMALL if "vocab" not in word)]
     (case,) = make_cases(presets("cpu")["pretrain"], BLANK, configs=configs, sizes=["16x2"])
     result = loops.run_entry(case, a_setting(tmp_path))
-    assert not result.note and result.seconds > 0 and 0 < result.busy <= 1
+    assert not result.note
+    assert result.seconds > 0
+    assert 0 < result.busy <= 1
     step, loader = loops.with_companions([case])[1::-1]
-    assert step.step == TEXT and not loops.run_entry(loader, a_setting(tmp_path)).note
+    assert step.step == TEXT
+    assert not loops.run_entry(loader, a_setting(tmp_path)).note
 
 
 @pytest.mark.slow
 def test_what_stops_an_entry_point_is_noted(tmp_path, capsys):
     case = make_case(loops.MAIN, "ViT", "default")
     result = loops.run_entry(case, a_setting(tmp_path, extra=["--lr", "-1"]))
-    assert result.note.startswith("failed: ") and "--lr" in result.note
+    assert result.note.startswith("failed: ")
+    assert "--lr" in result.note
 
 
 @pytest.mark.slow
@@ -79,7 +86,8 @@ def test_pretrain_gets_a_configuration_whose_name_has_spaces(tmp_path):
     (tmp_path / "text").mkdir()
     case = make_case(PRETRAIN, "a model", "", config="'a model.yaml' lr=1", compiled="blocks")
     words = loops.pretrain_arguments(case, a_setting(tmp_path))
-    assert words[:2] == ["a model.yaml", "lr=1"] and "compile=True" in words
+    assert words[:2] == ["a model.yaml", "lr=1"]
+    assert "compile=True" in words
 
 
 def test_the_progress_lines_tell_what_waits_for_data(tmp_path, monkeypatch):
@@ -138,5 +146,6 @@ def test_the_device_is_busy_while_anything_runs():
 def test_images_are_made(tmp_path):
     loops.make_images(tmp_path / "images", 30, distinct=3, classes=2)
     train = sorted((tmp_path / "images" / "train").glob("*/*.jpg"))
-    assert len(train) == 30 and len({path.resolve() for path in train}) == 3
+    assert len(train) == 30
+    assert len({path.resolve() for path in train}) == 3
     assert 20_000 < train[0].stat().st_size < 300_000, "as photographs"

@@ -76,7 +76,8 @@ def test_evaluation_is_that_without_the_cache(run, data_path, tmp_path):
         ended = run(*TINY, *more, "--mask_type", "Selective", "--eval", "--data-path", data_path,
                     "--resume", tmp_path / "checkpoint.pth")  # fmt: skip
         scores.append([line for line in ended.out.splitlines() if line.startswith("* Acc@1")])
-    assert scores[0] == scores[1] and len(scores[0]) == 1
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 1
 
 
 @pytest.mark.parametrize("interval", [slow(1), 2])
@@ -104,7 +105,8 @@ def test_training_images_are_augmented(data_path):
         torch.manual_seed(0)
         streams.append(next(iter(batches)))
     (plain, labels), (augmented, same_labels) = streams
-    assert labels.equal(same_labels) and plain.shape == augmented.shape == (8, 3, 16, 16)
+    assert labels.equal(same_labels)
+    assert plain.shape == augmented.shape == (8, 3, 16, 16)
     assert ((plain - augmented).abs().mean((1, 2, 3)) > 0.1).all()
 
 

@@ -102,11 +102,13 @@ def test_killed_while_saving(path):
         child.join()
         unfinished += any(name.startswith(".") for name in names(path.parent))
         loaded = checkpoint.load(path)
-        assert loaded["step"] >= step and is_whole(loaded)
+        assert loaded["step"] >= step
+        assert is_whole(loaded)
         step = loaded["step"]
         previous = path.with_name("checkpoint.previous.pth")
         assert not previous.exists() or is_whole(checkpoint.load(previous))
-    assert step > 40 and unfinished > 0, "the kills did not hit a save"
+    assert step > 40
+    assert unfinished > 0, "the kills did not hit a save"
     checkpoint.save(state(step + 1), path)
     assert names(path.parent) == ["checkpoint.previous.pth", "checkpoint.pth"]
 
@@ -366,7 +368,8 @@ def test_load_weights():
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     wrapped = {f"module._orig_mod.{name}": value for name, value in other.state_dict().items()}
     checkpoint.load_weights(model, wrapped, "run.pth")
-    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
+    assert torch.equal(model.weight, other.weight)
+    assert torch.equal(model.bias, other.bias)
 
 
 def test_load_weights_lists_the_differences():
@@ -414,7 +417,8 @@ def test_weights_that_are_no_plain_real_numbers(change, said):
 def test_weights_of_another_precision(dtype):
     model, state = nn.Linear(3, 2), {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     checkpoint.load_weights(model, {n: v.to(dtype) for n, v in state.items()}, "run.pth")
-    assert model.weight.equal(state["weight"]) and model.weight.dtype == torch.float32
+    assert model.weight.equal(state["weight"])
+    assert model.weight.dtype == torch.float32
 
 
 def test_load_weights_cuts_a_long_list():
@@ -423,7 +427,8 @@ def test_load_weights_cuts_a_long_list():
     with pytest.raises(ValueError, match="^run.pth is of another model: ") as raised:
         checkpoint.load_weights(model, model.state_dict() | extra, "run.pth")
     lines = str(raised.value).splitlines()
-    assert len(lines) == 22 and lines[-1] == "... and 12 more"
+    assert len(lines) == 22
+    assert lines[-1] == "... and 12 more"
 
 
 def test_weights_of():

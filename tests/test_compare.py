@@ -51,7 +51,8 @@ def scheduler(runs: list[Run], seconds: float = 100) -> Scheduler:
 def test_runs_of_a_recipe(tmp_path):
     runs = read_recipe(recipe(tmp_path), tmp_path, more=("--lr", "1"))
     assert [str(run) for run in runs] == ["lit, seed 0", "d, seed 0", "lit, seed 1", "d, seed 1"]
-    assert runs[1].folder == tmp_path / "d" / "seed0" and runs[1].length == 2
+    assert runs[1].folder == tmp_path / "d" / "seed0"
+    assert runs[1].length == 2
     assert runs[1].arguments == (*TINY, "--epochs", "2", "--mask_type", "Decay", "--lr", "1")
     varied = read_recipe(
         recipe(tmp_path), tmp_path, models=["d"], seeds=[7], vary=[("lr", "1e-3", "2e-3")]
@@ -89,7 +90,8 @@ def test_wrong_recipes_are_refused_before_any_work(changes, message, tmp_path, e
     ended = ending(
         compare.main, [str(recipe(tmp_path, **changes)), "--output", str(tmp_path / "out")]
     )
-    assert ended.code == 2 and not (tmp_path / "out").exists()
+    assert ended.code == 2
+    assert not (tmp_path / "out").exists()
     assert ended.err.count("\n") == 1
     with pytest.raises(ValueError, match=message):
         read_recipe(recipe(tmp_path, **changes), tmp_path / "out")
@@ -170,14 +172,17 @@ def test_report_of_the_last_epoch(tmp_path, capsys):
 def test_arguments_for_all_runs_follow_two_dashes(tmp_path, ending):
     command = [str(recipe(tmp_path)), "--output", str(tmp_path / "out"), "--models", "d"]
     ended = ending(compare.main, [*command, "--", "--lr", "-1"])
-    assert ended.code == 2 and "--lr must not be negative" in ended.err
+    assert ended.code == 2
+    assert "--lr must not be negative" in ended.err
     ended = ending(compare.main, [*command, "--lr", "-1"])
-    assert ended.code == 2 and "unrecognized arguments: --lr" in ended.err
+    assert ended.code == 2
+    assert "unrecognized arguments: --lr" in ended.err
 
 
 def test_report_without_a_finished_run(tmp_path, ending):
     ended = ending(compare.main, [str(recipe(tmp_path)), "--output", str(tmp_path), "--report"])
-    assert ended.code == 2 and "holds no finished run of this recipe yet" in ended.err
+    assert ended.code == 2
+    assert "holds no finished run of this recipe yet" in ended.err
 
 
 @pytest.mark.slow
@@ -185,7 +190,8 @@ def test_failures_are_told(tmp_path, ending, data_path):
     path = recipe(tmp_path, seeds=[0], models={"a": "--mask_type Lit --model-kwargs depth=none"})
     arguments = [str(path), "--output", str(tmp_path), "--data-path", str(data_path)]
     ended = ending(compare.main, arguments)
-    assert ended.code == 1 and "a, seed 0: ended with 2, see" in ended.out
+    assert ended.code == 1
+    assert "a, seed 0: ended with 2, see" in ended.out
     assert "cannot be built" in (tmp_path / "a" / "seed0" / "output.txt").read_text()
 
 
@@ -201,13 +207,15 @@ def test_leases(tmp_path, data_path):
         wait_for(lambda: all(log.exists() and log.read_text() for log in logs), 300)
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "0 of 2 runs are finished" in printed
+    assert process.returncode == 0
+    assert "0 of 2 runs are finished" in printed
     for log in logs:
         assert (log.parent / "checkpoint.pth").exists()
         assert 0 < log.read_text().count("\n") < 6
     began = time.monotonic()
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "2 of 2 runs are finished" in printed and "from epoch 0" not in printed
+    assert "2 of 2 runs are finished" in printed
+    assert "from epoch 0" not in printed
     for log in logs:
         assert log.read_text().count("\n") == 6
         assert not list(log.parent.glob("*.pth"))
@@ -234,7 +242,8 @@ def test_a_run_that_does_not_leave_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduling, "GRACE", 0.2)
     runs, began = scheduler([run], seconds=2), time.monotonic()
     runs.work()
-    assert runs.failed == [run] and time.monotonic() - began < 50
+    assert runs.failed == [run]
+    assert time.monotonic() - began < 50
 
 
 SLEEPER = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w')); time.sleep(99)"
@@ -255,7 +264,9 @@ def test_what_a_kill_leaves_is_gone_on_with(tmp_path):
     (run,) = read_recipe(recipe(tmp_path), tmp_path, models=["lit"], seeds=[0])
     run.folder.mkdir(parents=True)
     (run.folder / "log.txt").touch()
-    assert run.log == [] and run.trained == 0 and not run.is_finished
+    assert run.log == []
+    assert run.trained == 0
+    assert not run.is_finished
 
 
 @pytest.mark.parametrize(
@@ -271,7 +282,8 @@ def test_damaged_files_of_a_run_are_told(file, text, message, tmp_path, ending):
     path.parent.mkdir(parents=True)
     path.mkdir() if text is None else path.write_text(text)
     ended = ending(compare.main, [str(recipe(tmp_path)), "--output", str(tmp_path / "out")])
-    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
     assert re.match(f"compare.py: error: .*{message}", ended.err), ended.err
 
 

@@ -88,9 +88,11 @@ def test_every_combination_of_what_varies_is_a_model(tmp_path):
     path = recipe(tmp_path, vary=vary, fine_tune=FINE_TUNE)
     runs = read_recipe(path, tmp_path)
     names = ["rope,lr=0.001", "s,lr=0.001", "rope,lr=0.002", "s,lr=0.002"]
-    assert [run.model for run in runs] == names and runs[0].family == "rope"
+    assert [run.model for run in runs] == names
+    assert runs[0].family == "rope"
     assert runs[3].arguments == (*shlex.split(SMALL), "lr=0.002")
-    assert runs[0].length == 4 and runs[0].plateau == 25
+    assert runs[0].length == 4
+    assert runs[0].plateau == 25
     assert runs[0].fine_tune == tuple(shlex.split(FINE_TUNE))
     more = read_recipe(path, tmp_path, models=["s"], more=["eps=1e-5"],
                        vary=[("lr", "3e-4"), ("warmup_share", "0.1", "0.2")])  # fmt: skip
@@ -123,7 +125,8 @@ def test_wrong_recipes_are_refused_before_any_work(changes, message, tmp_path, e
     command = [str(recipe(tmp_path, **changes)), "--output", str(tmp_path / "out"),
                "--data-path", str(text)]  # fmt: skip
     ended = ending(compare.main, command)
-    assert ended.code == 2 and not (tmp_path / "out").exists()
+    assert ended.code == 2
+    assert not (tmp_path / "out").exists()
     assert ended.err.count("\n") == 1
     with pytest.raises(ValueError, match=message):
         read_recipe(recipe(tmp_path, **changes), tmp_path / "out")
@@ -134,7 +137,8 @@ def test_text_that_is_not_there_is_told_before_any_work(data, tmp_path, ending, 
     data = [word.format(text=text) for word in data]
     path = recipe(tmp_path, fine_tune=FINE_TUNE)
     ended = ending(compare.main, [str(path), "--output", str(tmp_path / "out"), *data])
-    assert ended.code == 2 and not (tmp_path / "out").exists()
+    assert ended.code == 2
+    assert not (tmp_path / "out").exists()
     assert "needs --data-path, the folder of get_text.sh: no " in ended.err
 
 
@@ -154,7 +158,8 @@ def test_a_run_is_trained_then_fine_tuned_then_finished(tmp_path):
     (run.folder / "fine_tuned" / "results.json").write_text('{"MR": 80.0, "mean": 80.0}')
     assert run.is_finished
     run.program.tidy(run)
-    assert run.is_finished and not (run.folder / "model").exists()
+    assert run.is_finished
+    assert not (run.folder / "model").exists()
 
 
 def test_a_stage_that_changes_nothing_is_a_failure(tmp_path, capsys):
@@ -167,7 +172,8 @@ def test_a_stage_that_changes_nothing_is_a_failure(tmp_path, capsys):
     scheduler.started.append(Started(runs[0], ended, 0, done=0))
     assert scheduler.collect() == [(runs[0], 0)]  # trained, and goes on to fine-tuning
     scheduler.started.append(Started(runs[0], ended, 0, done=4))
-    assert scheduler.collect() == [] and scheduler.failed == [runs[0]]
+    assert scheduler.collect() == []
+    assert scheduler.failed == [runs[0]]
 
 
 def test_the_best_of_each_model_comes_first(tmp_path, ending):
@@ -183,7 +189,8 @@ def test_the_best_of_each_model_comes_first(tmp_path, ending):
     assert "| held-out loss | accuracy, % | above 25 % from step | tokens/s | minutes |" in best
     assert "| rope,lr=0.002 | 1,234 | 5.20 | 24.00 | never | 1,000 | 1.5 |" in best
     assert "| s,lr=0.001 | 1,234 | 3.00 | 50.00 | 2 | 1,000 | 1.5 |" in best
-    assert "rope,lr=0.001" not in best and everything.count("\n| rope") == 2
+    assert "rope,lr=0.001" not in best
+    assert everything.count("\n| rope") == 2
     (axes,) = draw(best_of_families(by_model(runs)), "2 steps; CPU").axes
     assert axes.get_title(loc="left") == "2 steps; CPU"
     assert [list(line.get_ydata()) for line in axes.lines] == [[6, 5.8, 5.2], [6, 5.8, 3]]

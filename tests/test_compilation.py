@@ -134,7 +134,8 @@ def test_cuda_graphs_are_of_the_whole_model(mode):
     model = Parts(nn.ModuleList([Part(1, 1)]))
     compile_in_place(model, "inductor", mode)
     assert model.compiled == {"backend": "inductor", "mode": mode}
-    assert model.blocks[0].compiled is None and torch._dynamo.config.optimize_ddp
+    assert model.blocks[0].compiled is None
+    assert torch._dynamo.config.optimize_ddp
 
 
 @pytest.mark.parametrize("blocks", [None, 3])
@@ -159,7 +160,8 @@ def test_seeds_count_between_replays():
         outputs[-1].requires_grad_().sum().backward()
     assert all(outputs[i].equal(outputs[7]) for i in (2, 3))
     assert outputs[4].equal(outputs[6])
-    assert not outputs[4].equal(outputs[5]) and not outputs[4].equal(outputs[7])
+    assert not outputs[4].equal(outputs[5])
+    assert not outputs[4].equal(outputs[7])
 
 
 @gpu

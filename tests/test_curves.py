@@ -47,7 +47,8 @@ def steps(curve: torch.Tensor, w: int) -> torch.Tensor:
 @pytest.mark.parametrize("order", [*ORDERS, "S+Hilbert", "Snakes+Diagonal+Morton"])
 def test_every_curve_visits_every_patch_once(order, h, w):
     curves = scan_curves(order, (h, w), num_prefix=1)
-    assert curves.shape == (num_curves(order), 1 + h * w) and curves.dtype == torch.int64
+    assert curves.shape == (num_curves(order), 1 + h * w)
+    assert curves.dtype == torch.int64
     assert (curves[:, 0] == 0).all()
     assert curves.sort(1).values.equal(torch.arange(1 + h * w).expand(len(curves), -1))
 

@@ -20,7 +20,8 @@ def test_it_is_small_and_tells_all():
     assert DEMO.stat().st_size < 2e6
     saved = checkpoint.load(DEMO)
     assert {"model", "args", "data_config", "classes"} == saved.keys()
-    assert saved["args"]["data_set"] == "DEMO" and saved["data_config"]["input_size"][1] == 28
+    assert saved["args"]["data_set"] == "DEMO"
+    assert saved["data_config"]["input_size"][1] == 28
 
 
 @pytest.mark.slow
@@ -47,7 +48,8 @@ def test_main_evaluates_it(run, monkeypatch):
 
 def test_torch_hub_loads_it():
     model = torch.hub.load(str(ROOT), "trained", str(DEMO), source="local")
-    assert not model.training and model.pretrained_cfg["input_size"] == [3, 28, 28]
+    assert not model.training
+    assert model.pretrained_cfg["input_size"] == [3, 28, 28]
     assert model(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
 
 
@@ -57,4 +59,5 @@ def test_predict_names_most_of_its_images(ending):
     assert ended.code == 0, ended.err
     rows = [line.split(",") for line in ended.out.splitlines()[1:]]
     named = [row[2].lower().replace(" ", "-").replace("/", "-") in row[0] for row in rows]
-    assert len(rows) == len(images) == 10 and sum(named) >= 7
+    assert len(rows) == len(images) == 10
+    assert sum(named) >= 7

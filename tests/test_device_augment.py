@@ -118,7 +118,8 @@ def test_what_is_outside_has_the_mean_colour():
     values = build_device_transform(mean=mean, std=std)(black)
     expected = -torch.tensor(mean).view(3, 1, 1) / 0.2
     outside = values.abs() < 1e-4
-    assert outside.any() and ((values - expected).abs() < 1e-4)[~outside].all()
+    assert outside.any()
+    assert ((values - expected).abs() < 1e-4)[~outside].all()
 
 
 @pytest.mark.parametrize("remode", device_augment.FILLS)
@@ -177,7 +178,8 @@ def test_what_is_to_be_erased_is_normalised_before():
     assert plain.equal(normalize(pixels / 255, *options.values()))
     erased = build_normalization(**options, reprob=1.0, remode="pixel", recount=2)(pixels)
     noise = erased[erased != plain]
-    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.1
     with pytest.raises(ValueError, match="no --remode noise: use const or rand or pixel"):
         build_normalization(**options, remode="noise")
 
@@ -189,10 +191,13 @@ def test_levels_and_operations_are_drawn_as_the_policy_says():
     for operation, level, sign in drawn:
         assert abs((operation >= 0).float().mean() - 0.4) < 0.02
         assert operation.unique().tolist() == list(range(-1, len(OPERATIONS)))
-        assert abs(level.mean() - 0.5) < 0.01 and abs(level.std() - 0.1) < 0.01
+        assert abs(level.mean() - 0.5) < 0.01
+        assert abs(level.std() - 0.1) < 0.01
         assert abs(sign.float().mean()) < 0.03
     uniform = RandAugment.parse("rand-n1-p1-mstd101-inc1").draw(20000, torch.device("cpu"))[0][1]
-    assert uniform.min() < 0.01 and uniform.max() > 0.99 and abs(uniform.mean() - 0.5) < 0.01
+    assert uniform.min() < 0.01
+    assert uniform.max() > 0.99
+    assert abs(uniform.mean() - 0.5) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,8 @@ def test_results_depend_on_the_seed_alone():
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         results.append(transform(images))
-    assert results[0].equal(results[1]) and not results[0].equal(results[2])
+    assert results[0].equal(results[1])
+    assert not results[0].equal(results[2])
     assert results[0].isfinite().all()
 
 

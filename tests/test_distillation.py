@@ -74,7 +74,8 @@ def test_both_prefix_tokens_come_first_and_do_not_decay():
     model = distilled_model()
     assert model.curves[:, :3].tolist() == [[0, 1, 2], [0, 1, 2]]
     decay = model.blocks[0].attn.log_decay(torch.randn(1, 18, 24))
-    assert not decay[..., :2].any() and (decay[..., 2:] < 0).all()
+    assert not decay[..., :2].any()
+    assert (decay[..., 2:] < 0).all()
 
 
 def test_names_are_those_of_deit():
@@ -89,7 +90,8 @@ def test_every_parameter_learns():
     model.set_distilled_training()
     sum(part.square().sum() for part in model(images())).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
 
 
 def test_reset_classifier_resets_both_heads():
@@ -233,7 +235,8 @@ def test_a_distilled_run_is_resumed_and_scored(kind, data_path, teacher_file, tm
     scored = run(*MODEL, "--model", "lion_tiny_distilled_patch16_224", "--eval", "--resume",
                  folder / "checkpoint.pth", "--input-size", 16, "--data-path", data_path,
                  "--num_workers", 0, "--device", "cpu")  # fmt: skip
-    assert scored.code == 0 and "* Acc@1" in scored.out
+    assert scored.code == 0
+    assert "* Acc@1" in scored.out
 
 
 def test_a_hard_teacher_is_followed(data_path, tmp_path, run):
@@ -271,7 +274,8 @@ def test_what_is_wrong_with_the_teacher_is_said(options, message, data_path, tmp
     arguments = (*TINY, "--distillation-type", "hard", "--data-path", data_path,
                  "--teacher-model", TEACHER, "--output_dir", tmp_path / "run")  # fmt: skip
     ended = run(*arguments, *options)
-    assert ended.code == 2 and message in ended.err
+    assert ended.code == 2
+    assert message in ended.err
     assert not (tmp_path / "run").exists()
 
 
@@ -287,7 +291,8 @@ def test_a_teacher_of_other_classes_or_a_corrupt_one(data_path, tmp_path, run):
         ended = run(*TINY, "--distillation-type", "soft", "--data-path", data_path,
                     "--teacher-model", TEACHER,
                     "--teacher-path", tmp_path / f"{name}.pth")  # fmt: skip
-        assert ended.code == 2 and message in ended.err
+        assert ended.code == 2
+        assert message in ended.err
 
 
 @pytest.mark.parametrize("option", ["--teacher-path", "--finetune", "--resume"])
@@ -305,7 +310,8 @@ def test_code_in_a_file_never_runs(scheme, option, data_path, tmp_path, run, mon
             teaching = ("--distillation-type", "hard") if option == "--teacher-path" else ()
             ended = run(*TINY, "--data-path", data_path, *teaching, "--teacher-model", TEACHER,
                         option, f"{where}/{name}")  # fmt: skip
-            assert ended.code == 2 and "could run code" in ended.err
+            assert ended.code == 2
+            assert "could run code" in ended.err
         server.shutdown()
     assert not victim.exists()
 

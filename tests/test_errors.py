@@ -93,7 +93,8 @@ def test_a_bug_in_the_set_up_of_pretraining(ending, corpus, monkeypatch):
 )
 def test_bad_settings(setting, message, ending, corpus):
     ended = ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", setting])
-    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
     assert re.search(message, ended.err)
 
 
@@ -127,7 +128,8 @@ def test_shared_memory_that_is_used_up_is_a_sentence(during, said, ending):
 
     build = raise_it if during == "set-up" else lambda _: raise_it
     ended = ending(run_command, "command", build)
-    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
     assert ended.err.startswith("command: error: The processes that load data are out of shared")
 
 
@@ -155,7 +157,8 @@ def test_work_goes_on_where_nobody_reads_it(redirection, tmp_path):
     done = tmp_path / "done"
     command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirection}']
     ended = subprocess.run([*command, sys.executable, CHATTY, done], cwd=ROOT)
-    assert ended.returncode == 0 and done.exists()
+    assert ended.returncode == 0
+    assert done.exists()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,8 @@ def test_output_that_is_lost_is_told_once(redirection, told, tmp_path):
     command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" "$2" {redirection}']
     ended = subprocess.run([*command, sys.executable, quiet, tmp_path / "done"], cwd=ROOT,
                            capture_output=True, text=True)  # fmt: skip
-    assert ended.returncode == 0 and re.fullmatch(told, ended.stderr), ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert re.fullmatch(told, ended.stderr), ended.stderr
 
 
 FIRST_FILE = """

@@ -44,7 +44,8 @@ def test_no_file_of_a_run_is_replaced(name, call, trained, tmp_path):
     shutil.copy(trained, tmp_path / name)
     before = (tmp_path / name).read_bytes()
     ended = call("checkpoint", tmp_path / name)
-    assert ended.code == 2 and f"{name} is a file of a run: choose another" in ended.err
+    assert ended.code == 2
+    assert f"{name} is a file of a run: choose another" in ended.err
     assert (tmp_path / name).read_bytes() == before
 
 
@@ -52,7 +53,8 @@ def test_a_failed_export_leaves_the_file_before(call, tmp_path, monkeypatch):
     (tmp_path / "model.pt2").write_text("before")
     monkeypatch.setattr(export, "to_torch", lambda *_: lambda images: images)
     ended = call("torch", tmp_path / "model.pt2")
-    assert ended.code == 1 and "cannot be exported to torch" in ended.err
+    assert ended.code == 1
+    assert "cannot be exported to torch" in ended.err
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
     assert (tmp_path / "model.pt2").read_text() == "before"
 
@@ -111,7 +113,8 @@ def test_one_size_where_loops_or_the_architecture_settle_it(name, options, call,
 def test_every_mask_and_open_order(mask, order, call, tmp_path):
     source = saved_model(tmp_path, mask_type=mask, order=order)
     ended = call("torch", tmp_path / "model.pt2", checkpoint=source)
-    assert ended.code == 0 and "1x3x32x32" in ended.out, ended.err
+    assert ended.code == 0, ended.err
+    assert "1x3x32x32" in ended.out, ended.err
 
 
 def test_a_checkpoint_is_read_once(trained, monkeypatch):
@@ -125,7 +128,8 @@ def test_a_checkpoint_is_read_once(trained, monkeypatch):
 @pytest.mark.slow
 def test_a_fixed_size(call, tmp_path):
     ended = call("torch", tmp_path / "model.pt2", "--fixed-size")
-    assert ended.code == 0 and ended.out.startswith("agrees with the model for 2x3x16x16, 1x3x16x1")
+    assert ended.code == 0
+    assert ended.out.startswith("agrees with the model for 2x3x16x16, 1x3x16x1")
 
 
 def test_a_file_that_computes_something_else_is_not_left(trained, tmp_path, monkeypatch):
@@ -150,7 +154,8 @@ def test_a_model_that_no_exporter_takes_is_told(call, trained, tmp_path, monkeyp
     monkeypatch.setattr(export.trained_model, "load", odd)
     ended = call("torch", tmp_path / "m.pt2")
     last = ended.err.splitlines()[-1]  # PyTorch prints the graph before it
-    assert ended.code == 1 and last.startswith("error: This model cannot be exported to torch: ")
+    assert ended.code == 1
+    assert last.startswith("error: This model cannot be exported to torch: ")
 
 
 def test_weights_alone(call, trained, tmp_path):
@@ -163,7 +168,8 @@ def test_weights_alone(call, trained, tmp_path):
     ended = call(
         "checkpoint", tmp_path / "no.pth", "--half", "--checkpoint", tmp_path / "large.pth"
     )
-    assert ended.code == 1 and "head.bias has values beyond float16's 65,504" in ended.err
+    assert ended.code == 1
+    assert "head.bias has values beyond float16's 65,504" in ended.err
     assert not (tmp_path / "no.pth").exists()
     assert call("safetensors", tmp_path / "folder", "--use-ema").code == 0
     average = checkpoint.load(trained)["model_ema"]
@@ -184,11 +190,13 @@ def test_weights_alone(call, trained, tmp_path):
 )
 def test_bad_input(kind, output, arguments, message, call, tmp_path):
     ended = call(kind, tmp_path / output, *arguments)
-    assert ended.code == 2 and re.search(message, ended.err), ended.err
+    assert ended.code == 2, ended.err
+    assert re.search(message, ended.err), ended.err
     assert not list(tmp_path.iterdir())
 
 
 def test_onnx_tells_what_it_needs(call, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "NEEDED", ("onnx", "no_such_package"))
     ended = call("onnx", tmp_path / "m.onnx")
-    assert ended.code == 2 and "needs no_such_package: pip install no_such_package" in ended.err
+    assert ended.code == 2
+    assert "needs no_such_package: pip install no_such_package" in ended.err

@@ -84,7 +84,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(RuntimeError, match="no space is left"):
         fail()
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
 
 
 def test_the_last_record_of_a_log_needs_no_line_feed(tmp_path):

@@ -45,7 +45,8 @@ def test_a_published_state_dict_keeps_its_logits():
 
 def test_torch_hub_finds_the_models():
     hub = torch.hub.load(str(ROOT), "lion_tiny_patch16_224", source="local", order="S", depth=1)
-    assert len(hub.blocks) == 1 and hub.order == "S"
+    assert len(hub.blocks) == 1
+    assert hub.order == "S"
 
 
 def test_another_class_count_replaces_the_head():
@@ -257,7 +258,8 @@ def test_fine_tuning_with_distillation(data_path, tmp_path, run):
     done = run(*TINY, "--finetune", tmp_path / "plain.pth", "--distillation-type", "soft",
                "--teacher-model", "test_resnet", "--teacher-path", tmp_path / "t.pth",
                "--data-path", data_path)  # fmt: skip
-    assert done.code == 0 and "as initialised: dist_token" in done.out
+    assert done.code == 0
+    assert "as initialised: dist_token" in done.out
 
 
 def test_layer_decay_lowers_the_learning_rate_towards_the_input(data_path, tmp_path, run):

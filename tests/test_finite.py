@@ -53,7 +53,8 @@ def test_a_gradient_that_is_not_finite_ends_training_before_the_step():
     model, position = break_gradients(small_model(), 2), Position()
     with pytest.raises(FloatingPointError, match="norm nan is not finite .epoch 0, step 2"):
         train(model, position=position)
-    assert position.step == 2 and is_finite(model)
+    assert position.step == 2
+    assert is_finite(model)
 
 
 def test_an_epoch_does_not_end_before_its_steps_were_looked_at(as_on_a_gpu):
@@ -161,7 +162,8 @@ def test_a_scaler_that_skips_every_step_ends_training():
     position = Position(1)
     with pytest.raises(FloatingPointError, match="not finite at a loss scale of 1.53e-05 .epoch 1"):
         train(model, position=position, scaler=scaler, steps=20, loader=loader)
-    assert 20 + position.step == 32 and scaler.get_scale() == LEAST_SCALE
+    assert 20 + position.step == 32
+    assert scaler.get_scale() == LEAST_SCALE
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -169,7 +171,9 @@ def test_a_scaler_may_skip_some_steps():
     scaler = torch.amp.GradScaler("cpu")
     model = break_gradients(small_model(), *range(6))
     stats, _ = train(model, scaler=scaler, steps=8, loader=batches(CPU) * 2)
-    assert scaler.get_scale() == 2.0**10 and math.isfinite(stats["loss"]) and is_finite(model)
+    assert scaler.get_scale() == 2.0**10
+    assert math.isfinite(stats["loss"])
+    assert is_finite(model)
 
 
 def test_a_run_goes_on_at_its_loss_scale():
@@ -199,7 +203,8 @@ def test_nothing_that_is_not_finite_is_saved(where, value, tmp_path):
     broken["weight"] = torch.tensor([1, value, 1])
     with pytest.raises(FloatingPointError, match=rf"checkpoint.pth is not .*\({where}\..*weight\)"):
         checkpoint.save(state, path)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
 
 
 def test_weights_that_are_not_finite_are_not_loaded():
@@ -251,7 +256,8 @@ def test_a_moving_average_that_is_not_finite_ends_the_run(run, data_path, tmp_pa
 
     monkeypatch.setattr(main.MovingAverage, "update", update)
     ended = run(*arguments, "--epochs", "2", "--resume", "auto")
-    assert ended.code == 1 and ended.err.startswith("main.py: error: The")
+    assert ended.code == 1
+    assert ended.err.startswith("main.py: error: The")
     for name in ("checkpoint.pth", "best_checkpoint.pth", "log.txt"):
         assert (tmp_path / name).read_bytes() == before[name]
 
@@ -279,7 +285,8 @@ def break_pretraining(monkeypatch, *calls: int) -> None:
 def test_pretraining_ends_before_a_step_that_is_not_finite(corpus, ending, tmp_path, monkeypatch):
     break_pretraining(monkeypatch, 7)
     ended = ending(short, corpus, tmp_path)
-    assert ended.code == 1 and "gradient norm nan is not finite (step 7, rank 0" in ended.err
+    assert ended.code == 1
+    assert "gradient norm nan is not finite (step 7, rank 0" in ended.err
     assert checkpoint.load(tmp_path / "checkpoint.pth")["step"] == 5
 
 
@@ -291,7 +298,8 @@ def test_pretraining_looks_before_it_saves_or_logs(
 ):
     break_pretraining(monkeypatch, 1)
     ended = ending(short, corpus, tmp_path, **settings)
-    assert ended.code == 1 and f"is not finite (step {step}, rank 0" in ended.err
+    assert ended.code == 1
+    assert f"is not finite (step {step}, rank 0" in ended.err
     assert not (tmp_path / "checkpoint.pth").exists()
     assert not (tmp_path / "log.txt").exists()
 
@@ -302,7 +310,8 @@ def test_pretraining_looks_before_it_saves_on_a_signal(
     break_pretraining(monkeypatch, 1)
     interrupted(monkeypatch, 3)
     ended = ending(short, corpus, tmp_path)
-    assert ended.code == 1 and "is not finite (step 3, rank 0" in ended.err
+    assert ended.code == 1
+    assert "is not finite (step 3, rank 0" in ended.err
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
@@ -317,7 +326,8 @@ def test_a_score_of_pretraining_that_is_not_finite_is_an_error(
 
     monkeypatch.setattr(pretrain.Pretraining, "evaluate", broken)
     ended = ending(short, corpus, tmp_path)
-    assert ended.code == 1 and "loss of the evaluation is nan" in ended.err
+    assert ended.code == 1
+    assert "loss of the evaluation is nan" in ended.err
     assert not (tmp_path / "log.txt").exists()
     checkpoint.load(tmp_path / "checkpoint.pth")  # of before the evaluation
 

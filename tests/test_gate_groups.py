@@ -73,7 +73,8 @@ def test_the_decay_of_gates_is_their_own(mask, weight_decay):
     before = settings(*built(*options)[:2], "weight_decay")
     after = settings(*built(*options, "--gate-weight-decay", "0.5")[:2], "weight_decay")
     own = {name for name in before if is_gate(name) and not name.endswith("bias")}
-    assert own and after == {**before, **dict.fromkeys(own, 0.5)}
+    assert own
+    assert after == {**before, **dict.fromkeys(own, 0.5)}
 
 
 def test_training_with_a_rate_of_zero_leaves_gates_alone(run, data_path, tmp_path):

@@ -55,8 +55,10 @@ def test_a_checkpoint_alone_builds_its_model(trained):
     found = pretrained.load(trained)
     state = checkpoint.load(trained)
     assert same(dict(found.model.state_dict()), state["model"])
-    assert found.model.order == "S" and not found.model.training
-    assert found.images.mean == (0.2, 0.3, 0.4) and found.classes == ["class0", "class1", "class2"]
+    assert found.model.order == "S"
+    assert not found.model.training
+    assert found.images.mean == (0.2, 0.3, 0.4)
+    assert found.classes == ["class0", "class1", "class2"]
     assert same(dict(pretrained.load(trained, ema=True).model.state_dict()), state["model_ema"])
     larger = pretrained.load(trained, input_size=32)
     assert larger.model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
@@ -90,8 +92,10 @@ def test_timm_alone_gets_the_same_scores(folder, data_path, run):
     """The path of timm's validate.py: create_model, resolve_data_config, create_loader."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = resolve_data_config(model=model)
-    assert config["crop_pct"] == 1.0 and tuple(config["input_size"]) == (3, 16, 16)
-    assert config["interpolation"] == "bilinear" and tuple(config["mean"]) == (0.2, 0.3, 0.4)
+    assert config["crop_pct"] == 1.0
+    assert tuple(config["input_size"]) == (3, 16, 16)
+    assert config["interpolation"] == "bilinear"
+    assert tuple(config["mean"]) == (0.2, 0.3, 0.4)
     dataset, _ = build_dataset("IMNET", data_path, train=False)
     dataset.transform = create_transform(**config)
     samples, labels = zip(*dataset, strict=True)
@@ -105,9 +109,11 @@ def test_a_round_trip_keeps_weights_classes_and_recipe(folder, trained):
     before, after = checkpoint.load(trained), checkpoint.load(folder)
     assert same(dict(after["model"]), dict(before["model"]))
     assert after["classes"] == before["classes"]
-    assert after["args"]["mask_type"] == "Selective" and after["args"]["lr"] == 0.1
+    assert after["args"]["mask_type"] == "Selective"
+    assert after["args"]["lr"] == 0.1
     text = (folder / "config.json").read_text()
-    assert "data_path" not in text and str(trained.parent) not in text
+    assert "data_path" not in text
+    assert str(trained.parent) not in text
     assert load_file(folder / "model.safetensors").keys() == before["model"].keys()
 
 
@@ -135,7 +141,8 @@ def test_the_card_tells_of_other_weights(folder, trained, tmp_path):
     written = [
         (tmp_path / "published" / name).read_text() for name in (publishing.CARD, hub.CONFIG)
     ]
-    assert told in written[0] and not any("secret" in text for text in written)
+    assert told in written[0]
+    assert not any("secret" in text for text in written)
     assert checkpoint.load(tmp_path / "published")["args"]["finetune"] == publishing.OTHER_WEIGHTS
 
 
@@ -146,9 +153,11 @@ def test_hub_names_are_taken_wherever_checkpoints_are(
     assert score(run, "--resume", NAME, *data) == score(run, "--resume", trained, *data)
     assert on_the_hub == [("owner/name", file, None) for file in ("config.json", hub.WEIGHTS[0])]
     tuned = run(*TINY, *VARIANT, *data, "--finetune", f"{NAME}@v1", "--output_dir", tmp_path / "t")
-    assert tuned.code == 0 and on_the_hub[-1] == ("owner/name", hub.WEIGHTS[0], "v1")
+    assert tuned.code == 0
+    assert on_the_hub[-1] == ("owner/name", hub.WEIGHTS[0], "v1")
     ended = run("--eval", *TINY, *data, "--resume", NAME)  # Decay
-    assert ended.code == 2 and f"{NAME} is of another model" in ended.err
+    assert ended.code == 2
+    assert f"{NAME} is of another model" in ended.err
 
 
 def test_a_teacher_may_come_from_the_hub(tmp_path, monkeypatch, data_path, run):
@@ -178,7 +187,8 @@ def test_what_cannot_be_had_is_told(on_the_hub, folder, tmp_path, monkeypatch, r
 
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
     ended = run("--eval", *TINY, "--resume", NAME, "--data-path", tmp_path)
-    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
     assert f"cannot download {NAME}: Check your connection. (name it" in ended.err
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cannot download hf-hub:no name: "):

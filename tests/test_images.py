@@ -110,7 +110,8 @@ def test_what_is_not_a_number_is_black(tmp_path):
     levels = RAMP.astype(np.float32)
     levels[0, 0], levels[0, 1], levels[7, 7] = np.nan, -np.inf, np.inf
     seen = read(written(tmp_path / "image", levels, "TIFF"))
-    assert seen[0, 0] == seen[0, 1] == 0 and seen[7, 7] == 255
+    assert seen[0, 0] == seen[0, 1] == 0
+    assert seen[7, 7] == 255
     assert read(written(tmp_path / "image", levels * np.nan, "TIFF")).max() == 0
 
 
@@ -138,7 +139,8 @@ def test_orientation_is_not_applied_and_alpha_is_dropped(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "image.png", exif=exif)
     seen = load_image(tmp_path / "image.png")
-    assert seen.size == (8, 4) and seen.getpixel((0, 0)) == (10, 20, 30)
+    assert seen.size == (8, 4)
+    assert seen.getpixel((0, 0)) == (10, 20, 30)
 
 
 @pytest.mark.parametrize("mode", Image.MODES)

@@ -179,7 +179,8 @@ def test_command_line(run, data_path, tmp_path):
     options = (*TINY, "--plus", "conv", "rope", "gate", "--data-path", data_path)
     assert run(*options, "--output_dir", tmp_path).code == 0
     names = weights(tmp_path)
-    assert "blocks.1.attn.conv.weight" in names and "blocks.1.attn.gate.weight" in names
+    assert "blocks.1.attn.conv.weight" in names
+    assert "blocks.1.attn.gate.weight" in names
     checkpoint = tmp_path / "checkpoint.pth"
     assert run(*options, "--eval", "--resume", checkpoint, "--format", "Chunk").code == 0
 

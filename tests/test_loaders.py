@@ -114,7 +114,8 @@ def test_batches_are_transformed_on_the_device(device, image_folder):
         pin_memory=device == "cuda",
     )  # fmt: skip
     for (batch, labels), keys in zip(loader, loader.batch_sampler, strict=True):
-        assert batch.device.type == device and batch.is_contiguous()
+        assert batch.device.type == device
+        assert batch.is_contiguous()
         assert batch.cpu().equal(-torch.stack([dataset[key][0] for key in keys]))
         assert labels.tolist() == [dataset[key][1] for key in keys]
 
@@ -254,7 +255,8 @@ def test_samples_are_no_objects_of_their_own(image_folder):
     """Reading a list in a worker would copy it, as it counts references."""
     images, _ = build_dataset("IMNET", image_folder, train=True)
     path, label = images.sample(len(images) - 1)
-    assert Path(path).is_file() and images[len(images) - 1][1] == label
+    assert Path(path).is_file()
+    assert images[len(images) - 1][1] == label
     kinds = {type(value) for name, value in vars(images).items() if name.startswith("_")}
     assert kinds == {bytes, np.ndarray}
 
@@ -289,5 +291,6 @@ next(batches), next(batches)
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=40, text=True
     )
-    assert ended.returncode == code and ended.stderr.endswith(said)
+    assert ended.returncode == code
+    assert ended.stderr.endswith(said)
     assert "DataLoader worker" not in ended.stderr

@@ -113,7 +113,8 @@ def test_other_commands_have_folders_of_their_own_too(
     module, file, *words = COMMANDS[command]
     words = [w.replace("RUN", str(tmp_path / "run")).replace("CORPUS", str(corpus)) for w in words]
     ended = ending(module.main, [str(ROOT / file), *words])
-    assert ended.code == 2 and "run is in use by another run (process " in ended.err, ended.err
+    assert ended.code == 2, ended.err
+    assert "run is in use by another run (process " in ended.err, ended.err
 
 
 def test_a_run_that_is_ending_is_waited_for(run, other, data_path, tmp_path, monkeypatch):
@@ -147,7 +148,8 @@ def test_where_there_are_no_locks_it_is_said(run, data_path, tmp_path, monkeypat
 
     monkeypatch.setattr(locking.fcntl, "lockf", lockf)
     ended = run(*TINY, "--data-path", data_path, "--output_dir", tmp_path / "run")
-    assert ended.code == 0 and "run has no locks: start no second run in it." in ended.out
+    assert ended.code == 0
+    assert "run has no locks: start no second run in it." in ended.out
 
 
 def test_a_lock_that_the_run_before_removed_is_taken_anew(tmp_path, monkeypatch):

@@ -132,8 +132,10 @@ def test_the_log_of_a_run(left):
 def test_the_checkpoints_of_a_run(left):
     saved = checkpoint.load(left.folder / "checkpoint.pth")
     deit = {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"}
-    assert deit <= saved.keys() and saved["epoch"] == 1
-    assert type(saved["args"]) is dict and saved["args"]["batch_size"] == 8
+    assert deit <= saved.keys()
+    assert saved["epoch"] == 1
+    assert type(saved["args"]) is dict
+    assert saved["args"]["batch_size"] == 8
     assert sum(t.numel() for t in saved["model"].values()) == left.log[0]["n_parameters"]
     assert checkpoint.load(left.folder / "checkpoint.previous.pth")["epoch"] == 0
 
@@ -148,7 +150,8 @@ def test_the_best_checkpoint_of_a_run(left):
 def test_the_facts_of_a_run(left):
     facts = yaml.safe_load((left.folder / "args.yaml").read_text())
     assert facts["args"] == checkpoint.load(left.folder / "checkpoint.pth")["args"]
-    assert facts["world_size"] == 1 and torch.__version__.startswith(facts["torch"])
+    assert facts["world_size"] == 1
+    assert torch.__version__.startswith(facts["torch"])
     assert {"timm", "commit", "command"} <= facts.keys()
 
 
@@ -222,7 +225,8 @@ def close(a: dict, b: dict) -> bool:
 def test_options_and_other_models(options, trained):
     (epoch,) = logged(trained(*options))
     assert all(math.isfinite(value) for value in epoch.values())
-    assert epoch["train_grad_norm"] > 0 and 0 <= epoch["test_acc1"] <= 100
+    assert epoch["train_grad_norm"] > 0
+    assert 0 <= epoch["test_acc1"] <= 100
 
 
 @pytest.mark.slow
@@ -292,7 +296,8 @@ def test_moving_average(trained):
         for decay in (0, 0.75, 1)
     }
     assert not close(before, after)
-    assert close(averages[0], after) and close(averages[1], before)
+    assert close(averages[0], after)
+    assert close(averages[1], before)
     assert close(averages[0.75], {n: 0.75 * before[n] + 0.25 * after[n] for n in before})
 
 
@@ -344,7 +349,8 @@ def test_attn_only_trains_the_pool_before_the_classifier():
 def test_attn_only_needs_attention(run, data_path):
     options = ("--model", "test_resnet", "--attn-only", "--model-kwargs")
     ended = run(*TINY, *options, "--data-path", data_path)
-    assert ended.code == 2 and "test_resnet has no attention to train: leave --attn" in ended.err
+    assert ended.code == 2
+    assert "test_resnet has no attention to train: leave --attn" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def test_settings_are_those_of_the_recipe():
         "RTE": (16, 2, 1e-11, 5),
     }
     assert {n for n, t in TASKS.items() if t.start == "MNLI"} == {"RTE", "MRPC", "STS-B"}
-    assert TASKS["STS-B"].precision == "fp32" and TASKS["STS-B"].regression
+    assert TASKS["STS-B"].precision == "fp32"
+    assert TASKS["STS-B"].regression
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -111,7 +112,8 @@ def test_columns_of_every_task(name, data):
     task = TASKS[name]
     for file in (task.train, *task.eval):
         examples = read_examples(data, file, task, None)
-        assert len(examples.labels) == 192 and len(examples.texts[0]) == len(task.text)
+        assert len(examples.labels) == 192
+        assert len(examples.texts[0]) == len(task.text)
         assert examples.labels[:2] == ([1.25, 4.75] if name == "STS-B" else [0, 1])
         assert set(examples.texts[1][0].split()) & set(GOOD)
 
@@ -168,7 +170,9 @@ def test_the_table_has_seeds_and_metrics_of_each_file(tuned):
 @pytest.mark.slow
 def test_all_tasks_are_learnt_and_averaged(tuned):
     means = json.loads((tuned / "results.json").read_text())
-    assert means["MNLI"] > 90 and means["STS-B"] > 80 and means["CoLA"] > 80
+    assert means["MNLI"] > 90
+    assert means["STS-B"] > 80
+    assert means["CoLA"] > 80
     assert means["mean"] == pytest.approx(np.mean([means[n] for n in ("MNLI", "STS-B", "CoLA")]))
 
 

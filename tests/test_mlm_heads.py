@@ -141,7 +141,8 @@ def test_tokens_are_classified_as_bert_does():
 def test_answers_are_found_as_bert_does():
     model = build(LionBertForQuestionAnswering)
     result = model(IDS, MASK)
-    assert result.loss is None and result.start_logits.shape == result.end_logits.shape == (4, 6)
+    assert result.loss is None
+    assert result.start_logits.shape == result.end_logits.shape == (4, 6)
     ends = {"start_positions": torch.tensor([1, 0, 6, 2]),
             "end_positions": torch.tensor([[3], [1], [9], [5]])}  # fmt: skip
     result = model(IDS, MASK, **ends)
@@ -201,7 +202,8 @@ def test_pipelines_show_the_names_of_classes(tmp_path):
         build(kind, **names).save_pretrained(tmp_path / task)
         tokenizer.save_pretrained(tmp_path / task)
         found = pipeline(task, model=str(tmp_path / task), device="cpu")("a b c")
-        assert {entry[key] for entry in found} <= {"good", "bad"} and found
+        assert {entry[key] for entry in found} <= {"good", "bad"}
+        assert found
 
 
 # ----------------------------------------------------------------------- arguments of the encoder
@@ -236,7 +238,8 @@ def test_the_last_hidden_state_of_a_pre_norm_model_is_normed():
     model.norm.weight.data += 1
     result = model(IDS, MASK, output_hidden_states=True)
     states = result.hidden_states
-    assert len(states) == 3 and states[-1].equal(result.last_hidden_state)
+    assert len(states) == 3
+    assert states[-1].equal(result.last_hidden_state)
     last = model.layers[-1](states[-2], {"valid": MASK.bool(), "documents": None})
     assert torch.allclose(model.norm(last), states[-1], atol=1e-6)
     assert not torch.allclose(last, states[-1], atol=0.1)

@@ -254,7 +254,9 @@ def test_what_is_not_finite_stops_and_saves_nothing(what, model, tmp_path, endin
     monkeypatch.setattr(glue, "run_jobs", lambda *_: glue._run(this))
     if what == "loss":
         ended = ending(call, tmp_path, model)
-        assert ended.code == 1 and "try a lower lr" in ended.err and "Traceback" not in ended.err
+        assert ended.code == 1
+        assert "try a lower lr" in ended.err
+        assert "Traceback" not in ended.err
 
 
 PARENT = """

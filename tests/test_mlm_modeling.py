@@ -200,7 +200,8 @@ def test_loss_is_that_of_the_labelled_tokens_alone():
     labels[0, 3], labels[1, 0], labels[1, 11] = 7, 8, 9
     result = model(ids, labels=labels, targets_only=True)
     logits = model(ids).logits[labels != -100]
-    assert result.logits.shape == (3, 50) and torch.allclose(result.logits, logits, atol=1e-5)
+    assert result.logits.shape == (3, 50)
+    assert torch.allclose(result.logits, logits, atol=1e-5)
     losses = -logits.log_softmax(1)[torch.arange(3), torch.tensor([7, 8, 9])]
     assert result.loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
     for only in (False, True):
@@ -263,15 +264,18 @@ def test_the_gates_start_as_the_paper_has_them():
     config = LionBertConfig(mixer="lion-d", **{**SMALL, "hidden_size": 128, "num_hidden_layers": 8,
                             "num_attention_heads": 128})  # fmt: skip
     gates = torch.cat([layer.attn.a_i for layer in LionBertForMaskedLM(config).lion.layers])
-    assert abs(gates.mean()) < 0.1 and abs(gates.std() - 1) < 0.1
+    assert abs(gates.mean()) < 0.1
+    assert abs(gates.std() - 1) < 0.1
 
 
 def test_hydra_starts_as_on_the_vision_side():
     model = LionBertForMaskedLM(LionBertConfig(mixer="hydra", **SMALL))
     for layer in model.lion.layers:
         steps = torch.nn.functional.softplus(layer.attn.dt_bias)
-        assert (steps >= 9e-5).all() and (steps <= 0.11).all()
-        assert not layer.attn.A_log.any() and (layer.attn.D == 1).all()
+        assert (steps >= 9e-5).all()
+        assert (steps <= 0.11).all()
+        assert not layer.attn.A_log.any()
+        assert (layer.attn.D == 1).all()
         assert layer.attn.in_proj.weight.std() < 0.03
 
 
@@ -328,7 +332,8 @@ def test_a_bias_is_made_once_and_no_larger_than_needed(monkeypatch):
     model(ids, document_ids=torch.arange(9).expand(3, 9) // 4)
     assert [m.shape for m in made] == [(1, 2, 9, 9)] * 2 + [(3, 2, 9, 9)] * 2
     assert [m.dtype for m in made] == [torch.bfloat16] * 2 + [torch.float32] * 2
-    assert made[0] is made[1] and made[2] is made[3]
+    assert made[0] is made[1]
+    assert made[2] is made[3]
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "lion-s"])

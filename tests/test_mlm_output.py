@@ -133,9 +133,11 @@ def test_overwriting_leaves_nothing_to_be_resumed_by_mistake(corpus, ending, tmp
         killed_at_save(patch, 1, before=True)
         with pytest.raises(Killed):
             call(corpus, tmp_path, overwrite="true", seed=3)
-    assert not list(tmp_path.glob("checkpoint*")) and not (tmp_path / "model").exists()
+    assert not list(tmp_path.glob("checkpoint*"))
+    assert not (tmp_path / "model").exists()
     ended = ending(call, corpus, tmp_path, resume="auto")
-    assert ended.code == 0 and "Step: [0/4]" in ended.out.replace("  ", " ")
+    assert ended.code == 0
+    assert "Step: [0/4]" in ended.out.replace("  ", " ")
     assert same(checkpoint.load(tmp_path / "checkpoint.pth")["model"], before["model"])
 
 
@@ -147,4 +149,5 @@ def test_overwriting_leaves_nothing_to_be_resumed_by_mistake(corpus, ending, tmp
 def test_a_folder_with_a_part_of_a_run_is_taken(part, make, corpus, ending, tmp_path):
     make(tmp_path / part)
     ended = ending(call, corpus, tmp_path)
-    assert ended.code == 2 and "holds another run: go on with it by resume=auto" in ended.err
+    assert ended.code == 2
+    assert "holds another run: go on with it by resume=auto" in ended.err

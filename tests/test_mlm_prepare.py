@@ -173,10 +173,12 @@ def test_an_evaluation_split_that_comes_out_empty(ending, tmp_path):
     arguments = (text, "--train-tokenizer", "100", "--output", tmp_path / "out")
     message = "None of 3 documents is held out: give a larger --eval-share than "
     ended = ending(call, *arguments, "--eval-share", "0.001")
-    assert ended.code == 2 and f"mlm.prepare: error: {message}0.001.\n" in ended.err
+    assert ended.code == 2
+    assert f"mlm.prepare: error: {message}0.001.\n" in ended.err
     assert not (tmp_path / "out" / "manifest.json").exists()
     ended = ending(call, *arguments)
-    assert ended.code == 0 and f"{message}0.01.\n" in ended.out
+    assert ended.code == 0
+    assert f"{message}0.01.\n" in ended.out
     assert message not in ending(call, *arguments, "--eval-share", "0").out
 
 
@@ -185,7 +187,8 @@ def test_files_without_text(text, ending, tmp_path):
     (tmp_path / "blank.txt").write_text(text)
     arguments = (tmp_path / "blank.txt", "--train-tokenizer", "100", "--output", tmp_path / "out")
     ended = ending(call, *arguments)
-    assert ended.code == 2 and "There is no document in blank.txt: give files" in ended.err
+    assert ended.code == 2
+    assert "There is no document in blank.txt: give files" in ended.err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -194,7 +197,8 @@ def test_parquet_without_pyarrow(ending, tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     ended = ending(call, tmp_path / "a.parquet", "--output", tmp_path / "out", "--train-tokenizer",
                    100)  # fmt: skip
-    assert ended.code == 2 and "a.parquet needs pyarrow: pip install pyarrow." in ended.err
+    assert ended.code == 2
+    assert "a.parquet needs pyarrow: pip install pyarrow." in ended.err
 
 
 @pytest.mark.parametrize("content", ["no parquet", "another column"])
@@ -204,6 +208,5 @@ def test_parquet_that_cannot_be_read(content, ending, tmp_path):
     if content == "another column":
         parquet.write_table(pyarrow.table({"body": TEXTS}), path)
     ended = ending(call, path, "--output", tmp_path / "out", "--train-tokenizer", 100)
-    assert ended.code == 2 and ended.err.startswith(
-        f"mlm.prepare: error: cannot read 'text' of {path}"
-    )
+    assert ended.code == 2
+    assert ended.err.startswith(f"mlm.prepare: error: cannot read 'text' of {path}")

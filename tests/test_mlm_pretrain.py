@@ -212,7 +212,8 @@ def test_the_docs_name_what_is_taken_up():
 def test_a_stopped_run_without_a_folder_promises_nothing(corpus, ending, monkeypatch):
     interrupted(monkeypatch, 2)
     ended = ending(pretraining, corpus, **SHORT)
-    assert ended.code == 143 and "Stopped at step 2: unsaved, without output\n" in ended.out
+    assert ended.code == 143
+    assert "Stopped at step 2: unsaved, without output\n" in ended.out
 
 
 @pytest.mark.slow
@@ -274,13 +275,15 @@ def test_masks_are_keyed_by_their_draw_alone(corpus):
     windows = MaskedWindows(
         Corpus(corpus, "train", 128), tokenizer, share=0.3, seed=1, separate_documents=True
     )
-    assert same(windows[3, 5], windows[3, 5]) and not same(windows[3, 5], windows[3, 6])
+    assert same(windows[3, 5], windows[3, 5])
+    assert not same(windows[3, 5], windows[3, 6])
     items = [windows[i, i] for i in range(len(windows))]
     inputs, labels = (torch.cat([item[name] for item in items]) for name in ("input_ids", "labels"))
     original = torch.from_numpy(np.concatenate([windows.corpus[i] for i in range(len(windows))]))
     asked = labels != IGNORED
     special = torch.isin(original, torch.tensor(tokenizer.all_special_ids))
-    assert original[asked].equal(labels[asked]) and original[~asked].equal(inputs[~asked])
+    assert original[asked].equal(labels[asked])
+    assert original[~asked].equal(inputs[~asked])
     assert not (asked & special).any()
     assert abs(asked[~special].double().mean() - 0.3) < 0.01
     assert abs((inputs[asked] == tokenizer.mask_token_id).double().mean() - 0.8) < 0.01
@@ -324,7 +327,8 @@ def test_gradients_are_clipped(corpus, tmp_path):
         )
         short(corpus, tmp_path / str(limit), steps=3, clip_grad=limit)
         hook.remove()
-    assert min(norms["null"]) > 0.02 and norms[0.01] == pytest.approx([0.01] * 3, rel=1e-3)
+    assert min(norms["null"]) > 0.02
+    assert norms[0.01] == pytest.approx([0.01] * 3, rel=1e-3)
 
 
 def test_the_schedule_is_the_recipes():
@@ -407,7 +411,8 @@ def refused(ended, message: str, command: str = "mlm.pretrain") -> None:
     assert ended.code == 2, ended
     sentence = ended.err.splitlines()[-1]
     assert re.match(rf"{command}: error: .*({message})", sentence), ended.err
-    assert "Traceback" not in ended.err and ended.err.count("error:") == 1
+    assert "Traceback" not in ended.err
+    assert ended.err.count("error:") == 1
 
 
 def test_bad_files(corpus, ending, tmp_path):
@@ -470,7 +475,8 @@ def test_bad_shard(damage, message, corpus, ending, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(corpus, ending, tmp_path):
     ended = ending(short, corpus, tmp_path, lr=1e30, warmup_share=0)
-    assert ended.code == 1 and re.search("norm nan is not finite .step 1", ended.err)
+    assert ended.code == 1
+    assert re.search("norm nan is not finite .step 1", ended.err)
 
 
 def test_header_is_64_bytes_and_says_what_it_holds(corpus):

@@ -114,7 +114,8 @@ def test_python(places, monkeypatch):
     (code,) = [block for kind, block in BLOCKS if kind == "python"]
     names = {}
     exec(code, names)
-    assert names["logits"].isfinite().all() and names["logits"].dtype == torch.float32
+    assert names["logits"].isfinite().all()
+    assert names["logits"].dtype == torch.float32
 
 
 def test_collected_text(tmp_path):

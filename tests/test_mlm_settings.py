@@ -33,9 +33,11 @@ def test_help_lists_every_setting(name, ending):
         key, default, meaning = re.fullmatch(r"  ([\w.]+)=(.*?)  +(\S.*)", line).groups()
         shown[key] = (default, meaning)
     expected = [prefix + f.name for prefix, kind in sections.items() for f in own_fields(kind)]
-    assert list(shown) == expected and len(expected) > 15
+    assert list(shown) == expected
+    assert len(expected) > 15
     required = {key for key, (default, _) in shown.items() if default == "VALUE"}
-    assert required >= {"data"} and "output" not in required
+    assert required >= {"data"}
+    assert "output" not in required
 
 
 def test_defaults_are_shown_as_they_are_given(ending):
@@ -70,10 +72,12 @@ def test_an_empty_value_is_an_empty_text():
 def test_pretraining_takes_an_empty_output(corpus, ending):
     arguments = [f"data={corpus}", "output=", "device=cpu", "steps=0"]
     ended = ending(pretrain.main, [str(ROOT / "mlm" / "configs" / "tiny.yaml"), *arguments])
-    assert ended.code == 2 and "steps must be at least 1" in ended.err
+    assert ended.code == 2
+    assert "steps must be at least 1" in ended.err
 
 
 def test_padding_is_that_of_the_data(corpus, ending):
     tiny = str(ROOT / "mlm" / "configs" / "tiny.yaml")
     ended = ending(pretrain.main, [tiny, f"data={corpus}", "device=cpu", "model.pad_token_id=3"])
-    assert ended.code == 2 and "The model pads with 3 and the data's tokeniser with 0" in ended.err
+    assert ended.code == 2
+    assert "The model pads with 3 and the data's tokeniser with 0" in ended.err

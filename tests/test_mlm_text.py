@@ -47,7 +47,8 @@ def documents(folder: Path, split: str = "train") -> list[list[int]]:
     """Tokens of each document, by the ends that must be there."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     tokens = np.concatenate(Corpus(folder, split, 2).shards)
-    assert tokens[0] == tokenizer.cls_token_id and tokens[-1] == tokenizer.sep_token_id
+    assert tokens[0] == tokenizer.cls_token_id
+    assert tokens[-1] == tokenizer.sep_token_id
     ends = np.flatnonzero(tokens == tokenizer.sep_token_id) + 1
     return [part.tolist() for part in np.split(tokens, ends)[:-1]]
 
@@ -230,7 +231,8 @@ def test_many_are_counted_and_few_are_told(letters, ending, tmp_path):
     path = write(tmp_path / "a.jsonl", [*TEXTS, *[None] * 20])
     ended = ending(call, path, "--output", tmp_path / "out", "--tokenizer", letters,
                    "--max-skipped", 0.5)  # fmt: skip
-    assert ended.code == 0 and ended.out.count("Skipped: Line") == 5
+    assert ended.code == 0
+    assert ended.out.count("Skipped: Line") == 5
     assert f"Skipped 20 documents of {path} in all" in ended.out
 
 
@@ -248,9 +250,11 @@ def test_text_edited_to_the_same_size_is_read_again(letters, tmp_path):
     assert path.stat().st_size == size
     call(*arguments)
     after = documents(tmp_path / "out")
-    assert len(after) == len(before) and after != before
+    assert len(after) == len(before)
+    assert after != before
     changed = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert changed["digest"] != manifest["digest"] and changed["tokenizer"] == manifest["tokenizer"]
+    assert changed["digest"] != manifest["digest"]
+    assert changed["tokenizer"] == manifest["tokenizer"]
 
 
 @pytest.mark.parametrize("change", ["size", "text", "case"])
@@ -268,7 +272,8 @@ def test_a_tokeniser_of_other_text_or_size_is_made_again(change, tmp_path):
     second = load_tokenizer(tmp_path / "out" / "tokenizer").get_vocab()
     expected = {"size": len(second) > len(first), "text": "##x" in second or "x" in second,
                 "case": any(word[0].isupper() for word in second)}  # fmt: skip
-    assert expected[change] and set(second) != set(first)
+    assert expected[change]
+    assert set(second) != set(first)
     assert documents(tmp_path / "out")
 
 
@@ -286,7 +291,8 @@ def test_a_run_does_not_go_on_with_other_text(letters, ending, tmp_path):
     path.write_text(swapped)
     call(*arguments)
     ended = ending(pretrain.main, [*command, "resume=auto"])
-    assert ended.code == 2 and "is of other text or another tokeniser than those in" in ended.err
+    assert ended.code == 2
+    assert "is of other text or another tokeniser than those in" in ended.err
     assert {file: file.read_bytes() for file in before} == before
     assert len(checkpoint.load(runs / "checkpoint.pth")["data"]) == 64
     path.write_text(swapped.translate(str.maketrans("ab", "ba")))

@@ -78,8 +78,10 @@ def test_parameter_counts(size):
 
 def test_pretrained_configuration_is_imagenet():
     cfg = timm.create_model("lion_tiny_patch16_224", depth=1).pretrained_cfg
-    assert cfg["mean"] == (0.485, 0.456, 0.406) and cfg["std"] == (0.229, 0.224, 0.225)
-    assert cfg["input_size"] == (3, 224, 224) and cfg["crop_pct"] == 0.875
+    assert cfg["mean"] == (0.485, 0.456, 0.406)
+    assert cfg["std"] == (0.229, 0.224, 0.225)
+    assert cfg["input_size"] == (3, 224, 224)
+    assert cfg["crop_pct"] == 0.875
 
 
 @pytest.mark.parametrize("mask, order, format", VARIANTS)
@@ -87,7 +89,8 @@ def test_every_parameter_gets_a_finite_nonzero_gradient(mask, order, format):
     model = small_model(mask, order, format).train()
     model(images()).square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("mask, order", MASKS_ORDERS)
@@ -118,7 +121,8 @@ def test_a_batch_of_no_images(mask, order, format):
     model = small_model(mask, order, format, pos_emb=True, dynamic_img_size=True)
     out = model(images(0))
     out.sum().backward()
-    assert out.shape == (0, 5) and model(images(0, 40, 24)).shape == (0, 5)
+    assert out.shape == (0, 5)
+    assert model(images(0, 40, 24)).shape == (0, 5)
     assert model.forward_features(images(0)).shape == (0, 17, 24)
 
 

@@ -237,7 +237,8 @@ def test_rows_are_filled_up_with_what_is_there_and_without_gradients(bias):
     layers = (layer.qkv, layer.a_i, layer.a2_i)
     expected = torch.cat([part(x) for part in layers], dim=-1)
     rest = projected.shape[2] - expected.shape[2]
-    assert projected.shape[2] % 32 == 0 and rest == 60
+    assert projected.shape[2] % 32 == 0
+    assert rest == 60
     expected = torch.cat([expected, expected[..., :rest]], dim=-1)
     assert torch.allclose(projected, expected, atol=1e-6)
     of_rest = torch.zeros_like(projected)
@@ -477,7 +478,8 @@ def test_decays_are_drawn_from_a_normal_distribution():
     layer = layer.to_empty(device="cpu")
     layer.reset_parameters()
     for decay in (layer.a_i, layer.a2_i):
-        assert decay.mean().abs() < 0.2 and (decay.std() - 1).abs() < 0.2
+        assert decay.mean().abs() < 0.2
+        assert (decay.std() - 1).abs() < 0.2
     assert not torch.equal(layer.a_i, layer.a2_i)
 
 

@@ -59,7 +59,8 @@ def test_gradients_reach_the_decays_of_every_curve(mask, order, family):
         embed_dim=24, depth=2, num_classes=5, decay_init="multiscale",
     )  # fmt: skip
     names = model.blocks[0].attn.gate_names
-    assert names[:2] == ("a_i", "a2_i") and len(names) == num_curves(order)
+    assert names[:2] == ("a_i", "a2_i")
+    assert len(names) == num_curves(order)
     model(torch.randn(2, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -134,7 +135,8 @@ def test_the_start_of_the_paper_is_the_default(mask):
         assert torch.allclose(decays(default), torch.tensor(0.5))
     elif mask == "Decay":
         gates = torch.cat([block.attn.a_i.data for block in small_model(mask, depth=100).blocks])
-        assert abs(gates.mean()) < 0.2 and abs(gates.std() - 1) < 0.15
+        assert abs(gates.mean()) < 0.2
+        assert abs(gates.std() - 1) < 0.15
 
 
 def test_a_start_changes_no_names_and_no_shapes():

@@ -47,8 +47,10 @@ def test_what_is_drawn(tmp_path):
     figure = plot_log.draw({"run": plot_log.read_log(log)})
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(plot_log.PANELS["epoch"])
     test, ema = figure.axes[1].get_lines()
-    assert list(test.get_ydata()) == [0, 10, 20, 30] and test.get_linestyle() == "-"
-    assert list(ema.get_ydata()) == [0, 5, 10, 15] and ema.get_linestyle() == "--"
+    assert list(test.get_ydata()) == [0, 10, 20, 30]
+    assert test.get_linestyle() == "-"
+    assert list(ema.get_ydata()) == [0, 5, 10, 15]
+    assert ema.get_linestyle() == "--"
     (legend,) = figure.legends
     assert legend.get_texts()[0].get_text() == "run, 5.7 M parameters, best top-1 30.0 %"
 
@@ -72,7 +74,8 @@ def test_runs_of_mlm_pretrain(tmp_path):
     log = write_log(tmp_path / "lion-s", text_record(200), text_record(100), text_record(200))
     figure = plot_log.draw({"lion-s": plot_log.read_log(log)})
     train, held_out = figure.axes[0].get_lines()
-    assert list(train.get_xdata()) == [100, 200] and list(train.get_ydata()) == [8, 7]
+    assert list(train.get_xdata()) == [100, 200]
+    assert list(train.get_ydata()) == [8, 7]
     assert list(held_out.get_ydata()) == [7, 6]
     assert list(figure.axes[1].get_lines()[0].get_ydata()) == [10, 20]
     assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
@@ -91,7 +94,8 @@ def test_runs_of_both_are_drawn_apart(tmp_path, capsys):
         write_log(folder, line)
     with pytest.raises(SystemExit) as stopped:
         plot_log.main([*map(str, folders), "--output", str(tmp_path / "curves.png")])
-    assert stopped.value.code == 2 and "draw them apart" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "draw them apart" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -152,4 +156,5 @@ def test_what_is_no_log_and_no_picture(tmp_path, ending):
         ([log, "--output", tmp_path / "a.xyz"], "Format 'xyz' is not supported"),
     ):
         ended = ending(plot_log.main, list(map(str, words)))
-        assert ended.code == 2 and ended.err.startswith(f"error: {message}"), ended
+        assert ended.code == 2, ended
+        assert ended.err.startswith(f"error: {message}"), ended

@@ -67,7 +67,8 @@ def test_folders_are_searched_as_those_of_training(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refusing)
     ended = call(tmp_path)
-    assert ended.code == 2 and "closed cannot be read (Permission denied)" in ended.err
+    assert ended.code == 2
+    assert "closed cannot be read (Permission denied)" in ended.err
 
 
 def test_classes_are_those_of_an_evaluation(call, trained, data_path, tmp_path):
@@ -94,7 +95,9 @@ def test_another_resolution(call, data_path):
     image = data_path / "val" / "class0" / "0.png"
     assert call(image, "--input-size", "32").out != call(image).out
     ended = call(image, "--input-size", "2")
-    assert ended.code == 2 and ended.err.count("\n") == 1 and "images of 2" in ended.err
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "images of 2" in ended.err
 
 
 def test_the_format_may_be_another(call, data_path, monkeypatch):
@@ -107,7 +110,8 @@ def test_the_format_may_be_another(call, data_path, monkeypatch):
     for words in (("--format", "RNN"), ("--format", "Chunk", "--chunk-size", "5")):
         ended = call(image, *words)
         mixer = models[-1].model.blocks[0].attn
-        assert ended.code == 0 and mixer.format == words[1], ended.err
+        assert ended.code == 0, ended.err
+        assert mixer.format == words[1], ended.err
     assert mixer.chunk_size == 5
 
 
@@ -122,10 +126,12 @@ def test_what_cannot_be_read_is_told_and_the_rest_predicted(call, data_path, tmp
     (tmp_path / "broken.png").write_bytes(b"no image")
     good = data_path / "val" / "class0" / "0.png"
     ended = call(tmp_path, good, "--top", "1")
-    assert ended.code == 1 and ended.out.count("\n") == 2
+    assert ended.code == 1
+    assert ended.out.count("\n") == 2
     assert ended.err.startswith(f"error: Cannot read the image {tmp_path}/broken.png")
     ended = call(tmp_path)
-    assert ended.code == 2 and ended.out == ""
+    assert ended.code == 2
+    assert ended.out == ""
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
@@ -133,7 +139,8 @@ def test_a_name_that_is_not_utf_8(kind, call, data_path, tmp_path):
     image = tmp_path / os.fsdecode(b"b\xe4r.png")
     image.write_bytes((data_path / "val" / "class0" / "0.png").read_bytes())
     ended = call(image, "--output", tmp_path / f"p.{kind}")
-    assert ended.code == 0 and r"b\udce4r.png" in (tmp_path / f"p.{kind}").read_text("utf-8")
+    assert ended.code == 0
+    assert r"b\udce4r.png" in (tmp_path / f"p.{kind}").read_text("utf-8")
 
 
 def test_a_name_that_the_terminal_has_no_letters_for(call, tmp_path, monkeypatch):
@@ -151,7 +158,8 @@ def test_a_disk_that_fills_up_leaves_the_predictions_before(call, tmp_path, monk
     full = lambda *_: Path("/dev/full").write_text("x")  # noqa: E731
     monkeypatch.setattr(os, "fsync", full)
     ended = call(tmp_path / "image.png", "--output", tmp_path / "p.csv")
-    assert ended.code == 2 and "p.csv: [Errno 28] No space left on device" in ended.err
+    assert ended.code == 2
+    assert "p.csv: [Errno 28] No space left on device" in ended.err
     assert (tmp_path / "p.csv").read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "image.png"}
 
@@ -178,7 +186,8 @@ def test_a_disk_that_fills_up_leaves_the_predictions_before(call, tmp_path, monk
 def test_bad_input(arguments, message, call, data_path, tmp_path):
     here = {"IMAGE": data_path / "val" / "class0" / "0.png", "EMPTY": tmp_path}
     ended = call(*(here.get(argument, argument) for argument in arguments))
-    assert ended.code == 2 and message in ended.err, ended.err
+    assert ended.code == 2, ended.err
+    assert message in ended.err, ended.err
     assert ended.out == ""
 
 
@@ -192,14 +201,16 @@ def test_bare_weights_tell_the_size_by_their_position_embedding(name, call, data
     options = ["--model", name, "--model-kwargs", *options]
     for size in ([], ["--input-size", "32"]):
         ended = call(data_path / "val", *options, *size, checkpoint=tmp_path / "bare.pth")
-        assert ended.code == 0 and "class 2" in ended.out, ended.err
+        assert ended.code == 0, ended.err
+        assert "class 2" in ended.out, ended.err
 
 
 def test_formats_are_of_lion(call, data_path, tmp_path):
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "r.pth")
     words = ("--model", "test_resnet", "--format", "RNN")
     ended = call(data_path / "val", *words, checkpoint=tmp_path / "r.pth")
-    assert ended.code == 2 and "--format and --chunk-size are of LION models" in ended.err
+    assert ended.code == 2
+    assert "--format and --chunk-size are of LION models" in ended.err
     bare = {"embed_dim": 18, "depth": 1, "patch_size": 4}
     model = timm.create_model("lion_tiny_patch16_224", num_classes=3, **bare)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
@@ -228,8 +239,10 @@ def test_what_is_done_before_an_end_is_written(error, code, reason, call, tmp_pa
 
     monkeypatch.setattr(predict, "load_image", load)
     ended = call(tmp_path, "--batch-size", "1", "--top", "1", "--output", tmp_path / "p.csv")
-    assert ended.code == code and ended.err == f"{reason}error: stopped after 2 of 3 images\n"
+    assert ended.code == code
+    assert ended.err == f"{reason}error: stopped after 2 of 3 images\n"
     images = [row["image"] for row in csv.DictReader((tmp_path / "p.csv").open())]
     assert images == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     ended = call(tmp_path / "c.png", "--output", tmp_path / "none.csv")
-    assert ended.code == code and not (tmp_path / "none.csv").exists()
+    assert ended.code == code
+    assert not (tmp_path / "none.csv").exists()

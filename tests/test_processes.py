@@ -353,7 +353,8 @@ def test_a_new_start_rounds_sums_over_three_ranks_alike(tmp_path):
     ranks = Ranks(tmp_path, size=3, function=stepping)
     assert ranks.wait() == [0, 0, 0], ranks.errors()
     runs = [torch.load(ranks.folder / f"runs{rank}.pth") for rank in range(3)]
-    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
     assert same(*runs[0])
 
 

@@ -133,7 +133,8 @@ def test_command(line, places, tmp_path, ending, monkeypatch):
         monkeypatch.setitem(sys.modules, "submitit", SUBMITIT)
         monkeypatch.setattr(sys, "argv", words[1:])
         ended = ending(runpy.run_path, words[1], run_name="__main__")
-        assert not ended.code and not ended.err, ended
+        assert not ended.code, ended
+        assert not ended.err, ended
         return check(line, words, ended.out, tmp_path)
     environment = {
         **os.environ,

@@ -60,11 +60,13 @@ def test_recipes_tell_their_usage(recipe, needs, tmp_path):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
     asked = call("--help")
-    assert asked.returncode == 0 and f"bash scripts/{recipe}.sh" in asked.stdout
+    assert asked.returncode == 0
+    assert f"bash scripts/{recipe}.sh" in asked.stdout
     for bad in (["--absent", *["folder"] * needs], *([["folder"] * (needs - 1)] * bool(needs))):
         done = call(*bad)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: ") and done.stderr.endswith(asked.stdout)
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.endswith(asked.stdout)
     assert not list(tmp_path.iterdir())
 
 

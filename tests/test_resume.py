@@ -263,7 +263,8 @@ def test_unreadable_checkpoint(whole, run, data_path, tmp_path):
 def test_a_finished_run_has_nothing_left_to_do(whole, run, data_path, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     ended = run(*RECIPE, "--data-path", data_path, "--output_dir", folder, "--resume", "auto")
-    assert ended.code == 0 and "Epoch: [" not in ended.out
+    assert ended.code == 0
+    assert "Epoch: [" not in ended.out
     assert_same_run(folder, whole)
 
 
@@ -276,7 +277,8 @@ def test_an_epoch_ends_with_the_steps_it_began_with(run, data_path, tmp_path, mo
     refused = r"main\.py: error: .*checkpoint\.pth was saved in the middle of an epoch, .*\({}\)\."
     ended = run(*arguments, "--batch-size", "16", "--seed", "3")
     reason = "batch_size: checkpoint 8, now 16; seed: checkpoint 0, now 3"
-    assert ended.code == 2 and re.match(refused.format(reason), ended.err)
+    assert ended.code == 2
+    assert re.match(refused.format(reason), ended.err)
     ranks = Ranks(tmp_path, *arguments)
     assert ranks.wait() == [2, 2]
     assert re.match(refused.format("processes: checkpoint 1, now 2"), ranks.errors())
@@ -304,7 +306,8 @@ def test_weights_alone_start_a_run_from_its_beginning(whole, run, data_path, tmp
     arguments = (*RECIPE, "--data-path", data_path, "--resume", tmp_path / "weights.pth")
     ended = run(*arguments, "--epochs", "1", "--lr", "0", "--min-lr", "0", "--warmup-lr", "0",
                 "--output_dir", tmp_path / "run")  # fmt: skip
-    assert ended.code == 0 and "holds weights alone: training starts at its beginning" in ended.out
+    assert ended.code == 0
+    assert "holds weights alone: training starts at its beginning" in ended.out
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
     for name, tensor in saved["model"].items():
         assert tensor.equal(weights[name])

@@ -123,12 +123,14 @@ def test_a_teacher_may_come_later_to_a_model_with_its_token(places, run, data_pa
     assert run(*shared, *token).code == 0
     teacher = option("distillation_type", places)
     ended = run(*shared, *token, *teacher, "--resume", "auto", "--epochs", "2")
-    assert ended.code == 0 and "distillation_type: checkpoint none, now hard" in ended.out
+    assert ended.code == 0
+    assert "distillation_type: checkpoint none, now hard" in ended.out
     ended = run(*shared, *token, "--eval", "--resume", tmp_path / "checkpoint.pth")
     assert ended.code == 0, ended.err
     without = (*LIT, "--data-path", data_path, "--output_dir", places["run"], *teacher)
     ended = run(*without, "--resume", "auto")
-    assert ended.code == 2 and "is of another model: " in ended.err
+    assert ended.code == 2
+    assert "is of another model: " in ended.err
 
 
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if r is Rule.OPTIMIZER])
@@ -161,10 +163,12 @@ def test_images_that_were_trained_on_are_not_held_out_later(trained, run, data_p
     later = (*arguments, "--holdout", "20", "--output_dir", tmp_path / "run")
     refused(run(*later, "--resume", trained), message, tmp_path / "run")
     ended = run(*later, "--epochs", "1", "--finetune", trained)
-    assert ended.code == 0 and f"{message}, if it was trained on this data." in ended.out
+    assert ended.code == 0
+    assert f"{message}, if it was trained on this data." in ended.out
     fewer = run(*arguments, "--resume", tmp_path / "run" / "checkpoint.pth", "--epochs", "2",
                 "--output_dir", tmp_path / "all")  # fmt: skip
-    assert fewer.code == 0 and "holdout: checkpoint 20, now 0" in fewer.out
+    assert fewer.code == 0
+    assert "holdout: checkpoint 20, now 0" in fewer.out
 
 
 def test_the_best_is_that_of_a_folder_and_of_one_evaluation(trained, run, data_path, tmp_path):
@@ -173,13 +177,15 @@ def test_the_best_is_that_of_a_folder_and_of_one_evaluation(trained, run, data_p
     checkpoint.save(reached, tmp_path / "reached.pth")
     arguments = (*TINY, *VARIANT, "--data-path", data_path, "--epochs", "3")
     ended = run(*arguments, "--resume", tmp_path / "reached.pth", "--output_dir", tmp_path / "new")
-    assert ended.code == 0 and (tmp_path / "new" / "best_checkpoint.pth").exists()
+    assert ended.code == 0
+    assert (tmp_path / "new" / "best_checkpoint.pth").exists()
     (tmp_path / "old").mkdir()
     shutil.copy(tmp_path / "reached.pth", tmp_path / "old" / "checkpoint.pth")
     resume = ("--resume", "auto", "--output_dir", tmp_path / "old")
     assert "Max accuracy: 101.00%" in run(*arguments, *resume).out
     ended = run(*arguments, *resume, "--epochs", "4", "--interpolation", "nearest")
-    assert ended.code == 0 and "Max accuracy: 101.00%" not in ended.out
+    assert ended.code == 0
+    assert "Max accuracy: 101.00%" not in ended.out
     assert (tmp_path / "old" / "best_checkpoint.pth").exists()
 
 
@@ -203,7 +209,8 @@ def test_heads_and_pooling_are_told_in_any_checkpoint_with_settings(places, run,
                                   and n not in ELSEWHERE | FACTS])  # fmt: skip
 def test_settings_that_may_change_after_an_epoch(name, places, resumed):
     ended = resumed("run", *option(name, places))
-    assert ended.code == 0 and re.findall(SAID, ended.out) == [name]
+    assert ended.code == 0
+    assert re.findall(SAID, ended.out) == [name]
     ended = resumed("stopped", *option(name, places))
     refused(ended, rf".*saved in the middle of an epoch, .* \({name}: checkpoint .*, now .*\)\.")
 
@@ -213,7 +220,8 @@ def test_other_images_may_come_after_an_epoch(places, resumed, tmp_path):
     for number in range(40):
         shutil.copy(data / "train/class0/0.png", data / f"train/class0/copy{number}.png")
     ended = resumed("run", "--data-path", data, "--epochs", "2")
-    assert ended.code == 0 and set(re.findall(SAID, ended.out)) == {"data_path", "images", "epochs"}
+    assert ended.code == 0
+    assert set(re.findall(SAID, ended.out)) == {"data_path", "images", "epochs"}
     assert "[3/4]" in ended.out
     ended = resumed("stopped", "--data-path", data)
     refused(ended, r".*in the middle of an epoch, .*\(images: checkpoint 120, now 160\)")

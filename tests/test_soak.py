@@ -59,4 +59,5 @@ def test_a_soak_that_is_killed_leaves_no_run(tmp_path):
 def test_unknown_case(capsys):
     with pytest.raises(SystemExit) as ended:
         soak.main(["images-3"])
-    assert ended.value.code == 2 and "choose of images-1, images-2" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "choose of images-1, images-2" in capsys.readouterr().err

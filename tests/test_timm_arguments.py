@@ -205,7 +205,8 @@ def test_what_has_no_meaning_is_refused(options, message, distilled):
 
 def test_arguments_by_position_and_defaults_by_none():
     model = models_lion.LionVisionTransformer(32, 8, 1, 7, "max", 24, 1, 3, fc_norm=None)
-    assert model.head.out_features == 7 and model.global_pool == "max"
+    assert model.head.out_features == 7
+    assert model.global_pool == "max"
     assert isinstance(model.fc_norm, nn.Identity)
 
 
@@ -325,7 +326,8 @@ def test_the_decay_of_prefix_tokens_alone_is_one(class_token, registers, distill
     attn = model.blocks[1].attn
     decay = attn.log_decay(model.blocks[1].norm1(seen[0]))
     assert decay.shape[-1] == prefix + 16 == model.curves.shape[1]
-    assert not decay[..., :prefix].any() and (decay[..., prefix:] < 0).all()
+    assert not decay[..., :prefix].any()
+    assert (decay[..., prefix:] < 0).all()
     assert model.curves[:, :prefix].tolist() == [list(range(prefix))] * 2
 
 
@@ -339,7 +341,8 @@ def test_patches_that_are_kept_keep_their_order(mask):
     model(images(model, 8))
     (((tokens,), kept),) = dropped
     positions = (kept[:, :, None] == tokens[:, None]).all(-1).int().argmax(-1)
-    assert kept.shape == (8, 8, 24) and (positions.diff() > 0).all()
+    assert kept.shape == (8, 8, 24)
+    assert (positions.diff() > 0).all()
 
 
 @DISTILLED

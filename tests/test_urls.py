@@ -81,7 +81,8 @@ def test_a_download_is_kept_and_read_from_there(server):
         assert checkpoint.load(server.url)["step"] == 0
     assert len(server.requests) == 1
     (kept,) = server.cache.iterdir()
-    assert kept.name.endswith(f"_{NAME}") and kept.read_bytes() == server.content
+    assert kept.name.endswith(f"_{NAME}")
+    assert kept.read_bytes() == server.content
 
 
 def test_a_download_that_is_cut_short(server):
@@ -137,7 +138,8 @@ def test_a_damaged_copy_is_downloaded_again(hashed, server, caplog):
     with caplog.at_level(logging.WARNING):
         assert checkpoint.load(url)["step"] == 0
     assert f"{url} is downloaded again, as the copy {kept} is damaged" in caplog.text
-    assert len(server.requests) == 2 and kept.read_bytes() == server.content
+    assert len(server.requests) == 2
+    assert kept.read_bytes() == server.content
 
 
 def test_a_full_disk(server, monkeypatch):

@@ -68,8 +68,10 @@ def test_weights_times_values_are_what_the_mixer_computes(name, options):
 
 def test_a_trace_is_of_the_patches(found, trained):
     model = pretrained.load(trained).model
-    assert found.weights.shape == (2, 2, 17, 17) and found.decays.shape == (2, 2, 2, 16)
-    assert found.grid == (4, 4) and found.prefix == 1
+    assert found.weights.shape == (2, 2, 17, 17)
+    assert found.decays.shape == (2, 2, 2, 16)
+    assert found.grid == (4, 4)
+    assert found.prefix == 1
     shown = found.attention_of(2, 1, (3, 2))
     assert shown.equal(found.weights[1, 0, 1 + 2 * 4 + 1, 1:].view(4, 4))
     assert found.curves.tolist()[0] == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11, 15, 14, 13, 12]
@@ -89,12 +91,14 @@ def test_pictures_hold_the_numbers_of_the_trace(found):
         np.testing.assert_allclose(array, found.attention_of(2, head, (3, 2)))
     figure = pictures.gates(found, choice)
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(shown) == 1 + 4 and not np.allclose(shown[1], shown[2])
+    assert len(shown) == 1 + 4
+    assert not np.allclose(shown[1], shown[2])
     np.testing.assert_allclose(shown[4], found.decays[1, 1, 0].view(4, 4))
     table = pictures.decays(found, choice).axes[0].images[0].get_array()
     np.testing.assert_allclose(table[1], found.decays[1].mean(-1).T.flatten(), rtol=1e-5)
     lines = pictures.curves(found, choice).axes[0].collections[0].get_segments()
-    assert len(lines) == 15 and lines[3].tolist() == [[3.5, 0.5], [3.5, 1.5]]
+    assert len(lines) == 15
+    assert lines[3].tolist() == [[3.5, 0.5], [3.5, 1.5]]
 
 
 def test_an_overview_is_of_the_chosen_heads(found):
@@ -105,7 +109,9 @@ def test_an_overview_is_of_the_chosen_heads(found):
 
     assert drawn([2]) == ["2", "2, curve 1", "2, curve 2"]
     first, second, *gates = drawn([2, 1])
-    assert (first, second) == ("2", "1") and len(gates) == 3 and gates == sorted(gates)
+    assert (first, second) == ("2", "1")
+    assert len(gates) == 3
+    assert gates == sorted(gates)
 
 
 def test_an_overview_has_no_empty_panels(found):
@@ -121,7 +127,8 @@ def test_every_picture_is_written(call, tmp_path):
     assert files == sorted(visualize.PICTURES)
     for path in (tmp_path / "out").iterdir():
         pixels = np.asarray(Image.open(path).convert("L"))
-        assert min(pixels.shape) > 200 and pixels.std() > 10
+        assert min(pixels.shape) > 200
+        assert pixels.std() > 10
         assert path.stat().st_size < 300_000
 
 
@@ -156,15 +163,18 @@ def test_what_a_model_does_not_have_is_said(mask, left_out, call, tmp_path):
 )
 def test_bad_input(arguments, message, call, tmp_path):
     ended = call(*arguments)
-    assert ended.code == 2 and message in ended.err
+    assert ended.code == 2
+    assert message in ended.err
     assert not (tmp_path / "out").exists()
 
 
 def test_other_models_and_files_are_refused(call, ending, trained, tmp_path):
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "r.pth")
     ended = call("--model", "test_resnet", checkpoint=tmp_path / "r.pth")
-    assert ended.code == 2 and "r.pth is a test_resnet: name one of a LION model" in ended.err
+    assert ended.code == 2
+    assert "r.pth is a test_resnet: name one of a LION model" in ended.err
     (tmp_path / "broken.png").write_bytes(b"")
     words = [str(tmp_path / "broken.png"), "--checkpoint", str(trained)]
     ended = ending(visualize.main, words)
-    assert ended.code == 2 and "Cannot read the image" in ended.err
+    assert ended.code == 2
+    assert "Cannot read the image" in ended.err
