@@ -55,7 +55,22 @@ def _create_splat(
     return tensor
 
 
+_own_get_np_dtype = interpreter._get_np_dtype
+
+
+_np_dtypes: dict[str, np.dtype] = {}
+
+
+def _get_np_dtype(kind: core.dtype) -> np.dtype:
+    """Looked up by name; Triton's own makes a table of all types at each call."""
+    name = kind.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _own_get_np_dtype(kind)
+    return _np_dtypes[name]
+
+
 def install() -> None:
+    interpreter._get_np_dtype = _get_np_dtype
     interpreter.InterpreterBuilder.create_splat = _create_splat
     interpreter._patch_builtin = _patch_builtin
     interpreter._patch_lang = _patch_lang

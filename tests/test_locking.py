@@ -24,6 +24,16 @@ def impatient(monkeypatch):
     monkeypatch.setattr(locking, "PATIENCE", 0)
 
 
+@pytest.fixture(scope="module")
+def held(tmp_path_factory) -> Iterator[Path]:
+    """A folder that another process holds."""
+    folder = tmp_path_factory.mktemp("held")
+    ranks = Ranks(folder, folder / "run", size=1, function=holding)
+    wait_for((ranks.folder / "ready").exists)
+    yield folder / "run"
+    ranks.kill()
+
+
 @pytest.fixture
 def other(tmp_path) -> Iterator[Callable[..., Ranks]]:
     """`other(function, *arguments)` starts a process and waits until it has the lock."""
@@ -105,13 +115,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_other_commands_have_folders_of_their_own_too(
-    command, ending, other, corpus, tmp_path, monkeypatch
-):
-    other(holding, tmp_path / "run")
+def test_other_commands_have_folders_of_their_own_too(command, ending, held, corpus, monkeypatch):
     monkeypatch.setattr(glue, "build_jobs", lambda *_: [])
     module, file, *words = COMMANDS[command]
-    words = [w.replace("RUN", str(tmp_path / "run")).replace("CORPUS", str(corpus)) for w in words]
+    words = [w.replace("RUN", str(held)).replace("CORPUS", str(corpus)) for w in words]
     ended = ending(module.main, [str(ROOT / file), *words])
     assert ended.code == 2, ended.err
     assert "run is in use by another run (process " in ended.err, ended.err
