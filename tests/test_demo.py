@@ -38,7 +38,7 @@ def test_it_knows_the_images():
 
 
 def test_main_evaluates_it(run, monkeypatch):
-    monkeypatch.setattr(IdxImages, "__len__", lambda _: 100)
+    monkeypatch.setattr(IdxImages, "__len__", lambda _: 50)
     ended = run("--eval", "--resume", DEMO, *MODEL, "--data-set", "DEMO",
                 "--num_workers", "0", "--device", "cpu")  # fmt: skip
     assert ended.code == 0, ended.err
