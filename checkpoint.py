@@ -442,12 +442,13 @@ def _load_file(path: Path, source: str | Path) -> dict:
     """The checkpoint in a file; errors name its `source`."""
     try:
         checkpoint = _read(path)
-    except (OSError, MemoryError) as error:
+    except Exception as error:
         if isinstance(error, MemoryError):
             error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        reason = error.strerror or error
-        raise UserError(f"cannot read the checkpoint {source}: {reason}") from error
-    except Exception as error:
+        # Where a file is cut off, PyTorch may seek what would be before its start: EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            reason = error.strerror or error
+            raise UserError(f"cannot read the checkpoint {source}: {reason}") from error
         raise UserError(
             f"cannot load the checkpoint {source}: it is truncated, corrupt, or holds objects "
             "other than weights and plain settings, which are refused because they could run code"

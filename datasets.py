@@ -384,4 +384,5 @@ def _read_json(path: Path) -> Any:
 
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
-        raise UserError(f"The data folder {root} does not exist: check --data-path.")
+        fault = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"The data folder {root} {fault}: check --data-path.")

@@ -99,7 +99,11 @@ def is_folder_name(name: str) -> bool:
 
 def require_file(path: str | os.PathLike) -> None:
     """Raises OSError for what is absent, and for pipes and devices, which would be waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, f"{error.strerror}: check its name") from error
+    if not stat.S_ISREG(mode):
         raise OSError("it is no file")
 
 

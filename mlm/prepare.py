@@ -163,11 +163,11 @@ def check_args(args: argparse.Namespace) -> None:
         if kind_of(path) not in KINDS:
             raise UserError(f"{path} is no .txt, .json, .jsonl (or these with .gz) or .parquet.")
         if not path.is_file():
-            raise UserError(f"The text {path} does not exist.")
+            raise UserError(f"The text {path} does not exist: check its name.")
     if args.train_tokenizer is not None and args.train_tokenizer <= len(WORDS):
         raise UserError(f"--train-tokenizer must be above {len(WORDS)}.")
     if args.tokenizer and not args.tokenizer.exists():
-        raise UserError(f"The tokeniser {args.tokenizer} does not exist.")
+        raise UserError(f"The tokeniser {args.tokenizer} does not exist: check its name.")
     if args.cased and args.tokenizer and args.tokenizer.suffix != ".txt":
         raise UserError(f"--cased is for vocab.txt: {args.tokenizer} itself says what it keeps.")
 

@@ -245,8 +245,17 @@ def test_damaged_file(path, damage):
         checkpoint.load(path)
 
 
+def test_a_file_that_was_cut_off_anywhere(path):
+    checkpoint.save(state(0), path)
+    whole = path.read_bytes()
+    for size in range(1, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="it is truncated, corrupt"):
+            checkpoint.load(path)
+
+
 def test_missing_file(path):
-    with pytest.raises(ValueError, match="checkpoint.pth: No such file or directory"):
+    with pytest.raises(ValueError, match="checkpoint.pth: No such file or directory: check its"):
         checkpoint.load(path)
 
 

@@ -15,6 +15,7 @@ from helpers import ROOT, TINY, assert_ends_with_parent, wait_for
 
 from scripts import compare
 from scripts.comparing import scheduling
+from scripts.comparing.programs import PROGRAMS
 from scripts.comparing.recipes import Run, read_recipe
 from scripts.comparing.scheduling import Scheduler
 
@@ -185,14 +186,48 @@ def test_report_without_a_finished_run(tmp_path, ending):
     assert "holds no finished run of this recipe yet" in ended.err
 
 
+def ending_with(code: int, monkeypatch) -> None:
+    """Runs print a line and end with the code."""
+    script = f"import sys; print('main.py: error: so it is.'); sys.exit({code})"
+    monkeypatch.setattr(
+        PROGRAMS["main.py"], "next_command", lambda *_: [sys.executable, "-c", script]
+    )
+
+
+def test_failures_are_told_and_the_others_go_on(tmp_path, ending, monkeypatch):
+    ending_with(1, monkeypatch)
+    ended = ending(compare.main, [str(recipe(tmp_path, seeds=[0])), "--output", str(tmp_path)])
+    assert ended.code == 1
+    for name in ("lit", "d"):
+        assert f"{name}, seed 0: ended with 1, see {tmp_path}/{name}/seed0/output.txt" in ended.out
+    assert "2 runs failed" in ended.err
+
+
+def test_what_is_refused_at_the_start_ends_all(tmp_path, ending, monkeypatch):
+    ending_with(2, monkeypatch)
+    ended = ending(compare.main, [str(recipe(tmp_path, seeds=[0])), "--output", str(tmp_path)])
+    assert ended.code == 2
+    assert ended.err == "compare.py: error: lit, seed 0: main.py: error: so it is.\n"
+    assert not (tmp_path / "d").joinpath("seed0", "output.txt").exists()
+
+
+def test_what_is_refused_later_ends_itself(tmp_path, ending, monkeypatch):
+    path = recipe(tmp_path, seeds=[0, 1])
+    finish(read_recipe(path, tmp_path)[0], [1])
+    ending_with(2, monkeypatch)
+    ended = ending(compare.main, [str(path), "--output", str(tmp_path)])
+    assert ended.code == 1
+    assert "4 runs failed" in ended.err
+
+
 @pytest.mark.slow
-def test_failures_are_told(tmp_path, ending, data_path):
+def test_a_model_that_cannot_be_built_is_told(tmp_path, ending, data_path):
     path = recipe(tmp_path, seeds=[0], models={"a": "--mask_type Lit --model-kwargs depth=none"})
     arguments = [str(path), "--output", str(tmp_path), "--data-path", str(data_path)]
     ended = ending(compare.main, arguments)
-    assert ended.code == 1
-    assert "a, seed 0: ended with 2, see" in ended.out
-    assert "cannot be built" in (tmp_path / "a" / "seed0" / "output.txt").read_text()
+    assert ended.code == 2
+    assert "a, seed 0: main.py: error: " in ended.err
+    assert "cannot be built" in ended.err
 
 
 @pytest.mark.long

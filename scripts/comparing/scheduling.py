@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from errors import UserError
 from files import replacing
 from processes import STOP_SIGNALS, StopSignal
 from scripts.comparing.programs import ROOT
@@ -18,6 +19,7 @@ from workers import leave_with_parent, usable_cores
 
 # Exit codes of a run that was sent a signal: after it saved, and before there was what to save.
 STOPPED = tuple(code for number in STOP_SIGNALS for code in (128 + number, -number))
+REFUSED = 2  # the exit code for what a user did wrong: at the start, most likely in all runs
 GRACE = 90.0  # seconds in which runs that are sent a signal save
 
 
@@ -53,7 +55,10 @@ class Scheduler:
         self.failed: list[Run] = []
 
     def work(self) -> None:
-        """Until all is finished, nothing more fits into the time, or a signal comes."""
+        """Until all is finished, nothing more fits into the time, or a signal comes.
+
+        Raises UserError if a run is refused before any has trained.
+        """
         stop = StopSignal()
         waiting = [run for run in self.runs if not run.is_finished]
         waiting.sort(key=lambda run: not run.has_begun)
@@ -140,6 +145,9 @@ class Scheduler:
             else:
                 self.failed.append(run)
                 print(f"{run}: ended with {code}, see {run.folder}/output.txt", flush=True)
+                if code == REFUSED and not any(other.trained for other in self.runs):
+                    lines = (run.folder / "output.txt").read_text().splitlines()
+                    raise UserError(f"{run}: {lines[-1] if lines else 'it was refused'}")
         return going_on
 
     def note(self, started: Started) -> None:
