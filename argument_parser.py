@@ -122,9 +122,11 @@ class Switch(argparse.Action):
 
 class KeyValues(ParseKwargs):
     def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if "=" not in value]
-        if wrong:
+        keys = [value.partition("=")[0] for value in values]
+        if wrong := [value for value in values if value.find("=") < 1]:
             parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            parser.error(f"{option_string} has {twice[0]} twice: give it once")
         super().__call__(parser, namespace, values, option_string)
 
 

@@ -463,7 +463,7 @@ def check_optimizer(args: argparse.Namespace, device: torch.device) -> None:
     Raises UserError that names the one which cannot be built or cannot make a step.
     """
     what = f"--opt {args.opt} cannot run here with these arguments"
-    with told_as(what, "choose another, such as adamw"):
+    with told_as(what, "mend them, or choose another, such as adamw"):
         optimizer = optimizer_of_probe(args, device)
         optimizer.step()
     with told_as(f"--sched {args.sched} cannot run with these arguments",

@@ -183,8 +183,9 @@ def load_teacher(
         size = used.size if fixed else input_size
     else:
         saved = checkpoint.load(path)
-        if classes is not None:
-            checkpoint.check_classes(saved, classes, f"the teacher {path}")
+        if classes and (differing := checkpoint.differing_classes(saved, classes)):
+            raise UserError(f"the teacher {path} is of other classes than the data ({differing}): "
+                            "use one of the same.")  # fmt: skip
         known = preprocessing.of_checkpoint(saved, name, path)
         used = known or preprocessing.of_model(name)
         name, options = model_of(saved.get("args") or {}, name, f"the teacher {path}")

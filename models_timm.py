@@ -6,7 +6,7 @@ Those of this repository are registered here.
 import difflib
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
@@ -70,11 +70,17 @@ def plus_name(name: str) -> str:
     return name.replace("lion_", "lion_plus_", 1)
 
 
-def check_options(options: Collection[str]) -> None:
-    """Raises UserError for options of no model."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises UserError for options of no model, and for sizes that are none."""
     for option, remedy in {"input_size": "give --input-size", "required": "leave it out"}.items():
         if option in options:
             raise UserError(f"{option} in --model-kwargs is no option of timm's models: {remedy}.")
+    for option in ("depth", "embed_dim", "num_heads", "patch_size"):
+        value = options.get(option)  # some families take several
+        if isinstance(value, str | float | bool) or (isinstance(value, int) and value < 1):
+            raise UserError(
+                f"{option} in --model-kwargs must be a whole number of at least 1, not {value!r}."
+            )
 
 
 def create(

@@ -80,8 +80,9 @@ def cached(url: str, folder: Path, read: Callable[[Path], Content]) -> Content:
             content = read(new)
             os.replace(new, path)
     except (OSError, http.client.HTTPException) as error:
-        problem = f"cannot download {without_secrets(url)}: {_reason(error)}"
-        raise UserError(problem) from error
+        raise UserError(
+            f"cannot download {without_secrets(url)}: {_reason(error)} (check the address)"
+        ) from error
     return content
 
 

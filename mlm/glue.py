@@ -413,7 +413,9 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = args.tasks.split(",") if args.tasks else known
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise UserError(f"{args.config} has no task {', '.join(unknown)}.")
+            raise UserError(
+                f"{args.config} has no task {', '.join(unknown)}: it has {', '.join(known)}."
+            )
         values["tasks"] = {name: known[name] for name in chosen}
         settings = typed(Settings, values, args.config)
         check_ranges(settings, {"length": "[1, inf)", "lr": "(0, inf)"})

@@ -161,7 +161,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {wrong}.")
     for path in args.files:
         if kind_of(path) not in KINDS:
-            raise UserError(f"{path} is no .txt, .json, .jsonl (or these with .gz) or .parquet.")
+            raise UserError(
+                f"{path} is no .txt, .json, .jsonl (or these with .gz) or .parquet: convert it."
+            )
         if not path.is_file():
             raise UserError(f"The text {path} does not exist: check its name.")
     if args.train_tokenizer is not None and args.train_tokenizer <= len(WORDS):

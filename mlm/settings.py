@@ -144,7 +144,7 @@ def check_ranges(settings: object, intervals: dict[str, str], place: str = "") -
 
 def _suggestion(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(key), known, n=1)
-    return f": did you mean {close[0]}?" if close else "."
+    return f": did you mean {close[0]}?" if close else f": it takes {', '.join(known)}."
 
 
 def _convert(value: Any, hint: Any, key: str, source: str) -> Any:

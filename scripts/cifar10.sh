@@ -3,7 +3,7 @@
 #   bash scripts/cifar10.sh DATA OUTPUT [main.py arguments]
 # DATA holds train/CLASS/*.jpg|png and test/CLASS/*.jpg|png.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "" "$@"
 data=$1 output=$2
 shift 2
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -3,7 +3,7 @@
 #   bash scripts/demo_checkpoint.sh OUTPUT [main.py arguments]
 # Minutes on a GPU (add --torchcompile), hours on a CPU. Run it again to go on after an interruption.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 1 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 1 "" "$@"
 output=$1
 shift
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -4,7 +4,7 @@
 # TEACHER is a checkpoint of regnety_160 (file or URL), or timm: for timm's weights.
 # docs/training.md estimates how long it takes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 3 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 3 "" "$@"
 data=$1 output=$2 teacher=$3
 shift 3
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

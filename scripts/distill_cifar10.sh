@@ -6,7 +6,7 @@
 # each on one of them, for EPOCHS; SEEDS="1 2 3"; CORES=$(nproc) load the images. TEACHER=FILE is a
 # checkpoint to use instead of training one. Run it again to go on after an interruption.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "" "$@"
 data=$1 output=$2
 shift 2
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

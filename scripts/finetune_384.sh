@@ -3,7 +3,7 @@
 #   bash scripts/finetune_384.sh DATA OUTPUT CHECKPOINT [main.py arguments]
 # docs/training.md estimates how long it takes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 3 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 3 "" "$@"
 data=$1 output=$2 weights=$3
 shift 3
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

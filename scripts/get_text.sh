@@ -3,7 +3,7 @@
 #   bash scripts/get_text.sh [folder, default text]
 # It leaves corpus/*.jsonl (documents), vocab.txt (of bert-base-uncased) and mr/*.tsv (sentences).
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 0 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 0 1 "$@"
 folder=$(realpath -m "${1:-text}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

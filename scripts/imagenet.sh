@@ -4,7 +4,7 @@
 # GPUS=4 BATCH=256 are the defaults; run it again to go on after an interruption.
 # docs/training.md estimates how long it takes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 2 "" "$@"
 data=$1 output=$2
 shift 2
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -54,7 +54,8 @@ def read_log(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number < len(lines):  # the last line may be half-written
                 raise UserError(
-                    f"line {number} of {path} is not the JSON of an epoch or step"
+                    f"line {number} of {path} is not the JSON of an epoch or step: "
+                    "give a log.txt that a training has written"
                 ) from error
     if len({clock for clock, _ in found}) > 1:
         raise UserError(f"{path} has lines of main.py and of mlm.pretrain: draw one run at a time")

@@ -2,7 +2,7 @@
 # Trains a small LION-S with snake curves on 10,000 real images, then scores it in every format.
 #   bash scripts/quickstart.sh [output folder, default outputs/quickstart, where it replaces itself]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 0 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh" 0 1 "$@"
 overwrite=()
 [ $# -gt 0 ] || overwrite=(--overwrite)
 output=$(realpath -m "${1:-outputs/quickstart}")

@@ -65,6 +65,21 @@ def test_bad_arguments(options, message, run, data_path, tmp_path):
     ("options", "message"),
     [
         (("--model-kwargs", "depth"), "--model-kwargs takes KEY=VALUE, not 'depth'"),
+        (("--model-kwargs", "=3"), "--model-kwargs takes KEY=VALUE, not '=3'"),
+        (("--model-kwargs", "depth=1", "depth=2"), "--model-kwargs has depth twice: give it once"),
+        *(
+            (
+                ("--model-kwargs", f"{name}={value}"),
+                f"{name} in --model-kwargs must be a whole number",
+            )
+            for name, value in (
+                ("depth", "0"),
+                ("depth", "none"),
+                ("embed_dim", "1.5"),
+                ("num_heads", "True"),
+                ("patch_size", "-1"),
+            )
+        ),
         (("--pos_emb", "maybe"), "expected True or False, not 'maybe'"),
     ],
 )
@@ -80,6 +95,11 @@ def test_a_gpu_that_is_not_there(run, data_path, tmp_path):
         *TINY, "--data-path", data_path, "--output_dir", tmp_path / "run", "--device", "cuda"
     )
     refused(ended, "--device cuda needs a CUDA GPU and none was found", tmp_path / "run")
+
+
+def test_a_file_for_the_data_folder(run, data_path):
+    file = data_path / "train" / "class0" / "0.png"
+    refused(run(*TINY, "--data-path", file), f"The data folder {file} is a file: check --data-path")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

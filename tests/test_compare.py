@@ -108,6 +108,13 @@ def test_files_that_are_no_recipe(text, tmp_path):
         read_recipe(path, tmp_path / "out")
 
 
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(
+        ValueError, match="Cannot read the recipe .*: No such file .*: check its name"
+    ):
+        read_recipe(tmp_path / "recipe.yaml", tmp_path / "out")
+
+
 def test_unknown_models_and_other_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no model x: it has lit, d"):
         read_recipe(recipe(tmp_path), tmp_path, models=["x"])
@@ -222,7 +229,7 @@ def test_what_is_refused_later_ends_itself(tmp_path, ending, monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_built_is_told(tmp_path, ending, data_path):
-    path = recipe(tmp_path, seeds=[0], models={"a": "--mask_type Lit --model-kwargs depth=none"})
+    path = recipe(tmp_path, seeds=[0], models={"a": "--mask_type Lit --model-kwargs num_heads=7"})
     arguments = [str(path), "--output", str(tmp_path), "--data-path", str(data_path)]
     ended = ending(compare.main, arguments)
     assert ended.code == 2

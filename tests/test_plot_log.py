@@ -118,10 +118,10 @@ def test_names():
         (None, "error: cannot read .*log.txt: No such file or directory"),
         ("", "error: .*log.txt holds no finished epoch or step yet"),
         ('{"epoch": 0, "tra', "error: .*log.txt holds no finished epoch or step yet"),
-        ('oops\n{"epoch": 0}\n', "error: line 1 of .*log.txt is not the JSON of an epoch or step"),
+        ('oops\n{"epoch": 0}\n', "error: line 1 of .*log.txt is not the JSON of an epoch .*"),
         (
             '{"lr": 0}\n{"epoch": 0}\n',
-            "error: line 1 of .*log.txt is not the JSON of an epoch or step",
+            "error: line 1 of .*log.txt is not the JSON of an epoch .*",
         ),
         (
             '{"step": 9}\n{"epoch": 0}\n',

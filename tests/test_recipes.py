@@ -50,11 +50,12 @@ def test_relative_paths_are_the_callers(recipe, arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "needs"),
-    [("cifar10", 2), ("demo_checkpoint", 1), ("distill", 3), ("distill_cifar10", 2),
-     ("finetune_384", 3), ("get_text", 0), ("imagenet", 2), ("quickstart", 0)],
+    ("recipe", "needs", "takes"),
+    [("cifar10", 2, None), ("demo_checkpoint", 1, None), ("distill", 3, None),
+     ("distill_cifar10", 2, None), ("finetune_384", 3, None), ("get_text", 0, 1),
+     ("imagenet", 2, None), ("quickstart", 0, 1)],
 )  # fmt: skip
-def test_recipes_tell_their_usage(recipe, needs, tmp_path):
+def test_recipes_tell_their_usage(recipe, needs, takes, tmp_path):
     def call(*arguments):
         command = ["bash", ROOT / "scripts" / f"{recipe}.sh", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -62,7 +63,12 @@ def test_recipes_tell_their_usage(recipe, needs, tmp_path):
     asked = call("--help")
     assert asked.returncode == 0
     assert f"bash scripts/{recipe}.sh" in asked.stdout
-    for bad in (["--absent", *["folder"] * needs], *([["folder"] * (needs - 1)] * bool(needs))):
+    wrong = [["--absent", *["folder"] * needs]]
+    if needs:
+        wrong.append(["folder"] * (needs - 1))
+    if takes:
+        wrong.append(["folder"] * (takes + 1))
+    for bad in wrong:
         done = call(*bad)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ")

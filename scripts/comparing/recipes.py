@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from errors import UserError, one_line
-from files import is_folder_name
+from files import is_folder_name, require_file
 from mlm.settings import UniqueKeyLoader
 from scripts.comparing.programs import DATA, PROGRAMS, Program
 from scripts.plot_log import read_log
@@ -145,7 +145,12 @@ def read_recipe(
 def _read(path: Path) -> dict[str, Any]:
     """Its keys, with the defaults of those that it may lack, and arguments as words."""
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+        require_file(path)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the recipe {path}: {error.strerror or error}.") from error
+    try:
+        recipe = yaml.load(content.decode(), UniqueKeyLoader)
         defaults = {"program": "main.py", "fine_tune": "", "vary": {}, "plateau": None}
         if unknown := set(recipe) - {*defaults, *KEYS}:
             raise KeyError(f"unknown key {unknown.pop()}")
@@ -157,7 +162,7 @@ def _read(path: Path) -> dict[str, Any]:
         recipe["vary"] = {str(n): [*map(str, v)] for n, v in recipe["vary"].items()}
         for name in ("arguments", "fine_tune"):
             recipe[name] = tuple(shlex.split(recipe[name]))
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError,
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError,
             RecursionError) as error:  # fmt: skip
         raise UserError(
             f"{path} is no recipe ({one_line(error)}): it needs arguments, seeds and models."
