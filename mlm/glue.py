@@ -366,6 +366,7 @@ def check_model(model: str, length: int) -> None:
             f"model in {model}: give a lower length."
         )
     logging.set_verbosity_error()  # that a classifier is new is no news
+    logging.disable_progress_bar()
     with _loading(model):
         loaded, report = AutoModelForSequenceClassification.from_pretrained(
             model, ignore_mismatched_sizes=True, output_loading_info=True

@@ -130,6 +130,7 @@ def measured(cases: list[Case], options: Namespace, csv: Path | None) -> list[Ca
     start, done, preset = time.perf_counter(), [], bench.presets(cases[0].device)[options.preset]
     repeats = options.repeats or preset.repeats
     seconds = preset.seconds if options.seconds is None else options.seconds
+    print(f"{len(cases)} cases, told here as they are done:", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         if options.preset in loops.PRESETS:
             workers = max(usable_cores() // max(options.processes), 1)
