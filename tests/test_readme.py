@@ -29,8 +29,9 @@ GUIDES = (
 TEXT = "".join((ROOT / page).read_text() for page in GUIDES)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
-# Those of language models have tests of their own.
-COMMANDS = list(dict.fromkeys(line for line in LINES if "text" not in line))
+# Those of language models have tests of their own, other programs need none.
+OWN = ("python ", "torchrun ", "bash ", "source ")
+COMMANDS = [x for x in dict.fromkeys(LINES) if x.startswith(OWN) and "text" not in x]
 LONG = ("scripts/benchmark.py", "distill", "finetune_384")
 # Python of one process, which can be this one: most of a short process's time goes to imports.
 QUICK = ("main.py --eval", "run_with_submitit", "plot_log", "predict.py")
