@@ -64,7 +64,7 @@ def test_a_bug_of_a_language_model_is_not_the_users(ending, corpus, monkeypatch)
         ending(pretrain.main, [CONFIG, f"data={corpus}", "device=cpu", *SMALL])
 
 
-@pytest.mark.parametrize("option", ["num_heads=0", "proj_drop_rate=3", "mlp_ratio=-1"])
+@pytest.mark.parametrize("option", ["num_heads=7", "proj_drop_rate=3", "mlp_ratio=-1"])
 def test_what_a_model_or_a_library_refuses_is_the_users(option, run, data_path):
     ended = run(*TINY, "--data-path", data_path, "--model-kwargs", option)
     refused(ended, "cannot be built with these arguments")
