@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
+from decays import DECAY_INITS
 from mlm.card import LOADER, write_card
 from mlm.fields import setting
 from mlm.mixers import MIXERS, ORDER_BLIND, context, positions
@@ -39,6 +40,7 @@ class LionBertConfig(PreTrainedConfig):
     chunk_size: int = setting("tokens of a chunk, in the format Chunk", 64)
     feature_map: bool = setting("of queries and keys; false in the published models", True)
     normalize: bool = setting("by the row sums; false in the published models", True)
+    decay_init: str = setting("of LION's decays: " + ", ".join(DECAY_INITS), "paper")
     norm: str = setting("post (BERT's) or pre, where LayerNorm stands in a block", "post")
     position_embeddings: bool | None = setting("null: where the mixer needs them", None)
     vocab_size: int = setting("words; in mlm.pretrain those of the data", 30522)
@@ -59,6 +61,10 @@ class LionBertConfig(PreTrainedConfig):
             raise ValueError(f"Unknown mixer {self.mixer!r}: choose one of {', '.join(MIXERS)}.")
         if self.format not in FORMATS:
             raise ValueError(f"Unknown format {self.format!r}: choose one of {', '.join(FORMATS)}.")
+        if self.decay_init not in DECAY_INITS:
+            raise ValueError(
+                f"Unknown decay_init {self.decay_init!r}: choose one of {', '.join(DECAY_INITS)}."
+            )
         if self.norm not in BLOCKS:
             raise ValueError(f"Unknown norm {self.norm!r}: choose one of {', '.join(BLOCKS)}.")
         for name in SIZES:
@@ -194,6 +200,9 @@ class LionBertModel(LionBertPreTrainedModel):
         last = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm: nn.Module = last if config.norm == "pre" else nn.Identity()
         self.post_init()
+        for number, layer in enumerate(self.layers):  # behind what _init_weights draws
+            if isinstance(layer.attn, LionAttention):
+                layer.attn.spread_decays(number, len(self.layers))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.words

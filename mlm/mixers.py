@@ -64,6 +64,7 @@ def _lion(mask_type: str, config: PreTrainedConfig) -> LionAttention:
         mask_type=mask_type,
         format=config.format,
         chunk_size=config.chunk_size,
+        decay_init=config.decay_init,
         num_prefix_tokens=0,
         normalise=config.normalize,
         feature_map=config.feature_map,

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from decays import DECAY_INITS, decay_logits, start_exponents
 from mlm.mixers import MIXERS, HydraAttention, SoftmaxAttention, context
 from mlm.modeling import LionBertConfig, LionBertForMaskedLM
 from models_lion import FEATURE_MAPS, LionAttention
@@ -268,6 +269,24 @@ def test_the_gates_start_as_the_paper_has_them():
     assert abs(gates.std() - 1) < 0.1
 
 
+@pytest.mark.parametrize("init", sorted({*DECAY_INITS} - {"paper"}))
+@pytest.mark.parametrize("mixer", ["lion-d", "lion-s"])
+def test_decays_start_as_on_the_vision_side(mixer, init, tmp_path):
+    config = LionBertConfig(mixer=mixer, decay_init=init, **SMALL)
+    torch.manual_seed(0)
+    model = LionBertForMaskedLM(config)
+    for number, layer in enumerate(model.lion.layers):
+        exponents = start_exponents(init, 2, number, len(model.lion.layers))
+        gate = layer.attn.a_i if mixer == "lion-d" else -layer.attn.a_i.bias
+        torch.testing.assert_close(gate, decay_logits(exponents))
+    for parameter in model.parameters():
+        parameter.data += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.decay_init == init
+    assert same(loaded.lion.state_dict(), model.lion.state_dict())
+
+
 def test_hydra_starts_as_on_the_vision_side():
     model = LionBertForMaskedLM(LionBertConfig(mixer="hydra", **SMALL))
     for layer in model.lion.layers:
@@ -353,6 +372,7 @@ def test_pre_norm_blocks_are_their_definition(mixer):
     ("options", "message"),
     [
         ({"mixer": "lion"}, "Unknown mixer 'lion': choose one of softmax, softmax-rope"),
+        ({"decay_init": "short"}, "Unknown decay_init 'short': choose one of paper, multiscale"),
         ({"norm": "middle"}, "Unknown norm 'middle': choose one of post, pre"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1, not -1"),
