@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and that cannot run code when they are loaded."""
+"""Checkpoints that survive a kill at any moment and cannot run code when loaded."""
 
 import argparse
 import errno
@@ -28,8 +28,8 @@ from urls import cached, is_url, without_secrets
 logger = logging.getLogger(__name__)
 
 RESULTS = ("best_checkpoint.pth", "model/model.safetensors")  # never before a checkpoint
-# What checkpoints of this repository, DeiT and timm hold by these names; None stands for nothing,
-# but in a run's position and optimiser.
+# Types under these names in checkpoints of this repository, DeiT and timm; None counts as absent,
+# except in a run's position and optimiser.
 _TYPES: dict[str, tuple[type, ...]] = {
     "args": (dict,), "classes": (list,), "data_config": (dict,), "epoch": (int,),
     "max_accuracy": (float, int), "meters": (list,), "optimizer": (dict,), "scaler": (dict,),
@@ -37,23 +37,23 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _ITEM_TYPES: dict[str, tuple[type, ...]] = {"classes": (str,), "meters": (dict, list, tuple)}
 _NEEDED = ("epoch", "optimizer", "step")
-# Errors that say nothing of a file's content: too few rights, open files or memory, say.
+# Errors unrelated to a file's content, such as missing permissions, open files or memory.
 _OF_THE_SYSTEM = {*USED_UP, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ESTALE}
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
 
 
 def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
-    """Write `state` to `path` so that `path` is a whole checkpoint at every moment.
+    """Write `state` to `path` so that `path` is a complete checkpoint at every moment.
 
-    With `keep_previous`, the checkpoint replaced stays as `<stem>.previous<suffix>`.
+    With `keep_previous`, the replaced checkpoint is kept as `<stem>.previous<suffix>`.
 
     Raises:
-        UserError: the disk is full, say.
+        UserError: for example, the disk is full.
         RuntimeError: `state` cannot be written, or could not be loaded again.
-        FloatingPointError: it holds a tensor that is not finite.
+        FloatingPointError: `state` holds a tensor that is not finite.
 
-    The checkpoint already at `path` then stays.
+    On an error the checkpoint already at `path` stays.
     """
     path = Path(path)
     if names := list(_not_finite(state)):
@@ -85,7 +85,7 @@ def save(state: dict, path: str | Path, *, keep_previous: bool = True) -> None:
 
 
 def load(source: str | Path) -> dict:
-    """Read a checkpoint to the CPU: a path, an http(s) URL, or `hf-hub:OWNER/NAME[@REVISION]`.
+    """Load a checkpoint to the CPU: a path, an http(s) URL, or `hf-hub:OWNER/NAME[@REVISION]`.
 
     A folder is one of timm's `save_for_hf`. `args` becomes a plain dict. Only tensors, plain values
     and `argparse.Namespace` (in files of DeiT) are accepted.
@@ -105,13 +105,13 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
     """Load the newest readable checkpoint of a run, with its path; None if the run has none.
 
     Raises:
-        UserError: there are checkpoints, but none is readable, or the newest may be whole, but
-            cannot be read here and now; or one of the RESULTS is left alone, which a run from the
-            beginning would replace.
+        UserError: there are checkpoints, but none is readable; or the newest may be complete but
+            cannot be read at the moment; or there is one of the RESULTS without a checkpoint,
+            which a new run would replace.
     """
     current = Path(folder) / "checkpoint.pth"
     candidates = (current, _previous(current))
-    if not any(map(os.path.lexists, candidates)):  # a link to nothing is no beginning
+    if not any(map(os.path.lexists, candidates)):  # a link to nothing does not mean a new run
         if left := [name for name in RESULTS if Path(folder, name).exists()]:
             raise UserError(
                 f"{folder} holds {left[0]} of a run, but no checkpoint.pth to go on with: move it "
@@ -135,7 +135,7 @@ def latest(folder: str | Path) -> tuple[dict, Path] | None:
 
 
 def discard(folder: str | Path) -> None:
-    """Remove the checkpoints of a run that another one takes the place of."""
+    """Remove the checkpoints of a run that another one replaces."""
     current = Path(folder) / "checkpoint.pth"
     for path in (_previous(current), current):
         path.unlink(missing_ok=True)
@@ -201,12 +201,12 @@ def load_weights(model: nn.Module, state: dict, source: str | Path) -> None:
 def adapt_weights(
     model: nn.Module, state: dict, source: str | Path, *, keep_head: bool = True
 ) -> list[str]:
-    """Load what `state`, read from `source`, shares with `model`, to fine-tune it.
+    """Load the weights that `state`, read from `source`, shares with `model`, to fine-tune it.
 
-    A classifier of another class count, or of other classes (`keep_head=False`), stays as
-    initialised. A position embedding is resampled to the model's grid, and its entries of prefix
-    tokens are those that the model has. What else is of another shape is converted as timm does
-    it for this family. Returns a line for each kind of adaptation.
+    A classifier with another class count, or for other classes (`keep_head=False`), stays as
+    initialised. A position embedding is resampled to the model's grid, with entries for the
+    model's prefix tokens. Other weights of another shape are converted as timm does for this
+    family. Returns a line for each kind of adaptation.
 
     Raises:
         UserError: a shared weight has another shape, listed, or nothing is shared.
@@ -234,7 +234,7 @@ def adapt_weights(
 
 
 def check_classes(saved: dict, classes: Sequence[str], source: str | Path) -> None:
-    """Raises UserError if a checkpoint, read from `source`, tells apart other classes."""
+    """Raises UserError if a checkpoint, read from `source`, is for other classes."""
     if differing := differing_classes(saved, classes):
         raise UserError(
             f"{source} is of other classes than the data ({differing}): use the data of its "
@@ -243,7 +243,7 @@ def check_classes(saved: dict, classes: Sequence[str], source: str | Path) -> No
 
 
 def differing_classes(saved: dict, classes: Sequence[str]) -> str:
-    """How the classes that a checkpoint names differ from `classes`; "" if it names none."""
+    """How the classes named by a checkpoint differ from `classes`; "" if it names none."""
     named = saved.get("classes")
     if named is None or list(named) == list(classes):
         return ""
@@ -257,7 +257,7 @@ def differing_classes(saved: dict, classes: Sequence[str]) -> str:
 
 
 def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
-    """One line for each setting of `keys` that both dicts hold with different values."""
+    """One line for each setting in `keys` that both dicts hold with different values."""
     saved, wanted = without_secrets(saved), without_secrets(wanted)
     return [
         f"{key}: checkpoint {saved[key]}, now {wanted[key]}"
@@ -267,7 +267,7 @@ def difference(saved: dict, wanted: dict, keys: Iterable[str]) -> list[str]:
 
 
 def _kind(value: torch.Tensor) -> str:
-    """What a tensor holds, but for rounding: real numbers of every precision are of one kind."""
+    """What a tensor holds, regardless of precision: all real dtypes are one kind."""
     if value.is_meta or value.is_quantized or value.layout is not torch.strided:
         return f"{value.dtype} without plain values ({value.device}, {value.layout})"
     return "real numbers" if value.is_floating_point() else str(value.dtype)
@@ -280,7 +280,7 @@ def _first(names: list) -> str:
 def _not_finite(value: object, name: str = "") -> Iterator[str]:
     """Names of the tensors in nested containers that hold NaN or infinity.
 
-    A single number may be infinite, as bounds are that some models have in their buffers.
+    A single number may be infinite: some models have such bounds in their buffers.
     """
     if torch.is_tensor(value):
         if (value.isnan() if value.dim() == 0 else ~value.isfinite()).any():
@@ -306,7 +306,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _names_of_timm(state: dict, own: dict) -> dict:
-    """DeiT III's own files name layer scale otherwise."""
+    """Renames layer scale, which DeiT III's own files name differently."""
     renamed = {name: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name) for name in state}
     return {renamed[name] if renamed[name] in own else name: v for name, v in state.items()}
 
@@ -332,7 +332,7 @@ def _without_foreign_heads(
 
 
 def _converted_by_timm(model: nn.Module, state: dict) -> tuple[dict, list[str]]:
-    """`state` as the filter of the model's family makes it fit, if shapes differ."""
+    """`state`, passed through the checkpoint filter of the model's family if shapes differ."""
     own = _shapes(model.state_dict())
     before = _shapes(state)
     family = sys.modules[type(model).__module__]
@@ -354,8 +354,8 @@ def _converted_by_timm(model: nn.Module, state: dict) -> tuple[dict, list[str]]:
 def _fit_pos_embed(state: dict, model: nn.Module, source: str | Path) -> tuple[dict, list[str]]:
     """`state` with its `pos_embed` `[1, T, dim]` on the model's grid, for the model's tokens.
 
-    Of an embedding that has no entries for prefix tokens (as DeiT III's) these are zeros; a model
-    without such entries gets them added to the tokens themselves.
+    If the embedding has no entries for prefix tokens (like DeiT III's), they become zeros; if the
+    model has no such entries, they are added to the tokens themselves.
     """
     saved, own = state["pos_embed"], model.state_dict()["pos_embed"]
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -385,10 +385,10 @@ def _fit_pos_embed(state: dict, model: nn.Module, source: str | Path) -> tuple[d
 
 
 def _prefix_entries(length: int, tokens: int, grid: Sequence[int], source: str | Path) -> int:
-    """How many of the `length` entries of a position embedding are those of prefix tokens.
+    """How many of the `length` entries of a position embedding belong to prefix tokens.
 
-    The file has `tokens` prefix tokens, for all of which, or the first of which, or none, there
-    are entries; the others are the patches of the model's grid, or of a square.
+    The file has `tokens` prefix tokens; all of them, only the first, or none have entries. The
+    other entries are patches of the model's grid, or of a square.
     """
     candidates = range(tokens, -1, -1)
     for prefix in candidates:
@@ -404,7 +404,7 @@ def _prefix_entries(length: int, tokens: int, grid: Sequence[int], source: str |
 
 
 def _added_to_tokens(state: dict, tokens: list[str], pos_embed: torch.Tensor) -> dict:
-    """`state` with the entries of its prefix tokens added to these."""
+    """`state` with the position entries of its prefix tokens added to these tokens."""
     widths = [state[name].shape[1] for name in tokens]
     entries = pos_embed[:, : sum(widths)].split(widths, dim=1)
     sums = {name: state[name] + entry for name, entry in zip(tokens, entries, strict=True)}
@@ -414,7 +414,7 @@ def _added_to_tokens(state: dict, tokens: list[str], pos_embed: torch.Tensor) ->
 def _write(state: dict, file: IO[bytes]) -> None:
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # an internal one, raised over that of a failed write
+    except RuntimeError as error:  # an internal error that hides that of a failed write
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
@@ -445,7 +445,7 @@ def _load_file(path: Path, source: str | Path) -> dict:
     except Exception as error:
         if isinstance(error, MemoryError):
             error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        # Where a file is cut off, PyTorch may seek what would be before its start: EINVAL.
+        # In a truncated file PyTorch may seek to before its start: EINVAL.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             reason = error.strerror or error
             raise UserError(f"cannot read the checkpoint {source}: {reason}") from error
@@ -465,7 +465,7 @@ def _check_types(checkpoint: dict, source: str | Path) -> None:
     for name, value, types in _typed_parts(checkpoint):
         fits = isinstance(value, types) and not isinstance(value, bool)
         if name in ("epoch", "step"):
-            fits = fits and value >= -1  # of no epoch finished
+            fits = fits and value >= -1  # -1: no epoch finished
         if not fits and (value is not None or name in _NEEDED):
             said = repr(value) if isinstance(value, bool | int | float) else type(value).__name__
             raise UserError(
@@ -475,7 +475,7 @@ def _check_types(checkpoint: dict, source: str | Path) -> None:
 
 
 def _typed_parts(checkpoint: dict) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
-    """The name, the value and the types of what is of known types in a checkpoint."""
+    """Name, value and allowed types of each part of a checkpoint whose types are known."""
     for name in filter(checkpoint.__contains__, _TYPES):
         value = checkpoint[name]
         yield name, value, _TYPES[name]
@@ -494,6 +494,6 @@ def _read(path: Path) -> object:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-    # The files of DeiT keep their settings as a Namespace.
+    # DeiT's files keep their settings as a Namespace.
     with safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,9 +1,9 @@
-"""Orders in which LION visits the patches of an image, the paper's snake curves among them.
+"""Orders in which LION visits the patches of an image, including the paper's snake curves.
 
 A curve is an int64 tensor `[N]`: `curve[t]` is the token visited at step `t`. Patches are numbered
 in raster order over an `(h, w)` grid; prefix tokens (class, distillation) come before all patches
 and are visited first on every curve. LION reads a curve in both directions, so a curve and its
-reverse are one: of the eight snakes that begin in a corner four differ.
+reverse are equivalent: of the eight snakes that begin in a corner, four are distinct.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def column_snake(h: int, w: int, device: torch.device | str | None = None) -> Te
 
 
 def inverse(curve: Tensor) -> Tensor:
-    """Step at which each token is visited, of curves `[..., N]`: `curve[inverse(curve)]` counts."""
+    """The step at which each token is visited: `curve[inverse(curve)]` is 0, 1, ...; `[..., N]`."""
     return curve.argsort(dim=-1)
 
 
@@ -38,7 +38,7 @@ def check_order(order: str) -> None:
 
 
 def num_curves(order: str) -> int:
-    """How many curves an order has, each with decays of its own."""
+    """Number of curves of an order, each with its own decays."""
     if order == "Normal":
         return 1
     return sum(len(ORDERS[name][1]) for name in order.split("+"))
@@ -49,9 +49,9 @@ def scan_curves(
 ) -> Tensor | None:
     """Curves of an order over a patch grid, prefix tokens included.
 
-    Returns int64 `[C, num_prefix + h * w]`, for orders joined by `+` the curves of all, and None
-    for `Normal`, whose single curve is the token order itself. Raises ValueError for an unknown
-    order.
+    Returns int64 `[C, num_prefix + h * w]` (for orders joined by `+`, the curves of all of them),
+    or None for `Normal`, whose single curve is the token order itself. Raises ValueError for an
+    unknown order.
     """
     check_order(order)
     if order == "Normal":
@@ -81,7 +81,7 @@ def _diagonal(grid: Tensor) -> Tensor:
 
 
 def _morton(grid: Tensor) -> Tensor:
-    """Quarter by quarter, in each quarter again (Z-order), of the smallest square around it."""
+    """Z-order: quarter by quarter, recursively, of the smallest power-of-2 square around it."""
     rows, columns = _rows_and_columns(grid)
     code = torch.zeros_like(grid)
     for bit in range(max(grid.shape).bit_length()):
@@ -92,7 +92,7 @@ def _morton(grid: Tensor) -> Tensor:
 def _hilbert(grid: Tensor) -> Tensor:
     """A Hilbert curve of any rectangle, from the upper left to the upper right corner.
 
-    Steps lead to neighbours, where sides are odd some of them diagonally.
+    Every step leads to a neighbour; if sides are odd, some steps are diagonal.
     """
     h, w = grid.shape
     if h == 1 or w == 1:
@@ -106,7 +106,7 @@ def _hilbert(grid: Tensor) -> Tensor:
 
 
 def _even_half(side: int) -> int:
-    """About half of a side, even where the side is longer than 2: then no step is diagonal."""
+    """About half of a side; even if the side is longer than 2, which avoids diagonal steps."""
     half = side // 2
     return half + half % 2 if side > 2 else half
 
@@ -136,7 +136,7 @@ def _transposed_and_mirrored(grid: Tensor) -> Tensor:
 
 
 View = Callable[[Tensor], Tensor]
-# How an order visits a grid, and the views of the grid that it visits so, a curve for each.
+# The function that visits a grid, and the views of the grid it is applied to, one per curve.
 ORDERS: dict[str, tuple[View, tuple[View, ...]]] = {
     "S": (_snake, (_as_it_is, _transposed)),
     "Snakes": (_snake, (_as_it_is, _transposed, _mirrored, _transposed_and_mirrored)),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
-    """Images and labels, a known number of times."""
+    """Batches of images and labels, of known number."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -32,12 +32,12 @@ class Batches(Protocol):
 
 
 BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-LOG_INTERVAL = 10  # steps between two lines; on a GPU the host waits for the device only then
+LOG_INTERVAL = 10  # steps between log lines; on a GPU the host waits for the device only then
 
 
 @dataclass
 class Position:
-    """Where training stands: in `epoch`, `step` optimiser steps of it done."""
+    """Progress of training: `step` optimiser steps of `epoch` are done."""
 
     epoch: int = 0
     step: int = 0
@@ -74,10 +74,10 @@ class Run:
         }
 
     def restore(self, saved: dict[str, Any], source: str) -> None:
-        """Goes on where `saved` was written; a file with weights alone restores these.
+        """Resumes from `saved`; a file with weights alone restores only these.
 
-        The schedule stays as it is: timm's are functions of the position. Raises UserError if
-        `saved` is of another model or optimiser.
+        The schedule is unchanged: timm's are functions of the position. Raises UserError if
+        `saved` is from another model or optimiser.
         """
         checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
         if self.ema:
@@ -102,7 +102,7 @@ class Run:
 class EpochMeans:
     """Means over the epoch's steps: learning rate, loss and gradient norm.
 
-    They go on from what `position` has of each process.
+    They continue from the values that `position` holds for each process.
     """
 
     NAMES = ("lr", "loss", "grad_norm")
@@ -114,7 +114,7 @@ class EpochMeans:
         self.last: dict[str, float] = {}
 
     def update(self, lr: float, readings: list[Reading]) -> None:
-        """Takes in a step's learning rate, and what was read of this step and those before."""
+        """Adds a step's learning rate, and the readings of this and earlier steps."""
         self.means["lr"].update(lr)
         for loss, norm in readings:
             self.means["loss"].update(loss)
@@ -123,7 +123,7 @@ class EpochMeans:
             self.last = {"lr": lr, "loss": loss, "grad_norm": norm}
 
     def states(self) -> list[dict[str, tuple[float, int]]]:
-        """Of every process, for its position."""
+        """The state of every process, for its position."""
         return self.world.gather({name: mean.state() for name, mean in self.means.items()})
 
     def over_processes(self) -> dict[str, float]:
@@ -133,7 +133,7 @@ class EpochMeans:
 def require_same(
     world: World, data: dict[str, Any], model: nn.Module, position: Position | None = None
 ) -> None:
-    """Raises UserError if the processes found other images or weights, or stand elsewhere."""
+    """Raises UserError if the processes differ in images, weights or position."""
     if world.size == 1:
         return
     facts: dict[str, Any] = {"their number of classes": len(next(iter(data.values())).classes)}
@@ -168,15 +168,15 @@ def train_one_epoch(
     seed: int = 0,
     stop: StopSignal | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What is left of the `steps` of an epoch; returns means over the epoch, and speeds.
+    """Runs the rest of an epoch's `steps`; returns means over the epoch, and speeds.
 
-    A step takes `accumulate` batches of `loader`, which starts at `position`; `position` is moved
-    on. `set_lr(epoch, step)` comes before each step, `after_step()` after it. The time left is
-    that of all `epochs` of the run, if they are given.
+    A step takes `accumulate` batches of `loader`, which starts at `position`; `position` is
+    advanced. `set_lr(epoch, step)` is called before each step, `after_step()` after it. The time
+    left is logged for all `epochs` of the run, if they are given.
 
     Raises Interrupted after a step when `stop` was signalled to any process, and
     FloatingPointError, on all processes together, when a loss or gradient norm is not finite: on
-    the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps, and before it leaves.
+    the CPU before the optimiser step, on a GPU within `LOG_INTERVAL` steps and before returning.
     """
     model.train(train_mode)
     means = EpochMeans(position, world)
@@ -210,7 +210,7 @@ def train_one_epoch(
 def _progress(
     position: Position, steps: int, images: int, epochs: int | None, show: bool
 ) -> Progress:
-    """That of an epoch of `steps` with `images` each, as one of the run's `epochs` if given."""
+    """Progress of an epoch of `steps` with `images` each, one of the run's `epochs` if given."""
     return Progress(
         f"Epoch: [{position.epoch}]", steps, images,
         start=position.step, interval=LOG_INTERVAL, show=show,
@@ -227,7 +227,7 @@ def _loss_function(
     *,
     accumulate: int,
 ) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
-    """The share of a batch in the loss of its step, which has `accumulate` of them."""
+    """A batch's share of the loss of its step, which has `accumulate` batches."""
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
         samples, targets = (x.to(device, non_blocking=True) for x in batch)
@@ -252,14 +252,14 @@ def evaluate(
 ) -> tuple[dict[str, float], float]:
     """Loss, top-1 and top-5 accuracy (in %) over all processes' shards, and images/s.
 
-    The model runs as it is written, whether it is compiled or not (docs/evidence.md).
+    The model runs eagerly, even if it is compiled (docs/evidence.md).
     `images` is the size of the whole set. `per_class`, zeros `[K, 2]` on the device, receives each
-    class's images and how many of them are classified correctly. Raises, on all processes together,
+    class's number of images and of those classified correctly. Raises, on all processes together,
     Interrupted when `stop` was signalled to any, and FloatingPointError if the loss is not finite.
     """
     model.eval()
     if world.size > 1:
-        distribute_bn(model, world.size)  # each process has averages of its own batches
+        distribute_bn(model, world.size)  # each process has the averages of its own batches
     # loss, top-1, top-5, images, stopped
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     per_step = math.ceil(images / max(len(loader), 1))
@@ -288,7 +288,7 @@ def evaluate(
     progress.close()
     if stopped:
         raise Interrupted
-    images_per_second = images / progress.seconds()  # also where a process has none of them
+    images_per_second = images / progress.seconds()  # even if this process has none of them
     require_finite(loss)
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
@@ -296,7 +296,7 @@ def evaluate(
 
 
 def require_finite(loss: float) -> None:
-    """Raises FloatingPointError for a loss of an evaluation that is not finite."""
+    """Raises FloatingPointError if the loss of an evaluation is not finite."""
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"The loss of the evaluation is {loss}: the weights, or what is computed from them, "

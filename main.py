@@ -55,9 +55,9 @@ logger = logging.getLogger(__name__)
 def choose_preprocessing(
     args: argparse.Namespace, found: Found | None, *, keep_size: bool
 ) -> Preprocessing:
-    """What images become: as the checkpoint `found` has it, else as the model; arguments override.
+    """How images are preprocessed: by the checkpoint `found`, else the model; arguments override.
 
-    With `keep_size` the default of --input-size does not count.
+    With `keep_size` the default of --input-size is ignored.
     """
     given = {key: name for key, name in PREPROCESSING_ARGUMENTS.items() if name in args.given}
     chosen, origin = preprocessing.choose(
@@ -116,7 +116,7 @@ def build_criterion(
 
 
 def label_smoothing(args: argparse.Namespace) -> float:
-    return 0.0 if args.bce_loss else args.smoothing  # it would make every class present
+    return 0.0 if args.bce_loss else args.smoothing  # smoothing would make every class present
 
 
 def image_loading(args: argparse.Namespace) -> ImageLoading:
@@ -168,7 +168,7 @@ def build_train_loader(
 
 
 def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> None:
-    """Restores a run; raises UserError if it cannot go on with these arguments."""
+    """Restores a run; raises UserError if it cannot resume with these arguments."""
     saved, source = found
     before, now = (resuming.settings_of(x) for x in (saved, {"args": vars(args), **run.facts}))
     resuming.check_settings(before, now, resuming.RULES, source, Rule.MODEL)
@@ -190,7 +190,7 @@ def go_on(args: argparse.Namespace, world: World, run: Run, found: Found) -> Non
 def build_run(
     args: argparse.Namespace, world: World, model: Any, steps: int, facts: dict[str, Any]
 ) -> Run:
-    """The state of a run at its beginning."""
+    """The initial state of a run."""
     ema = None
     if args.model_ema:
         device = "cpu" if args.model_ema_force_cpu else None
@@ -235,7 +235,7 @@ def require_logits(
 
 
 class Evaluation:
-    """All that --eval needs, read and checked when it is made, and the work."""
+    """An --eval run: construction reads and checks all it needs."""
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         self.args, self.world = args, world
@@ -292,13 +292,13 @@ class Evaluation:
 
 
 class Training:
-    """All that training needs, read and checked when it is made, and the epochs."""
+    """A training run: construction reads and checks all it needs; `fit` runs the epochs."""
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         check_optimizer(args, world.device)
         self.args, self.world = args, world
         found = resuming.read(args.resume, args.output_dir)
-        fresh = args.finetune and not found  # a run that goes on has it in its weights
+        fresh = args.finetune and not found  # a resumed run has it in its weights
         basis = (checkpoint.load(args.finetune), args.finetune) if fresh else None
         images = choose_preprocessing(args, found or basis, keep_size=bool(found))
         self.loader, classes = build_train_loader(args, world, images)
@@ -334,7 +334,7 @@ class Training:
         return model
 
     def fit(self) -> None:
-        """The epochs that are left: train, save, evaluate, log, save. A signal saves, too."""
+        """Runs the remaining epochs: train, save, evaluate, log, save. A signal saves, too."""
         args, world, run = self.args, self.world, self.run
         self.stop = StopSignal()
         journal = self._open_journal()
@@ -374,7 +374,7 @@ class Training:
     def _train_epoch(
         self, model: nn.Module, *, save_at_end: bool
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """What is left of the epoch, saved when it is interrupted, and maybe at its end."""
+        """Trains the rest of the epoch; saves if interrupted and, if asked, at the end."""
         args, world, run = self.args, self.world, self.run
         position, begun = run.position, run.position.step
         images_per_process = args.batch_size * args.grad_accum_steps
@@ -404,7 +404,7 @@ class Training:
         except Interrupted:
             self._save()
             raise
-        if save_at_end and position.step > begun:  # so that the evaluation may fail
+        if save_at_end and position.step > begun:  # so that a failing evaluation costs no epoch
             self._save()
         return result
 
@@ -417,7 +417,7 @@ class Training:
             self.run.scheduler.step(epoch)
 
     def _evaluate(self) -> dict[str, float]:
-        """Test statistics of the weights, and as `ema_*` of their moving average."""
+        """Test statistics of the weights and, as `ema_*`, of their moving average."""
         run, images = self.run, len(self.eval_loader.dataset)
         score = partial(evaluate, loader=self.eval_loader, world=self.world, images=images,
                         amp_dtype=amp_dtype(self.args, self.world), stop=self.stop)  # fmt: skip

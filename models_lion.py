@@ -2,7 +2,7 @@
 
 One mixer, `y_i = sum_j M_ij (q_i . k_j) v_j / (sum_j M_ij (q_i . k_j) + eps)`, in three formats
 that give the same result: `attention` (quadratic, parallel), `recurrence` (one state per direction)
-and `chunk` (quadratic inside a chunk, carried states between chunks).
+and `chunk` (quadratic within a chunk, states carried between chunks).
 
 All three share one signature:
 
@@ -11,10 +11,10 @@ All three share one signature:
 
 - `q`, `k`: `[B, H, N, D]`, feature maps applied and `q` scaled; `v`: `[B, H, N, E]`.
 - `log_decay`: log of the decay `a` in (0, 1] of each token, `[C, B or 1, H, N]` for C curves, in
-  token order, float32 or wider; None is `a = 1` (LION-Lit), for which curves have no meaning.
+  token order, float32 or wider; None means `a = 1` (LION-Lit), where curves have no effect.
 - `curves`: int64 `[C, N]`, the token visited at each step (see `curves.py`); None is token order.
-- `documents`: integers `[B, N]`, equal within a document; those of different ones do not meet.
-  A document's tokens follow each other, on every curve. None is one document.
+- `documents`: integers `[B, N]`, equal within a document; different documents do not mix. The
+  tokens of a document must be contiguous on every curve. None means one document.
 - numerator `[B, H, N, E]` and denominator `[B, H, N, 1]`, averaged over the C curves.
 
 With positions counted along a curve, `M_ij = a_j ... a_(i-1)` for i > j, its mirror image
@@ -47,8 +47,8 @@ import lion_kernels
 from curves import check_order, inverse, num_curves, scan_curves
 from decays import DECAY_INITS, decay_logits, start_exponents
 
-# Products of decays stop at exp(LEAST_LOG): nothing beside the weight 1 that a token gives itself,
-# but far from subnormal numbers, on which a CPU's exp and matrix products are 100 times slower.
+# Products of decays are clamped at exp(LEAST_LOG): negligible beside a token's own weight 1,
+# but far from subnormal numbers, for which a CPU's exp and matrix products are 100 times slower.
 LEAST_LOG = -64.0
 
 # ------------------------------------------------------------------------------------ the formats
@@ -64,7 +64,7 @@ def attention(
     *,
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The formula as it stands: time and memory quadratic in N; `chunk_size` is not used."""
+    """The formula evaluated directly: time and memory quadratic in N; `chunk_size` is not used."""
     weights = q @ k.transpose(2, 3)
     if log_decay is not None:
         weights = weights * decay_mask(log_decay, curves).to(weights.dtype)
@@ -84,7 +84,7 @@ def recurrence(
     *,
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One pass over the tokens, both directions of every curve side by side.
+    """One pass over the tokens, with both directions of every curve in parallel.
 
     Without gradients it holds one `[D, E + 1]` state per direction and curve and one output per
     token; `chunk_size` is not used.
@@ -96,8 +96,8 @@ def recurrence(
     state = q.new_zeros(*q.shape[:2], steps.shape[1], q.shape[3], v.shape[3] + 1, dtype=dtype)
     out = q.new_zeros(*v.shape[:3], v.shape[3] + 1, dtype=dtype)
     following = steps.roll(-1, 0)
-    # Gathering copies tokens, so a few at a time; but a gather's gradient has the size of its
-    # source, so all at once when gradients are wanted.
+    # Gathering copies tokens, so do a few at a time; but a gather's gradient has the size of its
+    # source, so do all at once when gradients are needed.
     parts: Iterable[tuple[Tensor, Tensor]] = [(steps, following)]
     if not torch.is_grad_enabled() and not _varies(n):
         parts = zip(steps.split(16), following.split(16), strict=True)
@@ -127,7 +127,7 @@ def chunk(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Chunk-parallel: time and memory linear in N at a fixed `chunk_size`, backward included."""
-    if log_decay is None and documents is None:  # every query meets the same state
+    if log_decay is None and documents is None:  # every query reads the same state
         out = q @ (k.transpose(2, 3) @ _with_ones(v))
         return out[..., :-1], out[..., -1:]
     if log_decay is None:
@@ -174,7 +174,7 @@ def _chunk_scan(
 ) -> Tensor:
     """`sum_j M_ij (q_i . k_j) [v_j, 1]` along one curve; `log_decay` is `[B or 1, H, N]`."""
     n = q.shape[2]
-    if _varies(n):  # always padded, as an export would settle whether it is needed
+    if _varies(n):  # always pad, as an export would fix whether it is needed
         size, padding = chunk_size, chunk_size - n % chunk_size
     else:
         size = min(chunk_size, n)
@@ -187,11 +187,11 @@ def _chunk_scan(
     total = y[..., -1:]
     weights, to_later, to_earlier = _local_mask(x, y), _exp(total - x), _exp(y)
     of_earlier, of_later = _exp(x), _exp(total - y)
-    forwards = backwards = _exp(total)  # what remains of a state that crosses the chunk
+    forwards = backwards = _exp(total)  # the decay of a state that crosses the chunk
     if documents is not None:
         parts = F.pad(documents, (0, padding), value=-1)[:, None].unflatten(2, (-1, size))
         first, last = parts[..., :1], parts[..., -1:]
-        # Before the first chunk and after the last one nothing is carried: any value will do.
+        # No state enters before the first chunk or after the last one: any value will do.
         before, after = last.roll(1, 2), first.roll(-1, 2)
         weights = weights * _same(parts)
         to_later, forwards = to_later * (parts == last), forwards * (before == last)
@@ -212,10 +212,10 @@ def _chunk_scan(
 def _decays_at(
     tokens: Tensor, following: Tensor, log_decay: Tensor | None, documents: Tensor | None
 ) -> Tensor | None:
-    """What remains of the states after each of T steps, `[B or 1, H or 1, T, S, 1, 1]`.
+    """Decay of the states after each of T steps, `[B or 1, H or 1, T, S, 1, 1]`.
 
-    That is the decay of the tokens `[T, S]` visited, and nothing where a document ends: the
-    `following` tokens `[T, S]` are of another.
+    It is that of the tokens `[T, S]` visited, and 0 where a document ends, that is where the
+    `following` tokens `[T, S]` belong to another.
     """
     remains = None
     if log_decay is not None:
@@ -228,7 +228,7 @@ def _decays_at(
 
 
 def _visit(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """One step of every scan: the next state, and what the query reads of this one."""
+    """One step of every scan: the next state, and what the query reads from this one."""
     query, key, value, *decay = inputs
     read = query.unsqueeze(3) @ state
     state = state + key.unsqueeze(4) * value.unsqueeze(3)
@@ -236,7 +236,7 @@ def _visit(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _hand_on(state: Tensor, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One chunk: the state after it, and the one before."""
+    """One chunk: the state after it and the state before it."""
     decay, added = inputs
     return torch.addcmul(added, decay, state), state
 
@@ -260,7 +260,7 @@ def _scan(
 
         def separate(state: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             state, read = step(state, inputs)
-            return state, read.clone()  # the operator wants outputs of their own
+            return state, read.clone()  # the operator's outputs must not alias
 
         # Copies, as the operator compiles `step`, and guards on views break the next export.
         tensors = [x.clone() for x in (state, *(x.movedim(2, 0) for x in inputs))]
@@ -277,7 +277,7 @@ def _scan(
 
 
 def _varies(length: int | torch.SymInt) -> bool:
-    """Whether a length is left open in an export, where a loop would settle it."""
+    """Whether a length is dynamic in an export, where a loop would fix it."""
     return isinstance(length, torch.SymInt) and torch.compiler.is_exporting()
 
 
@@ -294,7 +294,7 @@ def _local_mask(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _same(documents: Tensor) -> Tensor:
-    """Which pairs of tokens are of one document: `[..., N]` -> `[..., N, N]`."""
+    """Which pairs of tokens belong to one document: `[..., N]` -> `[..., N, N]`."""
     return documents.unsqueeze(-1) == documents.unsqueeze(-2)
 
 
@@ -329,27 +329,27 @@ def lion_attention(
     format: str = "Attention",
     chunk_size: int = 32,
 ) -> Tensor:
-    """Bidirectional linear attention for other models, by kernels where there are any.
+    """Bidirectional linear attention for other models, in kernels where available.
 
     `y_i = sum_j M_ij s_ij v_j / (sum_j M_ij s_ij + eps)` with `s_ij = scale q_i . k_j`, and M the
-    mask of decays at the top of this file; without `normalise` the numerator alone.
+    mask of decays defined at the top of this file; without `normalise`, only the numerator.
 
     - `q`, `k`: `[B, N, H, D]`, feature maps applied. If `normalise`, every `q_i . k_j` must be
-      positive, as it is of positive features. `v`: `[B, N, H, E]`. All three are of one dtype,
+      positive, as with positive features. `v`: `[B, N, H, E]`. All three have the same dtype,
       float16, bfloat16, float32 or float64, and finite, padding included.
     - `log_decay`: log of the decay of each token, at most 0 (not checked), float32 or float64
-      `[B, N, H]`, or `[C, B, N, H]` for C curves; None is no decay.
+      `[B, N, H]`, or `[C, B, N, H]` for C curves; None means no decay.
     - `curves`: int64 `[C, N]`, each row a permutation of the tokens (not checked): the token
-      visited at each step. None is token order, for C = 1. The masks of the curves are averaged.
+      visited at each step. None means token order, C = 1. The masks of the curves are averaged.
     - `valid`: bool `[B, N]`, False for padding: keys that count nowhere, with a decay of 1.
-    - `documents`: int32 or int64 `[B, N]`, equal within a document; tokens of one follow each other
-      (not checked), and mix with no other. Not along curves.
-    - `scale`: of the products, by default `D**-0.5`.
+    - `documents`: int32 or int64 `[B, N]`, equal within a document; documents do not mix, and each
+      must be contiguous (not checked). Not supported with curves.
+    - `scale`: factor of the products, by default `D**-0.5`.
     - `format`, `chunk_size`: how the same function is computed, "Attention", "RNN" or "Chunk", and
-      the tokens of a chunk. In kernels "Attention" and "Chunk" are one, and the chunk is theirs.
+      the tokens per chunk. In kernels "Attention" and "Chunk" are the same, with their own chunk.
 
-    Kernels run on a CUDA device, for E = D of 16, 32, 64 or 128, in float16 and bfloat16, without
-    gradients also in float32; "RNN" without gradients alone. Autocast changes no dtype in here.
+    Kernels run on a CUDA device, for E = D of 16, 32, 64 or 128, in float16 and bfloat16, and in
+    float32 without gradients; "RNN" only without gradients. Autocast changes no dtype in here.
 
     Returns `[B, N, H, E]` in the dtype of `v`, with gradients for `q`, `k`, `v` and `log_decay`.
     Raises ValueError for shapes, dtypes and devices that do not fit, for documents along curves, an
@@ -388,7 +388,7 @@ def _attend_by_kernel(
 ) -> Tensor:
     """As `lion_attention`; log decays are `[C, B, N, H]`."""
     heads, dim = q.shape[2:]
-    if scale != dim**-0.5:  # the kernels' own
+    if scale != dim**-0.5:  # the scale built into the kernels
         q = q * (scale * dim**0.5)
     y = lion_kernels.mix(
         torch.stack((q, k, v), dim=2).flatten(2),
@@ -436,7 +436,7 @@ def _mix_by_format(
 ) -> Tensor:
     """`[B, H, N, E]` in the dtype of `v`, without kernels; tensors are those of the formats."""
     dtype = v.dtype
-    if dtype == torch.float16:  # whose range ends below 1 / eps, a gradient of rows without keys
+    if dtype == torch.float16:  # its range ends below 1 / eps, the gradient of rows without keys
         q, k, v = q.float(), k.float(), v.float()
     if valid is not None:
         k = k * valid[:, None, :, None]
@@ -451,7 +451,7 @@ def _mix_by_format(
 def _has_kernel(
     format: str, device: torch.device, dtype: torch.dtype, dim: int, trained: bool
 ) -> bool:
-    """Whether a format runs in kernels: that of RNN has no gradients."""
+    """Whether a format runs in kernels; the kernel of RNN has no gradients."""
     if format == "RNN" and trained:
         return False
     return lion_kernels.available(device, dtype, dim, trained)
@@ -533,7 +533,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Decay": normalized_silu,
     "Selective": normalized_silu,
 }
-SPREAD_GATES_STD = 0.006  # of gates' weights whose biases start apart, against timm's 0.02
+SPREAD_GATES_STD = 0.006  # for weights of gates whose biases start spread out; timm's is 0.02
 FEATURE_NAMES: dict[Callable[[Tensor], Tensor] | None, str] = {  # in the kernels
     elu_plus_one: "elu",
     normalized_silu: "silu",
@@ -542,7 +542,7 @@ FEATURE_NAMES: dict[Callable[[Tensor], Tensor] | None, str] = {  # in the kernel
 
 
 class Masks(NamedTuple):
-    """What the mask of a mixer's call depends on; all but the first as its `forward` takes it."""
+    """What the mask of a mixer call depends on; all but the first as `forward` takes them."""
 
     log_decay: Tensor | None
     attn_mask: Any
@@ -556,15 +556,15 @@ class LionAttention(nn.Module):
     Decay parameters: `a_i` (and `a2_i`, `a3_i`, ... for further curves of the order) is `[H]` for
     `Decay`, a Linear(dim, H) for `Selective`, absent for `Lit`. The first `num_prefix_tokens`
     tokens keep a decay of 1 in `Selective`. `decay_init` is one of `decays.DECAY_INITS`; `paper`
-    draws LION-D's and leaves gates to their layers.
+    draws LION-D's decays and leaves gates to their layers' initialisation.
 
     `qkv`, `proj` and the gates may be wrapped or replaced (LoRA, hooks, quantised, sharded layers):
-    what is not a bare Linear is called. A bare gate computes in float32 where no kernel runs, a
-    wrapped one in the dtype of its parameters.
+    anything but a bare Linear is called as a module. Where no kernel runs, a bare gate computes in
+    float32, a wrapped one in the dtype of its parameters.
 
-    Without `normalise` the output is the numerator alone, after a LayerNorm (`norm`) in `Lit`,
-    whose sums grow with the tokens; without `feature_map` queries and keys are taken as they are.
-    The published language models have neither.
+    Without `normalise` the output is only the numerator, followed in `Lit` by a LayerNorm (`norm`),
+    because its sums grow with the tokens; without `feature_map` queries and keys are used as they
+    are. The published language models have neither.
     """
 
     eps = 1e-6
@@ -618,7 +618,7 @@ class LionAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts the decays; the layers have their own `reset_parameters`, which come first."""
+        """Initialises the decays; the layers' own `reset_parameters` come first."""
         if self.mask_type == "Decay" and self.decay_init == "paper":
             for gate in self._gates():
                 nn.init.normal_(gate)
@@ -626,7 +626,7 @@ class LionAttention(nn.Module):
 
     @torch.no_grad()
     def spread_decays(self, layer: int = 0, depth: int = 1) -> None:
-        """Starts decays in layer `layer` of `depth` as `decay_init` says; `paper` is left alone."""
+        """Initialises decays of layer `layer` of `depth` by `decay_init`; no effect for `paper`."""
         if self.decay_init == "paper":
             return
         logits = decay_logits(start_exponents(self.decay_init, self.num_heads, layer, depth))
@@ -665,7 +665,7 @@ class LionAttention(nn.Module):
         valid: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Mixes tokens `[B, N, dim]`; `attn_mask` is where timm hands on the curves `[C, N]`.
+        """Mixes tokens `[B, N, dim]`; timm passes the curves `[C, N]` as `attn_mask`.
 
         `valid`, bool `[B, N]`, is False for padding: keys that count nowhere, with a decay of 1.
         `documents`, integers `[B, N]`, keeps packed documents apart, as in the formats.
@@ -684,8 +684,8 @@ class LionAttention(nn.Module):
     def attention_weights(self, x: Tensor, attn_mask: Any = None) -> Tensor:
         """Effective attention `[B, H, N, N]` of tokens `[B, N, dim]`, masked and normalised.
 
-        Row i holds the weights of the values in what token i becomes before `norm` and `proj`.
-        `attn_mask` is what `forward` takes. Memory is quadratic in N.
+        Row i holds the weights of the values in the output for token i, before `norm` and `proj`.
+        `attn_mask` is as in `forward`. Memory is quadratic in N.
         """
         with torch.autocast(x.device.type, enabled=False):
             q, k, _ = self._features(self.qkv(x))
@@ -695,11 +695,11 @@ class LionAttention(nn.Module):
             return self._attend(q, k, each_token, Masks(self.log_decay(x), attn_mask))
 
     def _curves(self, attn_mask: Any) -> Tensor | None:
-        """The curves `[C, N]` in what `forward` is given; None is token order."""
+        """The curves `[C, N]` in the argument of `forward`; None means token order."""
         return None if self.mask_type == "Lit" else attn_mask
 
     def _completed(self, y: Tensor, x: Tensor, attn_mask: Any) -> Tensor:
-        """What is projected, of the mixed tokens `y` and the input `x`, both `[B, N, dim]`."""
+        """The input of `proj`, from the mixed tokens `y` and the input `x`, both `[B, N, dim]`."""
         return y
 
     def _gates(self) -> list[Any]:
@@ -707,7 +707,7 @@ class LionAttention(nn.Module):
         return [getattr(self, name) for name in self.gate_names]
 
     def _gate_logits(self, x: Tensor) -> Tensor:
-        """`[B, N, dim]` -> `[B, N, C * H]`, at least float32; to be called outside autocast."""
+        """`[B, N, dim]` -> `[B, N, C * H]`, at least float32; call it outside autocast."""
         gates, dtype = self._gates(), _state_dtype(x)
         if all(map(_is_bare, gates)):
             return _in_one_product(gates, x.to(dtype))
@@ -723,7 +723,7 @@ class LionAttention(nn.Module):
         return _has_kernel(self.format, x.device, dtype, self.head_dim, trained)
 
     def _project(self, x: Tensor) -> Tensor:
-        """Queries, keys, values and logits of the gates, side by side as the kernels take them."""
+        """Queries, keys, values and gate logits, concatenated as the kernels take them."""
         if self.mask_type != "Selective":
             return self.qkv(x)
         layers = [self.qkv, *self._gates()]
@@ -772,7 +772,7 @@ class LionAttention(nn.Module):
         return rearrange(y, "b h n d -> b n (h d)")
 
     def _features(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the formats take, each `[B, H, N, D]`: scaled queries, keys, and values."""
+        """The inputs of the formats, each `[B, H, N, D]`: scaled queries, keys, and values."""
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         scale = q.shape[-1] ** -0.5
         if self.feature_map:
@@ -782,7 +782,7 @@ class LionAttention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, *, normalise: bool | None = None
     ) -> Tensor:
-        """`[B, H, N, E]` without kernels, of what the formats take."""
+        """`[B, H, N, E]` without kernels, from the inputs of the formats."""
         return _mix_by_format(
             q,
             k,
@@ -813,21 +813,21 @@ def _is_bare(layer: nn.Module) -> bool:
 
 
 def _in_one_product(layers: list[nn.Linear], x: Tensor, padding: int = 0) -> Tensor:
-    """Outputs of bare layers side by side, `[B, N, dim]` -> `[B, N, W]`, and to fill up the rows at
-    most `padding` of the first columns again, from which no gradient reaches their weights."""
+    """Concatenated outputs of bare layers, `[B, N, dim]` -> `[B, N, W]`, with rows padded by
+    at most `padding` of the first columns again, from which no gradient reaches their weights."""
     weights: list[Tensor] = [layer.weight for layer in layers]
     biases: list[Tensor] = [
         layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
         for layer in layers
     ]
-    if padding:  # rows that are there take the host half the time of zeros
+    if padding:  # repeating existing rows takes the host half the time of zeros
         weights.append(weights[0].detach()[:padding])
         biases.append(biases[0].detach()[:padding])
     return F.linear(x, torch.cat(weights).to(x.dtype), torch.cat(biases).to(x.dtype))
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
-    """That of its parameters; float32 where there are none, as in quantised layers."""
+    """The dtype of its parameters; float32 if it has none, as in quantised layers."""
     dtypes = (p.dtype for p in layer.parameters() if p.is_floating_point())
     return next(dtypes, torch.float32)
 
@@ -872,13 +872,13 @@ class LionVisionTransformer(VisionTransformer):
     """DeiT-shaped vision transformer with LION mixers.
 
     `cls_tok=False` averages all tokens after the final norm, class token included; `cls_tok=True`
-    reads the class token. `pos_emb` adds a learned position embedding. Every other argument is that
-    of timm's VisionTransformer, with LION's defaults: `global_pool` overrides `cls_tok`, and
-    `pos_embed` ("learn" or "none") `pos_emb`; None is the default. `more_of_mixer` are arguments of
-    the mixers of subclasses.
+    reads the class token. `pos_emb` adds a learned position embedding. All other arguments are
+    those of timm's VisionTransformer, with LION's defaults: `global_pool` overrides `cls_tok`, and
+    `pos_embed` ("learn" or "none") `pos_emb`; None is the default. `more_of_mixer` are arguments
+    for the mixers of subclasses.
 
     Raises ValueError for an unknown mask_type, order, format or decay_init, a chunk_size below 1,
-    and for arguments of timm's that have no meaning with these mixers.
+    and for timm arguments that have no meaning with these mixers.
     """
 
     block_class = LionBlock
@@ -932,7 +932,7 @@ class LionVisionTransformer(VisionTransformer):
         self.curves = scan_curves(self.order, grid, self.num_prefix_tokens, device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LionVisionTransformer":
-        """Moves or empties the parameters; curves are made anew, so `to_empty` keeps them."""
+        """Moves or empties the parameters; curves are rebuilt, so `to_empty` keeps them."""
         self.curves = None
         super()._apply(*args, **kwargs)
         self.init_non_persistent_buffers()
@@ -944,7 +944,7 @@ class LionVisionTransformer(VisionTransformer):
             block.attn.set_format(format, chunk_size)
 
     def decay_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of the decays and gates of all blocks, by name."""
+        """The parameters of the decays and gates of all blocks, by name."""
         return {
             f"blocks.{i}.attn.{name}": parameter
             for i, block in enumerate(self.blocks)
@@ -954,7 +954,7 @@ class LionVisionTransformer(VisionTransformer):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
-        self.grad_checkpointing = False  # blocks do it themselves, as they have curves
+        self.grad_checkpointing = False  # blocks checkpoint themselves, curves included
         for block in self.blocks:
             block.grad_checkpointing = enable
 
@@ -963,7 +963,7 @@ class LionVisionTransformer(VisionTransformer):
         self.init_non_persistent_buffers()
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """As timm's, with a distillation token where there is one, and of no images, too."""
+        """Like timm's, with a distillation token if there is one; also accepts an empty batch."""
         grid = x.shape[1:3]
         tokens = (self.cls_token, getattr(self, "dist_token", None), self.reg_token)
         prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
@@ -1023,7 +1023,7 @@ def _check_options(order: str, **options: Any) -> None:
 
 
 def check_class_token(global_pool: str = "token", class_token: bool = True, **_: Any) -> None:
-    """Raises ValueError if the class token, which timm reads by default, is not there."""
+    """Raises ValueError if the class token, which timm reads by default, is missing."""
     if global_pool == "token" and not class_token:
         raise ValueError(
             "There is no class token to read: leave class_token at True, or choose another "
@@ -1143,7 +1143,7 @@ Model = TypeVar("Model", bound=LionVisionTransformer)
 def create_variant(
     model_class: type[Model], variant: str, pretrained: bool, **kwargs: Any
 ) -> Model:
-    """The model that is registered as `variant`, whose name holds one of `SIZES`."""
+    """The model registered as `variant`, whose name contains one of `SIZES`."""
     embed_dim, num_heads = next(SIZES[size] for size in SIZES if f"_{size}_" in variant)
     defaults = {"patch_size": 16, "embed_dim": embed_dim, "depth": 12, "num_heads": num_heads}
     return build_model_with_cfg(

@@ -35,9 +35,9 @@ from samplers import EpochSampler
 from utils import digest, make_deterministic, seed_everything
 from workers import worker_options
 
-EVAL_SEED = 17  # of the masks in evaluation, the same in all runs
+EVAL_SEED = 17  # for the masks in evaluation, the same in all runs
 NODE_SETTINGS = ("data", "device", "workers")  # nodes may differ in these
-# Of every setting, when a run goes on.
+# What happens if a setting changes when a run resumes.
 RULES = {
     **dict.fromkeys(
         ("model", "length", "mask_share", "separate_documents", "global_batch", "steps", "lr",
@@ -68,7 +68,7 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe; M2-BERT's by default."""
+    """The recipe; by default that of M2-BERT."""
 
     data: str = setting("folder that mlm.prepare has written")
     lr: float = setting("peak learning rate")
@@ -103,7 +103,7 @@ class Settings:
     overwrite: bool = setting("replace the run in output", False)
 
     def check(self) -> None:
-        """Raises UserError for values that make no sense."""
+        """Raises UserError for invalid values."""
         check_ranges(self, RANGES)
         if len(self.betas) != 2:
             raise UserError(f"betas must be two numbers, not {len(self.betas)}.")
@@ -115,7 +115,7 @@ class Settings:
             raise UserError("resume=auto needs the output of the run.")
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then linear down to `min_lr_share` of the peak."""
+        """Linear warm-up, then linear decay to `min_lr_share` of the peak."""
         warmup = round(self.steps * self.warmup_share)
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -135,7 +135,7 @@ def check_no_other_run(settings: Settings) -> None:
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LionBertForMaskedLM:
-    """Raises UserError for an unknown key, a value of another type or another vocabulary."""
+    """Raises UserError for an unknown key, a value of the wrong type or another vocabulary."""
     options = check(LionBertConfig.__annotations__, settings.model, "the section model")
     if options.setdefault("pad_token_id", tokenizer.pad_token_id) != tokenizer.pad_token_id:
         raise UserError(
@@ -179,7 +179,7 @@ def amp_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
 def build_loaders(
     settings: Settings, world: World, tokenizer: PreTrainedTokenizerFast, step: int
 ) -> tuple[DataLoader, DataLoader]:
-    """Training windows from `step` on, without end, and the windows for evaluation."""
+    """An endless loader of training windows from `step` on, and a loader for evaluation."""
     ranks: dict[str, Any] = {"num_replicas": world.size, "rank": world.rank}
     corpora = {split: Corpus(settings.data, split, settings.length) for split in ("train", "eval")}
     shares = {"train": settings.mask_share, "eval": settings.eval_mask_share}
@@ -230,7 +230,7 @@ class Pretraining:
         seed_everything(settings.seed)
         model: Any = build_model(settings, self.tokenizer)
         self.model = model.to(world.device)
-        most = self.model.config.max_position_embeddings  # what the tokeniser cuts at if asked
+        most = self.model.config.max_position_embeddings  # where the tokeniser truncates if asked
         self.tokenizer.model_max_length = max(settings.length, most)
         self.optimizer = build_optimizer(settings, self.model, world.device)
         self.step, self.restored = 0, False
@@ -242,7 +242,7 @@ class Pretraining:
         self._require_same()
 
     def _require_same(self) -> None:
-        """Raises UserError if the processes found other data or weights, or stand elsewhere."""
+        """Raises UserError if the processes differ in data, weights or position."""
         if self.world.size == 1:
             return
         facts = {"their step": self.step, "their weights": digest(self.model)}
@@ -273,11 +273,11 @@ class Pretraining:
         checkpoint.load_weights(self.model, checkpoint.weights_of(saved, source=source), source)
         load_optimizer(self.optimizer, saved["optimizer"], source)
         self.step, self.saved_meters = saved["step"], saved["meters"]
-        self._set_lr(self.step - 1)  # for a line of log.txt that is outstanding
+        self._set_lr(self.step - 1)  # for an outstanding line of log.txt
         self.restored = True
 
     def save(self, meter: Mean) -> None:
-        """The checkpoint, and the model and its tokeniser as Hugging Face has them."""
+        """Saves the checkpoint, and model and tokeniser in Hugging Face's format."""
         meters = self.world.gather(meter.state())
         if not (self.settings.output and self.world.is_main):
             return
@@ -294,9 +294,9 @@ class Pretraining:
         export(self.model, self.tokenizer, folder / "model")
 
     def _open_output(self) -> None:
-        """Removes the run that is to be overwritten; renews what a kill left behind a checkpoint.
+        """Removes a run to be overwritten; repairs output that a kill left out of date.
 
-        A model folder that is a save older than the checkpoint, or absent, is written again.
+        A model folder that is missing, or one save older than the checkpoint, is written again.
         """
         if not (self.settings.output and self.world.is_main):
             return
@@ -308,7 +308,7 @@ class Pretraining:
             checkpoint.discard(folder)
 
     def fit(self) -> None:
-        """The steps that are left. Saves before leaving on a signal."""
+        """Runs the remaining steps. Saves before leaving on a signal."""
         settings, world, stop = self.settings, self.world, StopSignal()
         facts = {"args": asdict(settings), "world_size": world.size, **provenance()}
         self._open_output()
@@ -321,7 +321,7 @@ class Pretraining:
             clip_grad=settings.clip_grad, stop=stop, advice="Try a lower lr.",
         )  # fmt: skip
         meter = self._restored_meter()
-        # An evaluation that is to be made up.
+        # An outstanding evaluation.
         outstanding = bool(meter.count) and self._line_due(self.step)
         journal = Journal(folder, facts, self.step + (not outstanding), clock="step")
         tokens = settings.global_batch * settings.length
@@ -380,9 +380,9 @@ class Pretraining:
         return learning_rate(self.optimizer)
 
     def _parts_of_steps(self, batches: Iterator[dict]) -> Iterator[tuple[dict, Tensor]]:
-        """Batches on the device, each with the masked tokens of a process's share of its step.
+        """Batches on the device, each with the number of masked tokens that divides its loss.
 
-        The mean loss of all processes is over the masked tokens of the whole global batch.
+        Averaged over processes, the loss is the mean over the masked tokens of the global batch.
         """
         while True:
             parts = [self._moved(next(batches)) for _ in range(self.accumulate)]
@@ -394,7 +394,7 @@ class Pretraining:
     def _train_step(
         self, take_step: OptimizerStep, parts: Iterator[tuple[dict, Tensor]], look: bool
     ) -> list[Reading]:
-        """One step at its learning rate."""
+        """One optimiser step at its learning rate."""
 
         def loss_of(part: tuple[dict[str, Tensor], Tensor]) -> Tensor:
             batch, count = part
@@ -409,7 +409,7 @@ class Pretraining:
         return {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
 
     def _record(self, meter: Mean, speeds: dict[str, float], stop: StopSignal) -> dict[str, float]:
-        """A line of log.txt: losses, accuracy, memory, and speed since the line before.
+        """A line of log.txt: losses, accuracy, memory, and speed since the previous line.
 
         Raises Interrupted on all processes together when `stop` was signalled to any.
         """
