@@ -150,7 +150,7 @@ def mix_bwd_dq_kernel(
         inv_denom = tl.load(INV_DENOM + bh * n + tokens, mask=valid, other=0.0)
         factor = inv_denom * (curve_weight * D**-0.5)
         q = common.feature_map(common.load_tile(Q, tokens, valid, stride_n, D), FEATURES)[0]
-        q = (q * factor[:, None]).to(do.dtype)  # q', [BLOCK, D]
+        q = common.narrow(q * factor[:, None], do.dtype)  # q', [BLOCK, D]
         common.store_tile(PHI_Q, tokens, valid, heads * D, q, D)
         dq = tl.zeros((BLOCK, D), tl.float32)
         of_earlier = tl.zeros((BLOCK,), tl.float32)
@@ -326,10 +326,10 @@ def chunk_state_kernel(
             factor = tl.where(counts, 1.0, 0.0)
             to_later, to_earlier = tl.exp2(total - x), tl.exp2(y)
         phi = common.feature_map(a, FEATURES)[0] * factor[:, None]  # [BLOCK, D]
-        scaled = (phi * to_later[:, None]).to(dtype)
+        scaled = common.narrow(phi * to_later[:, None], dtype)
         later = common.dot(tl.trans(scaled), b_tile, later)  # [D, D]
         later_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
-        scaled = (phi * to_earlier[:, None]).to(dtype)
+        scaled = common.narrow(phi * to_earlier[:, None], dtype)
         earlier = common.dot(tl.trans(scaled), b_tile, earlier)  # [D, D]
         earlier_vector += tl.sum(scaled.to(tl.float32) * weight[:, None], 0)
     index = (bh * num_chunks + chunk) * NUM_STATES + (2 if OF_QUERIES else 0)

@@ -36,6 +36,15 @@ def round_to(w, dtype):
 
 
 @triton.jit
+def narrow(t, dtype):
+    """float32 in `dtype`. Queries over a row sum of almost 0 are beyond the range of float16: there
+    they stay finite, as a gradient of 0 times infinity would be NaN."""
+    if dtype == tl.float16:
+        t = tl.clamp(t, -65504.0, 65504.0)
+    return t.to(dtype)
+
+
+@triton.jit
 def feature_map(t, FEATURES: tl.constexpr):
     """phi of rows `[R, D]`, float32: elu + 1, silu + 0.5 normalised over D, or the rows themselves;
     and the slope that the gradient below needs."""

@@ -103,7 +103,8 @@ def mix_bwd_dq_kernel(
         q = common.load_tile(QKV + row, tokens, valid, stride_n, D)
         q, slope = common.feature_map(q, FEATURES)
         scaled = q * tl.where(valid, inv_denom * D**-0.5, 0.0)[:, None]  # q_i / r_i, [BLOCK, D]
-        query_state = common.dot(tl.trans(scaled.to(do.dtype)), do, query_state)  # [D, D]
+        narrow = common.narrow(scaled, do.dtype)
+        query_state = common.dot(tl.trans(narrow), do, query_state)  # [D, D]
         query_vector += tl.sum(scaled * delta[:, None], 0)
         dq = _dot_state(do, state) - delta[:, None] * vector[None, :]  # [BLOCK, D]
         if NORMALISE and FEATURES != "none":

@@ -29,6 +29,9 @@ class Call(Launches):
         heads, dim, num_curves, prefix, lit, features, normalise, eps = options
         self.heads, self.dim, self.num_curves = heads, dim, num_curves
         b, n, width = self.qkv.shape
+        if n * width >= 2**31:  # offsets in a sequence are int32
+            raise ValueError(f"{n} tokens of {width} columns are too many for the kernels: give "
+                             "sequences of less than 2**31 numbers.")  # fmt: skip
         no_decay = lit and documents is None
         self.plan = tuning.make_plan(n, dim, self.qkv.element_size(), num_curves, no_decay)
         self.num_chunks, self.sequences = triton.cdiv(n, self.plan.chunk), b * heads

@@ -134,7 +134,7 @@ def mix_bwd_kernel(
         inv_denom = tl.load(INV_DENOM + bh * n + rows, mask=valid, other=0.0)
         factor = inv_denom * (D**-0.5 / NUM_CURVES)
         phi = common.feature_map(common.load_tile(QKV + row, rows, valid, stride_n, D), FEATURES)[0]
-        phi = (phi * factor[:, None]).to(v.dtype)  # [BLOCK, D]
+        phi = common.narrow(phi * factor[:, None], v.dtype)  # [BLOCK, D]
         common.store_tile(PHI_Q, rows, valid, heads * D, phi, D)
     dphi, dv = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     sums = (tl.zeros((BLOCK,), tl.float32),) * (2 * NUM_CURVES)

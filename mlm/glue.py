@@ -140,7 +140,8 @@ def fine_tune(job: Job, device: torch.device) -> dict[str, float]:
 def _facts(job: Job) -> dict[str, Any]:
     """A job's settings, and digests of what it reads."""
     paths = {name: Path(job.data, name) for name in (job.task.train, *job.task.eval)}
-    paths["weights"] = Path(job.model, "model.safetensors")
+    files = ("model.safetensors", "config.json", "tokenizer.json")
+    paths |= {f"model's {name}": Path(job.model, name) for name in files}
     digests = {}
     for name, path in paths.items():
         with path.open("rb") as file:

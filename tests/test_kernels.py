@@ -161,6 +161,26 @@ def test_documents(mask, plan):
     assert_close(actual, expected)
 
 
+def test_sequences_beyond_int32_are_refused():
+    qkv = torch.empty(1, device=DEVICE).expand(1, 2**20, 3 * 1024)
+    with pytest.raises(ValueError, match="1048576 tokens of 3072 columns are too many"):
+        ops.Call((qkv, *(None,) * 4), (64, 16, 1, 0, True, "elu", True, 1e-6))
+
+
+@pytest.mark.parametrize("mask, order", [("Lit", "Normal"), *ONE_CURVE_AND_TWO])
+def test_rows_that_reach_no_key_in_float16(mask, order, plan):
+    """Queries over row sums of almost 0 are beyond its range."""
+    tensors = make_inputs(mask, order, 61, dtype=torch.float16, heads=1)
+    valid = torch.ones(2, 61, dtype=torch.bool, device=DEVICE)
+    valid[0, 40:] = valid[1] = False
+    options = {"valid": valid}
+    if order == "Normal":  # which keeps padding from the keys of its sequence
+        options["documents"] = (~valid).long()
+    tensors[-1][~valid] = 0
+    actual, expected = (f(*tensors, mask, **options) for f in (mix, exact))
+    assert_close(actual, expected, torch.float16)
+
+
 @pytest.mark.parametrize("mask", FEATURE_MAPS)
 def test_without_feature_map(mask, plan):
     tensors = make_inputs(mask, "Normal", 61, batch=1)

@@ -199,6 +199,18 @@ def test_other_data_of_the_same_size_is_another_job(file, model, tmp_path, monke
     assert trained == [1]
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_another_configuration_or_tokeniser_is_another_job(file, model, tmp_path, monkeypatch):
+    own = shutil.copytree(model, tmp_path / "model")
+    this = job(write(tmp_path), own)
+    glue.fine_tune(this, torch.device("cpu"))
+    (own / file).write_text((own / file).read_text() + "\n")
+    trained, train = [], glue._train
+    monkeypatch.setattr(glue, "_train", lambda *args: trained.append(1) or train(*args))
+    glue.fine_tune(this, torch.device("cpu"))
+    assert trained == [1]
+
+
 def test_names_of_classes_and_the_length_are_saved(model, tmp_path):
     this = job(write(tmp_path), model)
     glue.fine_tune(this, torch.device("cpu"))
