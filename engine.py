@@ -238,7 +238,7 @@ def _loss_function(
     return loss_of
 
 
-@torch.compiler.set_stance("force_eager")  # replayed CUDA graphs of a ViT gave wrong logits
+@torch.compiler.set_stance("force_eager")  # a ViT in CUDA graphs gave wrong logits
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
