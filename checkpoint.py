@@ -39,6 +39,7 @@ _ITEM_TYPES: dict[str, tuple[type, ...]] = {"classes": (str,), "meters": (dict, 
 _NEEDED = ("epoch", "optimizer", "step")
 # Errors unrelated to a file's content, such as missing permissions, open files or memory.
 _OF_THE_SYSTEM = {*USED_UP, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ESTALE}
+RETRAIN = "use the data of its training, or --finetune to learn new classes"
 _MAX_DIFFERENCES = 20
 _MAX_NAMES = 5
 
@@ -233,13 +234,12 @@ def adapt_weights(
     return notes
 
 
-def check_classes(saved: dict, classes: Sequence[str], source: str | Path) -> None:
+def check_classes(
+    saved: dict, classes: Sequence[str], source: str | Path, remedy: str = RETRAIN
+) -> None:
     """Raises UserError if a checkpoint, read from `source`, is for other classes."""
     if differing := differing_classes(saved, classes):
-        raise UserError(
-            f"{source} is of other classes than the data ({differing}): use the data of its "
-            "training, or --finetune to learn new classes."
-        )
+        raise UserError(f"{source} is of other classes than the data ({differing}): {remedy}.")
 
 
 def differing_classes(saved: dict, classes: Sequence[str]) -> str:

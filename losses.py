@@ -183,9 +183,10 @@ def load_teacher(
         size = used.size if fixed else input_size
     else:
         saved = checkpoint.load(path)
-        if classes and (differing := checkpoint.differing_classes(saved, classes)):
-            raise UserError(f"the teacher {path} is of other classes than the data ({differing}): "
-                            "use one of the same.")  # fmt: skip
+        if classes is not None:
+            checkpoint.check_classes(
+                saved, classes, f"the teacher {path}", remedy="use one of the same"
+            )
         known = preprocessing.of_checkpoint(saved, name, path)
         used = known or preprocessing.of_model(name)
         name, options = model_of(saved.get("args") or {}, name, f"the teacher {path}")
