@@ -458,12 +458,13 @@ def _has_kernel(
 
 
 def _check_format(format: str, chunk_size: int | None) -> None:
-    _check_choice("format", format, FORMATS)
+    check_choice("format", format, FORMATS)
     if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 1):
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}: give whole tokens.")
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises ValueError if `value` is none of the choices, which it names."""
     if value not in choices:
         names = ", ".join(choice or "''" for choice in choices)
         raise ValueError(f"Unknown {name} {value!r}: choose one of {names}.")
@@ -589,9 +590,9 @@ class LionAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_choice("mask_type", mask_type, FEATURE_MAPS)
+        check_choice("mask_type", mask_type, FEATURE_MAPS)
         check_order(order)
-        _check_choice("decay_init", decay_init, DECAY_INITS)
+        check_choice("decay_init", decay_init, DECAY_INITS)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"The width {dim} is not divisible by {num_heads} heads.")
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -1008,9 +1009,9 @@ class LionVisionTransformer(VisionTransformer):
 
 def _check_options(order: str, **options: Any) -> None:
     """Raises ValueError for arguments of timm's VisionTransformer that LION cannot follow."""
-    _check_choice("global_pool", options["global_pool"], POOLS)
-    _check_choice("pos_embed", options["pos_embed"], ("learn", "none", ""))
-    _check_choice("weight_init", options.get("weight_init", ""), WEIGHT_INITS)
+    check_choice("global_pool", options["global_pool"], POOLS)
+    check_choice("pos_embed", options["pos_embed"], ("learn", "none", ""))
+    check_choice("weight_init", options.get("weight_init", ""), WEIGHT_INITS)
     if "block_fn" in options:
         raise ValueError("LION has its own blocks: give no block_fn.")
     check_class_token(**options)
@@ -1044,7 +1045,7 @@ class LionVisionTransformerDistilled(LionVisionTransformer):
     """
 
     def __init__(self, *args: Any, reg_tokens: int = 0, weight_init: str = "", **kwargs: Any):
-        _check_choice("weight_init", weight_init, WEIGHT_INITS)
+        check_choice("weight_init", weight_init, WEIGHT_INITS)
         super().__init__(*args, reg_tokens=1 + reg_tokens, weight_init="skip", **kwargs)
         both = cast(Tensor, self.reg_token)
         tokens = both.detach().split((1, reg_tokens), dim=1)

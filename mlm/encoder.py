@@ -17,7 +17,7 @@ from mlm.card import LOADER, write_card
 from mlm.fields import setting
 from mlm.mixers import MIXERS, ORDER_BLIND, context, positions
 from models_hydra import HydraMixer
-from models_lion import FORMATS, LionAttention
+from models_lion import FORMATS, LionAttention, check_choice
 from state_space import draw_step_bias
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -57,16 +57,9 @@ class LionBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = setting("the decoder's weight is that of the words", True)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.mixer not in MIXERS:
-            raise ValueError(f"Unknown mixer {self.mixer!r}: choose one of {', '.join(MIXERS)}.")
-        if self.format not in FORMATS:
-            raise ValueError(f"Unknown format {self.format!r}: choose one of {', '.join(FORMATS)}.")
-        if self.decay_init not in DECAY_INITS:
-            raise ValueError(
-                f"Unknown decay_init {self.decay_init!r}: choose one of {', '.join(DECAY_INITS)}."
-            )
-        if self.norm not in BLOCKS:
-            raise ValueError(f"Unknown norm {self.norm!r}: choose one of {', '.join(BLOCKS)}.")
+        for name, choices in (("mixer", MIXERS), ("format", FORMATS),
+                              ("decay_init", DECAY_INITS), ("norm", BLOCKS)):  # fmt: skip
+            check_choice(name, getattr(self, name), choices)
         for name in SIZES:
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}.")
