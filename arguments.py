@@ -49,14 +49,14 @@ NODE_ARGUMENTS = ("data_path", "device", "num_workers", "pin_mem")  # nodes may 
 Add = Callable[..., Any]
 
 
-@cache
-def _names() -> dict[str, tuple[str, ...]]:
-    return get_args_parser().names
+@cache  # making one takes milliseconds
+def _parser() -> ArgumentParser:
+    return get_args_parser()
 
 
 def option(name: str) -> str:
     """The option of an argument, as --help spells it."""
-    return _names()[name][0]
+    return _parser().names[name][0]
 
 
 def get_args_parser() -> ArgumentParser:
@@ -283,7 +283,7 @@ def _add_ignored(add: Add, _: Add) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for arguments that are invalid without any I/O."""
-    check_ranges(get_args_parser(), args)
+    check_ranges(_parser(), args)
     check_numbers(args)
     check_compiler(args.torchcompile, args.torchcompile_mode)
     check_model(args)
@@ -434,7 +434,7 @@ def check_model(args: argparse.Namespace) -> None:
     own |= {name: models_timm.OPTIONAL[name] for name in ("drop_path_rate", "drop_rate")}
     if both := [name for name in args.model_kwargs if name in own]:
         raise UserError(f"{both[0]} in --model-kwargs has an argument: give {own[both[0]]}.")
-    default = get_args_parser().get_default
+    default = _parser().get_default
     names = (*models_timm.LION_OPTIONS, *OF_GATES, "plus")
     given = [option(name) for name in names if getattr(args, name) != default(name)]
     if given and not args.model.startswith("lion_"):
