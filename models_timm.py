@@ -71,7 +71,7 @@ def plus_name(name: str) -> str:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises UserError for options of no model, and for sizes that are none."""
+    """Raises UserError for options that no model has, and for sizes that cannot be."""
     for option, remedy in {"input_size": "give --input-size", "required": "leave it out"}.items():
         if option in options:
             raise UserError(f"{option} in --model-kwargs is no option of timm's models: {remedy}.")

@@ -97,7 +97,7 @@ def test_a_state_of_more_or_fewer_groups_is_refused():
             load_optimizer(torch.optim.AdamW(groups[:own]), state, "a file")
 
 
-# Of the others some need a GPU or a package.
+# bitsandbytes and APEX are packages of their own, Adahessian differentiates twice.
 @pytest.mark.parametrize(
     "name", [n for n in timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"])
              if n != "adahessian"] + ["lookahead_adamw", "lookahead_sgd"],

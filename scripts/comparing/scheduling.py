@@ -146,7 +146,7 @@ class Scheduler:
                 self.failed.append(run)
                 print(f"{run}: ended with {code}, see {run.folder}/output.txt", flush=True)
                 if code == REFUSED and not any(other.trained for other in self.runs):
-                    lines = (run.folder / "output.txt").read_text().splitlines()
+                    lines = (run.folder / "output.txt").read_text("utf-8", "replace").splitlines()
                     raise UserError(f"{run}: {lines[-1] if lines else 'it was refused'}")
         return going_on
 
